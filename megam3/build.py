@@ -1,0 +1,133 @@
+"""From a checked recipe to the live objects of a run. The start-up order is the numbered comments of `build`, and only here."""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import socket
+from importlib.metadata import version
+
+import torch
+from torch import nn
+
+from megam3.batch import Progress
+from megam3.checkpoint import RunState, check_resumable, newest_complete, read_state
+from megam3.config.deepspeed import build_deepspeed_config
+from megam3.config.load import dump_config
+from megam3.config.schema import RunConfig
+from megam3.data.dataset import TrainingData, open_training_data
+from megam3.data.tokenizer import load_tokenizer
+from megam3.dist import comm
+from megam3.engine.activations import ActivationMemory
+from megam3.engine.deepspeed import Engine, model_construction
+from megam3.model.pretrained import load_m3
+from megam3.obs.clock import EncoderShape, measure_matmul_peak
+from megam3.obs.log import setup_logging
+from megam3.objectives.unified import UnifiedObjective
+from megam3.trainer import Run
+
+logger = logging.getLogger(__name__)
+
+MODEL_FILES = ("config.json", "special_tokens_map.json", "added_tokens.json", "sentencepiece.bpe.model", "vocab.txt", "vocab.json", "merges.txt")
+"""With tokenizer*.json: what a Hugging Face folder holds besides weights."""
+
+
+def build(config: RunConfig, device: torch.device) -> Run:
+    """Make the objects of this rank; collective, after `comm.start`.
+
+    Raises:
+        UserError: of the layer that found it; nothing has been trained or overwritten by then.
+    """
+    # 1. the run folder and its log
+    run_dir = os.path.join(config.output_dir, config.name)
+    setup_logging(run_dir, comm.is_main(), comm.rank())
+    ds_config = build_deepspeed_config(config, comm.world_size(), has_gpu=device.type == "cuda")
+    if comm.is_main():
+        _write_run_files(run_dir, config, ds_config, device)
+    # 2. tokenizer and data: the main rank tokenises what is not in the store yet, the others wait
+    tokenizer = load_tokenizer(config.model.path)
+    data = _open_data(config, tokenizer, run_dir)
+    total_steps = config.train.steps or max(1, round((config.train.epochs or 0) * data.num_steps_per_epoch))
+    # 3. the model; a fixed seed, so that heads from scratch are equal on every rank
+    torch.manual_seed(config.train.seed)
+    with model_construction(ds_config):
+        module = load_m3(config.model.path, config.model, special_ids=tokenizer.special_ids)
+    signature = model_signature(module)
+    activations = ActivationMemory(module, config.engine.activation_checkpointing, config.engine.activation_offload)
+    shape = encoder_shape(module)
+    # 4. the engine
+    engine = Engine(module, config.optim, ds_config, device, total_steps, activations)
+    # 5. where to start
+    state = RunState(
+        Progress(), comm.world_size(), engine.stage, signature, data.fingerprint, config.model_dump(mode="json")
+    )
+    if config.train.resume == "auto":
+        state = _resume(run_dir, engine, state)
+    _report_start(config, state, total_steps, data)
+    peak = measure_matmul_peak(device, torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32)
+    return Run(
+        config, run_dir, engine, UnifiedObjective(config.objective, config.data.batch.chunk_tokens), data, total_steps, state,
+        os.path.join(run_dir, "model"), shape, peak, None,
+    )
+
+
+def model_signature(module: nn.Module) -> str:
+    """Hash of every parameter's name and full shape; equal for equal architectures at any ZeRO stage."""
+    shapes = sorted((name, list(getattr(p, "ds_shape", p.shape))) for name, p in module.named_parameters())
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
+
+
+def encoder_shape(module: nn.Module) -> EncoderShape:
+    """The sizes of an M3Model that decide its arithmetic."""
+    config = module.encoder.config
+    return EncoderShape(config.num_hidden_layers, config.hidden_size, config.intermediate_size, module.multi_vector_head.out_features)
+
+
+def _open_data(config: RunConfig, tokenizer, run_dir: str) -> TrainingData:
+    store_dir = config.data.store_dir or os.path.join(run_dir, "store")
+    if comm.is_main():
+        data = open_training_data(config.data, tokenizer, store_dir, config.train.seed)
+    comm.barrier()
+    return data if comm.is_main() else open_training_data(config.data, tokenizer, store_dir, config.train.seed)
+
+
+def _resume(run_dir: str, engine: Engine, state: RunState) -> RunState:
+    folder = newest_complete(run_dir, logger.warning)
+    if folder is None:
+        return state
+    saved = read_state(folder)
+    check_resumable(folder, saved, state)
+    engine.load(folder)
+    logger.info("resumed from %s", folder)
+    return RunState(saved.progress, state.world_size, state.zero_stage, state.model_signature, state.data_fingerprint, state.recipe)
+
+
+def _write_run_files(run_dir: str, config: RunConfig, ds_config: dict, device: torch.device) -> None:
+    model_dir = os.path.join(run_dir, "model")
+    os.makedirs(model_dir, exist_ok=True)
+    for name in sorted(os.listdir(config.model.path)):
+        if name in MODEL_FILES or (name.startswith("tokenizer") and name.endswith(".json")):
+            shutil.copy(os.path.join(config.model.path, name), model_dir)
+    with open(os.path.join(run_dir, "recipe.yaml"), "w", encoding="utf-8") as stream:
+        stream.write(dump_config(config))
+    with open(os.path.join(run_dir, "ds_config.json"), "w", encoding="utf-8") as stream:
+        json.dump(ds_config, stream, indent=1)
+    environment = {
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in ("torch", "deepspeed", "transformers")},
+        "world_size": comm.world_size(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "host": socket.gethostname(),
+    }
+    with open(os.path.join(run_dir, "env.json"), "w", encoding="utf-8") as stream:
+        json.dump(environment, stream, indent=1)
+
+
+def _report_start(config: RunConfig, state: RunState, total_steps: int, data: TrainingData) -> None:
+    logger.info(
+        "%s: %d ranks, ZeRO stage %d, %d steps (%.2f epochs of %d), starting at step %d",
+        config.name, state.world_size, state.zero_stage, total_steps, total_steps / data.num_steps_per_epoch, data.num_steps_per_epoch, state.progress.step,
+    )

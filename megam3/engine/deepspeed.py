@@ -1,0 +1,184 @@
+"""The one file that touches DeepSpeed's engine: forward, backward, step, save and load of a model under any ZeRO stage.
+
+A step is a sequence of backward calls whose last one is announced beforehand, because ZeRO reduces gradients at that boundary:
+
+    with engine.step_scope():
+        for index, batch in enumerate(batches):
+            with engine.accumulation(index, len(batches)):
+                objective.run(engine, batch, progress)      # calls engine.encode and engine.backward
+        result = engine.update(step)
+
+Gradients are averaged over ranks by DeepSpeed; `dist/gather.py` derives the convention that makes this the global gradient.
+"""
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
+
+from megam3.batch import PackedTexts, Representations
+from megam3.config.schema import OptimConfig
+from megam3.engine.activations import ActivationMemory
+from megam3.engine.optim import build_adamw, parameter_groups
+from megam3.engine.schedule import learning_rate_factor
+from megam3.model.m3 import represent
+
+TAG = "engine"
+"""Folder of DeepSpeed's own files inside a checkpoint."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step did."""
+
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    lr: float
+    """Learning rate of the encoder."""
+    skipped: bool
+    """True: the gradient was not finite (or the caller asked for it) and no weight moved."""
+
+
+@contextlib.contextmanager
+def model_construction(ds_config: dict) -> Iterator[None]:
+    """Build or load a model inside; under ZeRO-3 transformers then partitions each weight as it arrives, so no rank holds the whole model."""
+    alive = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
+    yield
+    del alive
+
+
+@contextlib.contextmanager
+def weights_only_loads() -> Iterator[None]:
+    """Make every torch.load inside refuse pickled code. DeepSpeed asks for full pickles; its files need just these four types."""
+    name, before = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler]):
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+class Engine:
+    """A model under DeepSpeed. Collective: every rank makes the same calls in the same order."""
+
+    def __init__(self, module: nn.Module, optim: OptimConfig, ds_config: dict, device: torch.device, total_steps: int, activations: ActivationMemory):
+        """Wrap `module` (moved to `device` by DeepSpeed). `total_steps` shapes the learning rate."""
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        groups = parameter_groups(module.named_parameters(), optim)
+        self._peak_lrs = [group.pop("peak_lr") for group in groups]
+        self._torch_optimizer = build_adamw(groups, optim, device)
+        self._torch_optimizer.register_step_pre_hook(self._guard_update)
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=self._torch_optimizer, config=ds_config, dist_init_required=False
+        )
+        self.device, self.stage = device, ds_config["zero_optimization"]["stage"]
+        self._optim, self._total_steps, self._activations = optim, total_steps, activations
+        self._scale, self._is_last_batch, self._drop_update, self._skipped = 1.0, True, False, False
+        self._norm = math.nan
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped model; under ZeRO-3 its parameters are partitioned."""
+        return self._engine.module
+
+    @property
+    def activations(self) -> ActivationMemory:
+        """Checkpointing and offload of this model."""
+        return self._activations
+
+    def encode(self, texts: PackedTexts) -> Representations:
+        """Run the model on one stream of texts; see `megam3.model.m3.represent`."""
+        return represent(self._engine, texts)
+
+    @contextlib.contextmanager
+    def step_scope(self) -> Iterator[None]:
+        """Spans all forward and backward passes of one optimizer step."""
+        self._engine.train()
+        with self._activations.step():
+            yield
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """Evaluation: no dropout, no graph; the training mode comes back at the end."""
+        was_training = self._engine.training
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train(was_training)
+
+    @contextlib.contextmanager
+    def accumulation(self, index: int, count: int) -> Iterator[None]:
+        """Batch `index` of the `count` whose mean gradient makes one step."""
+        self._scale, self._is_last_batch = 1.0 / count, index == count - 1
+        try:
+            yield
+        finally:
+            self._scale, self._is_last_batch = 1.0, True
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Accumulate the gradient of `loss`; `is_last` is the batch's last call on this rank, the same on every rank."""
+        self._engine.set_gradient_accumulation_boundary(self._is_last_batch and is_last)
+        self._engine.backward(loss * self._scale, scale_wrt_gas=False)
+
+    def update(self, step: int, drop: bool = False) -> StepResult:
+        """Clip and apply the accumulated gradient at 0-based optimizer step `step`.
+
+        A non-finite gradient, or `drop`, leaves weights and moments untouched and is reported as skipped.
+        """
+        factor = learning_rate_factor(step, self._total_steps, self._optim.warmup_ratio, self._optim.schedule)
+        for group, peak in zip(self._torch_optimizer.param_groups, self._peak_lrs, strict=True):
+            group["lr"] = peak * factor
+        self._drop_update, self._skipped = drop, False
+        self._norm = self._plain_norm() if self.stage == 0 else math.nan
+        self._engine.step()
+        # a ZeRO optimizer that met a non-finite norm by itself has not called AdamW at all
+        self._norm = self._zero_norm() if self.stage > 0 else self._norm
+        return StepResult(self._norm, self._optim.lr * factor, self._skipped or not math.isfinite(self._norm))
+
+    def save(self, folder: str) -> None:
+        """Write this rank's part of weights and optimizer state under folder/engine."""
+        self._engine.save_checkpoint(folder, tag=TAG, save_latest=False)
+
+    def load(self, folder: str) -> None:
+        """Read what `save` wrote at the same world size and ZeRO stage; nothing is unpickled but tensors and DeepSpeed's bookkeeping."""
+        with weights_only_loads():
+            path, _ = self._engine.load_checkpoint(folder, tag=TAG, load_lr_scheduler_states=False)
+        assert path is not None, f"DeepSpeed found no checkpoint in {folder}/{TAG}"
+
+    def _plain_norm(self) -> float:
+        # without ZeRO, DeepSpeed clips in place and keeps no norm: read it from the reduced gradients before the step
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else math.nan
+
+    def _zero_norm(self) -> float:
+        return float(self._engine.optimizer._global_grad_norm)
+
+    def _guard_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Runs right before torch's AdamW moves weights: ZeRO knows the global norm by now, the same on every rank.
+
+        Parameters without a gradient are left alone by AdamW, moments and step count included, so dropping the gradients skips the step.
+        """
+        if self.stage > 0:
+            self._norm = self._zero_norm()
+        if self._drop_update or not math.isfinite(self._norm):
+            self._skipped = True
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None

@@ -1,0 +1,69 @@
+"""What a launcher starts, once per rank: `deepspeed --num_gpus 8 --module megam3.train RECIPE [key=value…]`, or plain `python -m megam3.train`."""
+
+import os
+import socket
+import sys
+
+from megam3.dist.env import discover_ranks, prepare_environment
+
+prepare_environment(os.environ)  # DeepSpeed picks its accelerator and its build folder while it is imported
+
+import torch  # noqa: E402
+
+from megam3.build import build  # noqa: E402
+from megam3.config.check import check_config  # noqa: E402
+from megam3.config.load import load_config  # noqa: E402
+from megam3.dist import comm  # noqa: E402
+from megam3.errors import UserError  # noqa: E402
+from megam3.trainer import train  # noqa: E402
+
+EXIT_USER_ERROR = 2
+"""Exit code for bad input; the message is on stderr."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train one run on this rank; returns the exit code (0, 2 for bad input, 85 to be started again)."""
+    arguments = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")]
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        ranks = discover_ranks(os.environ)
+        rank = ranks.rank
+        if not arguments:
+            raise UserError("recipe", None, "is required", "python -m megam3.train RECIPE [key=value…]; recipes: megam3 show-config --list")
+        config = load_config(arguments[0], arguments[1:])
+        check_config(config, ranks.world_size)
+    except UserError as error:
+        # found from the command line and the disk alone, so every rank finds the same: one of them says it
+        if rank == 0:
+            print(f"megam3: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    try:
+        device = start_device(ranks.local_rank)
+        comm.start(ranks, "nccl" if device.type == "cuda" else "gloo")
+        share_threads(device)
+        return train(build(config, device))
+    except UserError as error:
+        print(f"megam3: rank {rank}: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    finally:
+        comm.stop()
+
+
+def start_device(local_rank: int) -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def share_threads(device: torch.device) -> None:
+    """On CPUs, split the cores of a machine evenly between its ranks, unless OMP_NUM_THREADS says otherwise; collective."""
+    hosts = comm.gather_objects_json(socket.gethostname())
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // hosts.count(socket.gethostname())))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""The training loop. It knows no stage: objectives compute, the engine steps, this file counts, logs, evaluates, saves and stops.
+
+Everything random in a step is a function of (seed, step, rank), so a resumed run draws what the uninterrupted one would have drawn.
+"""
+
+import logging
+import math
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import FrameType
+
+import torch
+
+from megam3.batch import Progress, RetrievalBatch
+from megam3.checkpoint import RunState, save_checkpoint
+from megam3.config.schema import RunConfig
+from megam3.data.dataset import TrainingData
+from megam3.dist import comm
+from megam3.engine.deepspeed import Engine, StepResult
+from megam3.errors import TrainingError
+from megam3.obs.clock import EncoderShape, StepClock, peak_memory_bytes
+from megam3.obs.metrics import MetricsWriter
+from megam3.obs.progress import TrainingProgress
+from megam3.objectives.base import Objective
+
+logger = logging.getLogger(__name__)
+
+EXIT_REQUEUE = 85
+"""Exit code of a run that saved itself on SIGTERM or SIGUSR1 and wants to be started again; slurm/train.sh turns it into a requeue."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The live objects of one run on one rank; build.py makes them."""
+
+    config: RunConfig
+    run_dir: str
+    engine: Engine
+    objective: Objective
+    data: TrainingData
+    total_steps: int
+    state: RunState
+    """Where the run starts, and the fingerprints that go into each checkpoint."""
+    model_files: str
+    """Folder with config.json and tokenizer files, copied into each checkpoint."""
+    encoder_shape: EncoderShape
+    matmul_peak: float
+    """FLOPs per second of this rank's device."""
+    evaluate: Callable[[int], dict[str, float]] | None
+    """Collective evaluation at a step; figures for the log."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step over all ranks."""
+
+    figures: dict[str, float]
+    """Means over ranks and accumulated batches."""
+    num_queries: int
+    num_tokens: int
+    padded_tokens: int
+    """Tokens that padding to the longest text would have cost."""
+    num_truncated: int
+    stop_requested: bool
+    nonfinite: str
+    """Rank and name of the first figure that is not finite; empty when all are."""
+
+
+def train(run: Run) -> int:
+    """Train to the last step, or until asked to stop; returns the process' exit code.
+
+    Raises:
+        TrainingError: a loss or gradient was not finite and engine.on_nonfinite is "stop"; weights are those before that step.
+    """
+    train_config, progress, stop = run.config.train, run.state.progress, _StopSignal()
+    metrics = MetricsWriter(run.run_dir, progress.step) if comm.is_main() else None
+    clock, saved_step, exit_code = StepClock(run.matmul_peak), progress.step, 0
+    with stop, TrainingProgress(run.total_steps, progress.step, train_config.log_every_steps) as bar:
+        for batches in run.data.batches(comm.rank(), comm.world_size(), progress.step, run.total_steps):
+            report = run_step(run, batches, progress, stop.requested)
+            result = run.engine.update(progress.step, drop=bool(report.nonfinite))
+            _check_finite(run, report, result, progress.step)
+            progress = _advance(run, progress, report)
+            clock.add(report.num_tokens, run.encoder_shape.training_flops([n for b in batches for n in b.texts.lengths]))
+            is_last = progress.step == run.total_steps
+            if progress.step % train_config.log_every_steps == 0 or is_last:
+                values = _log_values(run, report, result, clock)
+                _warn_of_dead_heads(values, train_config.dead_head_share, progress.step)
+                if metrics is not None:
+                    metrics.write(progress.step, values)
+            if comm.is_main():
+                bar.update(progress.step, {n.removeprefix("loss/"): v for n, v in report.figures.items() if n.startswith("loss/")}, report.num_tokens)
+            if run.evaluate and train_config.evaluate_every_steps and (progress.step % train_config.evaluate_every_steps == 0 or is_last):
+                scores = run.evaluate(progress.step)
+                if metrics is not None:
+                    metrics.write(progress.step, scores)
+            due = train_config.save_every_steps and progress.step % train_config.save_every_steps == 0
+            if due or is_last or report.stop_requested:
+                save(run, progress)
+                saved_step = progress.step
+            if report.stop_requested and not is_last:
+                exit_code = EXIT_REQUEUE
+                break
+    if metrics is not None:
+        metrics.close()
+    logger.info("stopped at step %d of %d; newest checkpoint: step %d", progress.step, run.total_steps, saved_step)
+    return exit_code
+
+
+def run_step(run: Run, batches: list[RetrievalBatch], progress: Progress, stop_requested: bool) -> StepReport:
+    """Forward and backward passes of one optimizer step, then one collective in which all ranks learn the figures and agree."""
+    seed_step(run.config.train.seed, progress.step, comm.rank())
+    figures: list[dict[str, torch.Tensor]] = []
+    with run.engine.step_scope():
+        for index, batch in enumerate(batches):
+            with run.engine.accumulation(index, len(batches)):
+                figures.append(run.objective.run(run.engine, batch.to(run.engine.device), progress))
+    names = list(figures[0])
+    means = torch.stack([torch.stack([f[name].double() for name in names]) for f in figures]).mean(0)
+    counts = [
+        sum(b.num_queries for b in batches),
+        sum(b.texts.num_tokens for b in batches),
+        sum(b.padded_tokens for b in batches),
+        sum(b.num_truncated for b in batches),
+        int(stop_requested),
+    ]
+    return _join_ranks(names, comm.gather_rows(torch.cat([means.cpu(), torch.tensor(counts, dtype=torch.float64)])))
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed dropout for one step; distinct over steps and ranks, and independent of how the run got there."""
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+
+
+def save(run: Run, progress: Progress) -> None:
+    """Write a checkpoint of `progress`; collective."""
+    folder = save_checkpoint(
+        run.run_dir, replace(run.state, progress=progress), run.engine.save, run.model_files, run.config.train.keep_checkpoints
+    )
+    logger.info("saved %s", folder)
+
+
+def _join_ranks(names: list[str], rows_WF: torch.Tensor) -> StepReport:
+    figures_WF, counts = rows_WF[:, : len(names)], rows_WF[:, len(names) :].sum(0).long().tolist()
+    bad = (~torch.isfinite(figures_WF)).nonzero()
+    nonfinite = f"rank {int(bad[0, 0])}: {names[int(bad[0, 1])]}" if len(bad) else ""
+    means = dict(zip(names, figures_WF.mean(0).tolist(), strict=True))
+    queries, tokens, padded, truncated, stops = counts
+    return StepReport(means, queries, tokens, padded, truncated, stops > 0, nonfinite)
+
+
+def _check_finite(run: Run, report: StepReport, result: StepResult, step: int) -> None:
+    if not result.skipped:
+        return
+    what = report.nonfinite or "gradient norm"
+    if run.config.engine.on_nonfinite == "skip":
+        logger.warning("step %d skipped: %s is not finite; weights unchanged", step + 1, what)
+        return
+    raise TrainingError(
+        f"step {step + 1}, {what}",
+        "not finite",
+        "losses and gradients must be finite; the weights are those before this step",
+        "lower optim.lr, look at the batch with tools/inspect_batch.py, or set engine.on_nonfinite=skip",
+    )
+
+
+def _advance(run: Run, progress: Progress, report: StepReport) -> Progress:
+    step = progress.step + 1
+    return Progress(step, run.data.epoch_of(step), progress.queries + report.num_queries, progress.tokens + report.num_tokens)
+
+
+def _log_values(run: Run, report: StepReport, result: StepResult, clock: StepClock) -> dict[str, float]:
+    speed = clock.read()
+    return {
+        **report.figures,
+        "optim/grad_norm": result.grad_norm,
+        "optim/lr": result.lr,
+        "speed/tokens_per_second": speed.tokens_per_second,
+        "speed/matmul_peak_share": speed.peak_share or 0.0,
+        "memory/peak_bytes": float(peak_memory_bytes(run.engine.device)),
+        "data/queries": float(report.num_queries),
+        "data/tokens": float(report.num_tokens),
+        "data/truncated_texts": float(report.num_truncated),
+        "data/padding_avoided_share": 1.0 - report.num_tokens / max(1, report.padded_tokens),
+    }
+
+
+def _warn_of_dead_heads(values: dict[str, float], floor: float, step: int) -> None:
+    """A lexical head whose weights are all zero, or vectors that are all the same, no longer learn; say so while it can be mended."""
+    for name in ("lexical/nonzero_share", "dense/spread", "multi_vector/spread"):
+        value = values.get(name, math.inf)
+        if value < floor:
+            head = name.split("/")[0]
+            logger.warning(
+                "step %d: the %s head is dying (%s = %.2g < %.2g); lower optim.lr or optim.head_lr, or lengthen optim.warmup_ratio",
+                step,
+                head,
+                name,
+                value,
+                floor,
+            )
+
+
+class _StopSignal:
+    """Remembers SIGTERM and SIGUSR1; the loop reads it at the end of a step. The old handlers come back on exit."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "_StopSignal":
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
