@@ -1,4 +1,4 @@
-"""Small real artefacts for tests: made-up sentences, a sentencepiece tokenizer trained on them, and tiny encoders in the published folder layout.
+"""Small real artefacts for tests: made-up sentences, a sentencepiece tokenizer trained on them, tiny encoders in the published layout.
 
 Nothing is downloaded; everything is a function of its seed.
 
