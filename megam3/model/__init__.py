@@ -1,0 +1,1 @@
+"""The encoder on packed texts, its three heads, and how their weights are read and written."""

@@ -1,0 +1,149 @@
+"""Attention inside each text of a packed stream, registered with transformers as `megam3_packed`.
+
+The encoder runs on one stream of T tokens as a batch of one row; every query may see the keys of its own text only. Two paths:
+
+- CUDA in fp16 or bf16 without attention dropout: torch's varlen kernel reads `cu_seqlens` directly.
+- everything else: scaled_dot_product_attention over runs of neighbouring texts of equal length, each run one batched call without a mask.
+  The backbone puts texts of equal length next to each other first, so the number of calls is the number of distinct lengths.
+
+Windows (ModernBERT): transformers hands over `sliding_window` = half-width + 1, and |i - j| <= sliding_window - 1 inside a text is what
+its padded masks allow. Long texts are cut into blocks that see their two neighbours, so the cost stays linear in the length.
+"""
+
+import functools
+import inspect
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface
+
+PACKED_ATTENTION = "megam3_packed"
+"""Name under which the encoder's config selects this attention."""
+
+_MIN_BLOCK_TOKENS = 64
+# torch 2.10 has no scale or window in varlen_attn, later ones do
+_VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def uses_varlen_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float, half_window: int | None = None) -> bool:
+    """Whether a stream with these properties takes torch's varlen kernel, which has no dropout, no fp32 and wants head_dim % 8 == 0."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or dropout > 0:
+        return False
+    if head_dim % 8 or head_dim > 256 or torch.cuda.get_device_capability(device)[0] < 8:
+        return False
+    return half_window is None or "window_size" in _VARLEN_PARAMETERS
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seqlens: Tensor,
+    lengths: tuple[int, ...],
+    max_length: int,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention of each text over itself.
+
+    Args:
+        query, key, value: [1, heads, T, head_dim].
+        cu_seqlens: int32 [N + 1]; `lengths` is the same on the host, `max_length` its maximum.
+        sliding_window: half-width + 1 of a local layer; None: the whole text.
+
+    Returns:
+        [1, T, heads, head_dim] and no weights, as transformers' attention interface wants.
+    """
+    assert attention_mask is None, "packed texts need no mask"
+    query_THd, key_THd, value_THd = (x[0].transpose(0, 1) for x in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    half_window = sliding_window - 1 if sliding_window is not None and sliding_window < max_length else None
+    if uses_varlen_kernel(query.device, query.dtype, query.shape[-1], dropout, half_window):
+        output_THd = _varlen(query_THd, key_THd, value_THd, cu_seqlens, max_length, scale, half_window)
+    else:
+        output_THd = _equal_length_runs(query_THd, key_THd, value_THd, lengths, scale, dropout, half_window)
+    return output_THd.unsqueeze(0), None
+
+
+def _varlen(
+    query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, cu_seqlens: Tensor, max_length: int, scale: float, half_window: int | None
+):
+    options: dict = {}
+    if "scale" in _VARLEN_PARAMETERS:
+        options["scale"] = scale
+    else:
+        query_THd = query_THd * (scale * query_THd.shape[-1] ** 0.5)
+    if half_window is not None:
+        options["window_size"] = (half_window, half_window)
+    return varlen_attn(query_THd, key_THd, value_THd, cu_seqlens, cu_seqlens, max_length, max_length, **options)
+
+
+@functools.lru_cache(maxsize=64)
+def equal_length_runs(lengths: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Neighbouring texts of equal length as (length, count); cached, since every layer asks for the same stream.
+
+    >>> equal_length_runs((3, 3, 5, 3))
+    ((3, 2), (5, 1), (3, 1))
+    """
+    return tuple((length, len(list(run))) for length, run in groupby(lengths))
+
+
+def _equal_length_runs(
+    query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, lengths: tuple[int, ...], scale: float, dropout: float, half_window: int | None
+) -> Tensor:
+    runs = equal_length_runs(lengths)
+    # split, not slices: its backward is one concatenation, where every slice would add a zero-filled gradient of the whole stream
+    sizes = [length * count for length, count in runs]
+    outputs = []
+    for (length, count), *parts in zip(runs, query_THd.split(sizes), key_THd.split(sizes), value_THd.split(sizes)):
+        q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in parts)
+        out = _attend(q, k, v, scale, dropout, half_window)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, half_window: int | None) -> Tensor:
+    """q, k, v [texts, heads, length, head_dim], all of one length."""
+    length = q.shape[2]
+    if half_window is None or length <= half_window + 1:
+        return scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+    block = max(half_window, _MIN_BLOCK_TOKENS)
+    if length > 4 * block:
+        return _attend_in_blocks(q, k, v, scale, dropout, half_window, block)
+    position = torch.arange(length, device=q.device)
+    mask = (position[:, None] - position[None, :]).abs() <= half_window
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+
+
+def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, half_window: int, block: int) -> Tensor:
+    """Banded attention: blocks of `block` >= half_window queries over their own and both neighbouring blocks of keys."""
+    num_texts, num_heads, length, head_dim = q.shape
+    num_blocks = -(-length // block)
+    tail = num_blocks * block - length
+
+    def with_neighbours(x: Tensor) -> Tensor:
+        blocks = pad(x, (0, 0, block, tail + block)).unflatten(2, (num_blocks + 2, block))
+        joined = torch.cat([blocks[:, :, :-2], blocks[:, :, 1:-1], blocks[:, :, 2:]], dim=3)
+        return joined.transpose(1, 2).reshape(num_texts * num_blocks, num_heads, 3 * block, head_dim)
+
+    q_blocks = pad(q, (0, 0, 0, tail)).unflatten(2, (num_blocks, block)).transpose(1, 2).flatten(0, 1)
+    first = torch.arange(num_blocks, device=q.device)[:, None, None] * block
+    query_position = first + torch.arange(block, device=q.device)[:, None]
+    key_position = first + torch.arange(-block, 2 * block, device=q.device)
+    near = (query_position - key_position).abs() <= half_window
+    # queries of the padded tail may see padding: a row without any key would be NaN, and these rows are cut off below
+    real = ((key_position >= 0) & (key_position < length)) | (query_position >= length)
+    mask = (near & real).repeat(num_texts, 1, 1).unsqueeze(1)
+    out = scaled_dot_product_attention(q_blocks, with_neighbours(k), with_neighbours(v), attn_mask=mask, dropout_p=dropout, scale=scale)
+    return out.unflatten(0, (num_texts, num_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)

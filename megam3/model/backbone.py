@@ -1,0 +1,205 @@
+"""Stock Hugging Face encoders on packed texts: which ones can be served, how they are loaded, and one forward pass over a stream.
+
+    encoder = load_backbone("models/xlm-roberta-base")
+    hidden_TD = encode_packed(encoder, texts.input_ids_T, texts.position_ids_T, texts.cu_seqlens_N1, texts.lengths)
+
+Nothing of the encoder is rewritten: its config selects `megam3_packed`, and `cu_seqlens` travels through the encoder's keyword arguments.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from megam3.errors import CheckpointError, ConfigError
+from megam3.model.attention import PACKED_ATTENTION, equal_length_runs, uses_varlen_kernel
+from megam3.model.rows import select_unique_rows
+
+# family -> do its position ids start after the padding id? Each family here has a parity test against its own padded forward.
+_POSITIONS_AFTER_PADDING = {
+    "bert": False,
+    "camembert": True,
+    "electra": False,
+    "modernbert": False,
+    "roberta": True,
+    "xlm-roberta": True,
+    "xlm-roberta-xl": True,
+}
+SERVED_FAMILIES = tuple(_POSITIONS_AFTER_PADDING)
+"""`model_type` of the encoders that run packed."""
+# weights a checkpoint may carry although the bare encoder has no place for them: poolers, task heads, and buffers of old versions
+_SPARE_KEYS = re.compile(
+    r"(^|\.)(pooler|lm_head|cls|classifier|qa_outputs|head|decoder|discriminator_predictions|generator_predictions|generator_lm_head)\."
+    r"|(position_ids|token_type_ids)$"
+)
+
+
+def check_encoder_config(config: PretrainedConfig, source: str) -> None:
+    """Refuse an encoder that cannot run packed, before its weights load.
+
+    Raises:
+        ConfigError: another family, a decoder, or relative positions.
+    """
+    remedy = f"use an encoder of one of these families: {', '.join(SERVED_FAMILIES)}"
+    if config.model_type not in _POSITIONS_AFTER_PADDING:
+        raise ConfigError(
+            "model.path", source, f"is a {config.model_type!r} model, which does not run on packed texts (cu_seqlens, position_ids)", remedy
+        )
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise ConfigError("model.path", source, "is configured as a decoder; retrieval needs attention in both directions", remedy)
+    kind = getattr(config, "position_embedding_type", None) or "absolute"
+    if kind != "absolute":
+        raise ConfigError(
+            "model.path", source, f"has position_embedding_type {kind!r}, which transformers no longer runs", "use absolute positions"
+        )
+
+
+def position_offset(config: PretrainedConfig) -> int:
+    """What the encoder's position ids start at: pad_token_id + 1 for the RoBERTa families (row 2 for XLM-R), else 0."""
+    return config.pad_token_id + 1 if _POSITIONS_AFTER_PADDING[config.model_type] else 0
+
+
+def max_text_tokens(config: PretrainedConfig) -> int:
+    """Longest text the encoder has positions for."""
+    return config.max_position_embeddings - position_offset(config)
+
+
+def load_backbone(
+    source: str, *, hidden_dropout: float | None = None, attention_dropout: float | None = None, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The encoder in folder `source`, without pooler, set to packed attention; partitioned while it loads when an HfDeepSpeedConfig is alive.
+
+    Raises:
+        ConfigError: an encoder that cannot be served.
+        CheckpointError: no readable folder, or weights that do not fit the config.
+    """
+    config = read_encoder_config(source)
+    _override_dropout(config, hidden_dropout, attention_dropout)
+    options = {"config": config, "attn_implementation": PACKED_ATTENTION, "dtype": dtype, **_without_pooler(config)}
+    try:
+        with _quiet_transformers():
+            encoder, report = AutoModel.from_pretrained(source, output_loading_info=True, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError("model.path", source, f"the encoder's weights cannot be loaded ({error})", "check the folder") from error
+    _check_loading(source, report)
+    return encoder
+
+
+def build_backbone(config: PretrainedConfig, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A randomly initialised encoder of this config, set to packed attention; also right under ZeRO-3, where the class itself fails.
+
+    Raises:
+        ConfigError: an encoder that cannot be served.
+    """
+    check_encoder_config(config, config.name_or_path or config.model_type)
+    return AutoModel.from_config(config, attn_implementation=PACKED_ATTENTION, dtype=dtype, **_without_pooler(config))
+
+
+def read_encoder_config(source: str) -> PretrainedConfig:
+    """The config in folder `source`, checked to be one that runs packed.
+
+    Raises:
+        ConfigError: an encoder that cannot be served.
+        CheckpointError: no readable config.json.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            "model.path", source, f"holds no readable config.json ({error})", "give a Hugging Face encoder folder"
+        ) from error
+    check_encoder_config(config, source)
+    return config
+
+
+def encode_packed(
+    encoder: PreTrainedModel, input_ids_T: Tensor, position_ids_T: Tensor, cu_seqlens_N1: Tensor, lengths: tuple[int, ...]
+) -> Tensor:
+    """Last hidden states [T, D] of a packed stream; equal to the encoder's own padded forward at the real tokens.
+
+    A stream without texts gives [0, D] that still hangs on every parameter: a rank with nothing to encode takes part in the backward pass.
+    """
+    if not lengths:
+        one = input_ids_T.new_zeros(1)
+        return encode_packed(encoder, one, one, torch.tensor([0, 1], dtype=torch.int32, device=one.device), (1,))[:0]
+    order_T = None
+    if not _takes_varlen_kernel(encoder, input_ids_T.device):
+        order_T, lengths = _equal_lengths_together(lengths, cu_seqlens_N1)
+    if order_T is not None:
+        input_ids_T, position_ids_T = input_ids_T[order_T], position_ids_T[order_T]
+    hidden_TD = encoder(
+        input_ids=input_ids_T.unsqueeze(0),
+        position_ids=(position_ids_T + position_offset(encoder.config)).unsqueeze(0),
+        cu_seqlens=cu_seqlens_N1,
+        lengths=lengths,
+        max_length=max(lengths),
+    ).last_hidden_state.squeeze(0)
+    return hidden_TD if order_T is None else select_unique_rows(hidden_TD, order_T.argsort())
+
+
+def _takes_varlen_kernel(encoder: PreTrainedModel, device: torch.device) -> bool:
+    config = encoder.config
+    dropout = getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0)) if encoder.training else 0.0
+    return uses_varlen_kernel(device, encoder.dtype, config.hidden_size // config.num_attention_heads, dropout)
+
+
+def _equal_lengths_together(lengths: tuple[int, ...], cu_seqlens_N1: Tensor) -> tuple[Tensor | None, tuple[int, ...]]:
+    """Token order that sorts the texts by length, and the lengths in it; no order when equal lengths are neighbours already."""
+    if len(equal_length_runs(lengths)) == len(set(lengths)):
+        return None, lengths
+    device = cu_seqlens_N1.device
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    new_lengths = tuple(lengths[i] for i in order)
+    order_N, lengths_N = torch.tensor(order, device=device), torch.tensor(new_lengths, device=device)
+    # token t of the new stream, in text n, comes from: old start of n + (t - new start of n)
+    shift_N = cu_seqlens_N1[:-1].long()[order_N] - (lengths_N.cumsum(0) - lengths_N)
+    num_tokens = sum(lengths)
+    return torch.arange(num_tokens, device=device) + shift_N.repeat_interleave(lengths_N, output_size=num_tokens), new_lengths
+
+
+def _without_pooler(config: PretrainedConfig) -> dict[str, bool]:
+    return {} if config.model_type in ("modernbert", "electra") else {"add_pooling_layer": False}
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No bar and no load report per rank: what the report would say is checked here, and is an error."""
+    verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bar:
+            hf_logging.enable_progress_bar()
+
+
+def _override_dropout(config: PretrainedConfig, hidden: float | None, attention: float | None) -> None:
+    """Write the recipe's probabilities over the encoder's own, under the names its family uses."""
+    names = {"hidden_dropout_prob": hidden, "embedding_dropout": hidden, "mlp_dropout": hidden}
+    names |= {"attention_probs_dropout_prob": attention, "attention_dropout": attention}
+    for name, value in names.items():
+        if value is not None and hasattr(config, name):
+            setattr(config, name, value)
+
+
+def _check_loading(source: str, report: dict) -> None:
+    """transformers logs what it did not find and starts it at random; that is never what a user wants here."""
+    missing = sorted(report["missing_keys"])
+    mismatched = sorted(str(key) for key in report["mismatched_keys"])
+    unknown = sorted(key for key in report["unexpected_keys"] if not _SPARE_KEYS.search(key))
+    for keys, fault in (
+        (missing, "misses"),
+        (mismatched, "has other shapes than its config for"),
+        (unknown, "holds what its config has not:"),
+    ):
+        if keys:
+            names = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise CheckpointError(
+                "model.path", source, f"the weight file {fault} {names}", "use the config.json that belongs to the weights"
+            )
