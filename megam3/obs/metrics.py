@@ -1,0 +1,83 @@
+"""Numbers of a run for machines: one JSON line a step in `metrics.jsonl`, and TensorBoard. The only file that knows TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+def metrics_line(step: int, values: Mapping[str, float]) -> str:
+    """One strict JSON line; a value JSON has no word for becomes null and is spelled out under `nonfinite`.
+
+    >>> metrics_line(3, {"loss": float("nan"), "lr": 0.5})
+    '{"step": 3, "loss": null, "lr": 0.5, "nonfinite": {"loss": "nan"}}'
+    """
+    numbers = {name: float(value) for name, value in values.items()}
+    row: dict[str, object] = {"step": step}
+    row.update((name, value if math.isfinite(value) else None) for name, value in numbers.items())
+    odd = {name: str(value) for name, value in numbers.items() if not math.isfinite(value)}
+    if odd:
+        row["nonfinite"] = odd
+    return json.dumps(row, allow_nan=False)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, object]]:
+    """Rows of a `metrics.jsonl`; a last line cut short by a killed run is left out."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return rows
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Rewrite `path` without rows after `step` (and without a torn last line); the old file stays until the new one is whole."""
+    kept = [row for row in read_metrics(path) if int(str(row["step"])) <= step]
+    aside = path.with_suffix(".jsonl.new")
+    aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    os.replace(aside, path)
+
+
+class MetricsWriter:
+    """Appends to `run_dir/metrics.jsonl` and `run_dir/tensorboard`. Main rank only.
+
+    `start_step` is the last step already in the checkpoint the run continues from: rows after it came from steps that are taken again
+    and are removed, so that no step is there twice.
+    """
+
+    def __init__(self, run_dir: str | Path, start_step: int = 0):
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "metrics.jsonl"
+        if path.exists():
+            _drop_after(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record `values` of `step`; the line is on its way to the disk when this returns."""
+        self._file.write(metrics_line(step, values) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, float(value), step)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self._tensorboard.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
