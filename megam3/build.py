@@ -30,7 +30,15 @@ from megam3.trainer import Run
 
 logger = logging.getLogger(__name__)
 
-MODEL_FILES = ("config.json", "special_tokens_map.json", "added_tokens.json", "sentencepiece.bpe.model", "vocab.txt", "vocab.json", "merges.txt")
+MODEL_FILES = (
+    "config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
 """With tokenizer*.json: what a Hugging Face folder holds besides weights."""
 
 
@@ -60,16 +68,23 @@ def build(config: RunConfig, device: torch.device) -> Run:
     # 4. the engine
     engine = Engine(module, config.optim, ds_config, device, total_steps, activations)
     # 5. where to start
-    state = RunState(
-        Progress(), comm.world_size(), engine.stage, signature, data.fingerprint, config.model_dump(mode="json")
-    )
+    state = RunState(Progress(), comm.world_size(), engine.stage, signature, data.fingerprint, config.model_dump(mode="json"))
     if config.train.resume == "auto":
         state = _resume(run_dir, engine, state)
     _report_start(config, state, total_steps, data)
     peak = measure_matmul_peak(device, torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32)
     return Run(
-        config, run_dir, engine, UnifiedObjective(config.objective, config.data.batch.chunk_tokens), data, total_steps, state,
-        os.path.join(run_dir, "model"), shape, peak, None,
+        config,
+        run_dir,
+        engine,
+        UnifiedObjective(config.objective, config.data.batch.chunk_tokens),
+        data,
+        total_steps,
+        state,
+        os.path.join(run_dir, "model"),
+        shape,
+        peak,
+        None,
     )
 
 
@@ -129,5 +144,11 @@ def _write_run_files(run_dir: str, config: RunConfig, ds_config: dict, device: t
 def _report_start(config: RunConfig, state: RunState, total_steps: int, data: TrainingData) -> None:
     logger.info(
         "%s: %d ranks, ZeRO stage %d, %d steps (%.2f epochs of %d), starting at step %d",
-        config.name, state.world_size, state.zero_stage, total_steps, total_steps / data.num_steps_per_epoch, data.num_steps_per_epoch, state.progress.step,
+        config.name,
+        state.world_size,
+        state.zero_stage,
+        total_steps,
+        total_steps / data.num_steps_per_epoch,
+        data.num_steps_per_epoch,
+        state.progress.step,
     )

@@ -90,7 +90,11 @@ def train(run: Run) -> int:
                 if metrics is not None:
                     metrics.write(progress.step, values)
             if comm.is_main():
-                bar.update(progress.step, {n.removeprefix("loss/"): v for n, v in report.figures.items() if n.startswith("loss/")}, report.num_tokens)
+                bar.update(
+                    progress.step,
+                    {n.removeprefix("loss/"): v for n, v in report.figures.items() if n.startswith("loss/")},
+                    report.num_tokens,
+                )
             if run.evaluate and train_config.evaluate_every_steps and (progress.step % train_config.evaluate_every_steps == 0 or is_last):
                 scores = run.evaluate(progress.step)
                 if metrics is not None:

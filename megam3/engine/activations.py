@@ -59,11 +59,16 @@ def _checkpoint_layers(module: nn.Module, function: Callable) -> None:
     if encoder is not None and encoder.supports_gradient_checkpointing:
         encoder.activation_checkpointing_enable()
         # transformers keeps the function to call on each layer; ours marks the input first
-        layers = [m for m in encoder.modules() if getattr(m, "gradient_checkpointing", False) and hasattr(m, "_gradient_checkpointing_func")]
+        layers = [
+            m for m in encoder.modules() if getattr(m, "gradient_checkpointing", False) and hasattr(m, "_gradient_checkpointing_func")
+        ]
     if not layers:
         name = type(encoder or module).__name__
         raise ConfigError(
-            "engine.activation_checkpointing", True, f"{name} has no layers that can be checkpointed", "set engine.activation_checkpointing=false"
+            "engine.activation_checkpointing",
+            True,
+            f"{name} has no layers that can be checkpointed",
+            "set engine.activation_checkpointing=false",
         )
     for layer in layers:
         layer._gradient_checkpointing_func = function

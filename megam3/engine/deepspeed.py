@@ -50,9 +50,17 @@ class StepResult:
     """True: the gradient was not finite (or the caller asked for it) and no weight moved."""
 
 
+def join(device: torch.device) -> None:
+    """Let DeepSpeed use the process group of `comm.start`; a world of one, which has none, gets one that needs no network."""
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(auto_mpi_discovery=False)
+
+
 @contextlib.contextmanager
 def model_construction(ds_config: dict) -> Iterator[None]:
-    """Build or load a model inside; under ZeRO-3 transformers then partitions each weight as it arrives, so no rank holds the whole model."""
+    """Build or load a model inside, after `join`; under ZeRO-3 each weight is partitioned as it arrives and no rank holds the whole model."""
     alive = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
     yield
     del alive
@@ -76,20 +84,21 @@ def weights_only_loads() -> Iterator[None]:
 class Engine:
     """A model under DeepSpeed. Collective: every rank makes the same calls in the same order."""
 
-    def __init__(self, module: nn.Module, optim: OptimConfig, ds_config: dict, device: torch.device, total_steps: int, activations: ActivationMemory):
+    def __init__(
+        self, module: nn.Module, optim: OptimConfig, ds_config: dict, device: torch.device, total_steps: int, activations: ActivationMemory
+    ):
         """Wrap `module` (moved to `device` by DeepSpeed). `total_steps` shapes the learning rate."""
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self.device, self.stage = device, ds_config["zero_optimization"]["stage"]
+        self._optim, self._total_steps, self._activations = optim, total_steps, activations
+        self._scale, self._is_last_batch, self._drop_update, self._skipped = 1.0, True, False, False
+        self._norm, self._is_ready = math.nan, False
         groups = parameter_groups(module.named_parameters(), optim)
         self._peak_lrs = [group.pop("peak_lr") for group in groups]
         self._torch_optimizer = build_adamw(groups, optim, device)
         self._torch_optimizer.register_step_pre_hook(self._guard_update)
-        self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=self._torch_optimizer, config=ds_config, dist_init_required=False
-        )
-        self.device, self.stage = device, ds_config["zero_optimization"]["stage"]
-        self._optim, self._total_steps, self._activations = optim, total_steps, activations
-        self._scale, self._is_last_batch, self._drop_update, self._skipped = 1.0, True, False, False
-        self._norm = math.nan
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._torch_optimizer, config=ds_config, dist_init_required=False)
+        self._is_ready = True
 
     @property
     def module(self) -> nn.Module:
@@ -175,6 +184,8 @@ class Engine:
 
         Parameters without a gradient are left alone by AdamW, moments and step count included, so dropping the gradients skips the step.
         """
+        if not self._is_ready:
+            return  # DeepSpeed steps on zero gradients once while it allocates the moments
         if self.stage > 0:
             self._norm = self._zero_norm()
         if self._drop_update or not math.isfinite(self._norm):

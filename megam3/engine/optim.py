@@ -6,9 +6,7 @@ import torch
 from torch import nn
 
 from megam3.config.schema import OptimConfig
-
-HEAD_PREFIXES = ("lexical_head.", "multi_vector_head.")
-"""Parameters of M3Model outside the encoder."""
+from megam3.model.m3 import is_head_parameter
 
 
 def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict]:
@@ -21,7 +19,7 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], confi
     for name, parameter in named_parameters:
         if parameter.requires_grad:
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            groups.setdefault((name.startswith(HEAD_PREFIXES), len(shape) > 1), []).append(parameter)
+            groups.setdefault((is_head_parameter(name), len(shape) > 1), []).append(parameter)
     return [
         {
             "params": parameters,
