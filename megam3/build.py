@@ -23,9 +23,9 @@ from megam3.dist import comm
 from megam3.engine.activations import ActivationMemory
 from megam3.engine.deepspeed import Engine, model_construction
 from megam3.model.pretrained import load_m3
+from megam3.objectives.unified import UnifiedObjective
 from megam3.obs.clock import EncoderShape, measure_matmul_peak
 from megam3.obs.log import setup_logging
-from megam3.objectives.unified import UnifiedObjective
 from megam3.trainer import Run
 
 logger = logging.getLogger(__name__)

@@ -19,10 +19,10 @@ from megam3.data.dataset import TrainingData
 from megam3.dist import comm
 from megam3.engine.deepspeed import Engine, StepResult
 from megam3.errors import TrainingError
+from megam3.objectives.base import Objective
 from megam3.obs.clock import EncoderShape, StepClock, peak_memory_bytes
 from megam3.obs.metrics import MetricsWriter
 from megam3.obs.progress import TrainingProgress
-from megam3.objectives.base import Objective
 
 logger = logging.getLogger(__name__)
 
