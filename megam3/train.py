@@ -1,4 +1,8 @@
-"""What a launcher starts, once per rank: `deepspeed --num_gpus 8 --module megam3.train RECIPE [key=value…]`, or plain `python -m megam3.train`."""
+"""What a launcher starts, once per rank.
+
+    deepspeed --num_gpus 8 --module megam3.train RECIPE [key=value…]
+    python -m megam3.train RECIPE [key=value…]                          one process
+"""
 
 import os
 import socket

@@ -60,7 +60,7 @@ def join(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def model_construction(ds_config: dict) -> Iterator[None]:
-    """Build or load a model inside, after `join`; under ZeRO-3 each weight is partitioned as it arrives and no rank holds the whole model."""
+    """Build or load a model inside, after `join`; under ZeRO-3 each weight is partitioned as it arrives, so no rank holds all of them."""
     alive = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
     yield
     del alive

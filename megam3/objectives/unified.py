@@ -1,4 +1,4 @@
-"""Unified finetuning (arXiv 2402.03216, section 3.3): InfoNCE on three heads and their sum over every rank's passages, plus self-distillation."""
+"""Unified finetuning: InfoNCE on three heads and their sum, plus self-distillation (arXiv 2402.03216, section 3.3)."""
 
 import torch
 from torch import Tensor
@@ -64,8 +64,8 @@ def _figures(terms: LossTerms, representations: Representations, num_queries: in
         "loss/total": terms.total.detach(),
         **{f"loss/{name}": value for name, value in terms.terms.items()},
         **{f"accuracy/{name}": value for name, value in terms.accuracy.items()},
-        "lexical/nonzero_share": (weights_Z > 0).float().mean(),
-        "lexical/mean_weight": weights_Z.float().mean(),
+        "lexical/nonzero_share": (weights_Z > 0).float().sum() / max(1, weights_Z.numel()),
+        "lexical/mean_weight": weights_Z.float().sum() / max(1, weights_Z.numel()),
         "dense/spread": spread(passages.dense_ND),
         "multi_vector/spread": spread(passages.multi_KC),
     }

@@ -1,0 +1,195 @@
+"""DeepSpeed's engine under every ZeRO stage against a plain torch loop over the whole batch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megam3.batch import Progress
+from megam3.config.schema import ModelConfig, OptimConfig, UnifiedConfig
+from megam3.dist import comm
+from megam3.engine.activations import ActivationMemory
+from megam3.engine.consolidate import consolidate
+from megam3.engine.deepspeed import Engine, join, model_construction
+from megam3.engine.schedule import learning_rate_factor
+from megam3.errors import ConfigError
+from megam3.model.m3 import is_head_parameter, represent
+from megam3.model.pretrained import load_m3
+from megam3.objectives.unified import UnifiedObjective
+from tests.batches import batch_of, make_groups, split_over_ranks
+from tests.factory import make_tiny_model_folder
+from tests.ranks import run_ranks
+
+STEPS = 3
+OPTIM = OptimConfig(lr=1e-3, head_lr=2e-3, weight_decay=0.01, warmup_ratio=0.4, clip_norm=0.5)
+OBJECTIVE = UnifiedConfig(temperature=0.2, self_distill_start_step=1)
+CPU = torch.device("cpu")
+
+
+def ds_config(stage: int, *, bf16: bool = False) -> dict:
+    return {
+        "train_batch_size": comm.world_size(),
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage},
+        "gradient_clipping": OPTIM.clip_norm,
+        "bf16": {"enabled": bf16},
+    }
+
+
+def make_engine(folder: str, stage: int, *, offload: bool = False, bf16: bool = False) -> Engine:
+    join(CPU)
+    config = ds_config(stage, bf16=bf16)
+    with model_construction(config):
+        module = load_m3(folder, ModelConfig(path=folder), dtype=torch.bfloat16 if bf16 else torch.float32)
+    return Engine(module, OPTIM, config, CPU, STEPS + 1, ActivationMemory(module, offload, offload))
+
+
+def train_steps(engine: Engine, chunk_tokens: int | None, first: int = 0, count: int = STEPS, accumulation: int = 1) -> dict:
+    objective = UnifiedObjective(OBJECTIVE, chunk_tokens)
+    losses, norms, marked = [], [], []
+    for step in range(first, first + count):
+        torch.manual_seed(step)
+        with engine.step_scope():
+            total = 0.0
+            for index in range(accumulation):
+                batch = split_over_ranks(make_groups(4, seed=step * accumulation + index), comm.rank(), comm.world_size())
+                with engine.accumulation(index, accumulation):
+                    figures = objective.run(engine, batch, Progress(step))
+                total += float(comm.all_reduce_sum(figures["loss/total"])) / comm.world_size() / accumulation
+            marked.append(engine.activations.marked_inputs_saved)
+        losses.append(total)
+        norms.append(engine.update(step).grad_norm)
+    return {"losses": losses, "norms": norms, "marked": marked}
+
+
+def torch_reference(folder: str, accumulation: int = 1) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """One process, no DeepSpeed, no engine code: torch's AdamW and clipping over the global batch."""
+    model = load_m3(folder, ModelConfig(path=folder)).train()
+    groups = [
+        {"params": [p], "peak": 2e-3 if is_head_parameter(n) else 1e-3, "weight_decay": 0.01 if p.dim() > 1 else 0.0}
+        for n, p in model.named_parameters()
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    objective, losses, norms = UnifiedObjective(OBJECTIVE), [], []
+
+    class Plain:
+        def encode(self, texts):
+            return represent(model, texts)
+
+        def backward(self, loss, is_last):
+            (loss / accumulation).backward()
+
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        figures = [
+            objective.run(Plain(), batch_of(make_groups(4, seed=step * accumulation + index)), Progress(step)) for index in range(accumulation)
+        ]
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)))
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * learning_rate_factor(step, STEPS + 1, OPTIM.warmup_ratio, "linear")
+        optimizer.step()
+        losses.append(sum(float(f["loss/total"]) for f in figures) / accumulation)
+    return losses, norms, model.state_dict()
+
+
+def _all_stages(folder: str, out: str) -> list[dict]:
+    results = []
+    for stage, offload, chunk_tokens in [(0, False, None), (1, False, None), (2, True, 40), (3, True, None), (3, False, 40)]:
+        engine = make_engine(folder, stage, offload=offload)
+        result = train_steps(engine, chunk_tokens)
+        target = f"{out}/{stage}-{offload}-{chunk_tokens}"
+        engine.save(target)
+        comm.barrier()
+        resumed = make_engine(folder, stage, offload=offload)
+        resumed.load(target)
+        more, again = train_steps(engine, chunk_tokens, STEPS, 1), train_steps(resumed, chunk_tokens, STEPS, 1)
+        results.append({**result, "folder": target, "next": more["losses"], "resumed_next": again["losses"]})
+    return results
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return str(make_tiny_model_folder(tmp_path_factory.mktemp("model") / "tiny"))
+
+
+@pytest.mark.ranks
+def test_two_ranks_under_every_stage_equal_torch_on_one(folder, tmp_path):
+    losses, norms, weights = torch_reference(folder)
+    for result in run_ranks(_all_stages, 2, folder, str(tmp_path))[0]:
+        torch.testing.assert_close(result["losses"], losses, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(result["norms"], norms, rtol=2e-4, atol=1e-5)
+        merged = consolidate(result["folder"])
+        assert merged.keys() == weights.keys()
+        for name, tensor in weights.items():
+            torch.testing.assert_close(merged[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda m, n=name, f=result["folder"]: f"{f} {n}: {m}")
+        assert result["resumed_next"] == result["next"], "the step after a resume must be the very step that would have come"
+
+
+@pytest.mark.ranks
+def test_offload_sees_the_input_of_every_checkpointed_layer_at_every_stage(folder, tmp_path):
+    plain_0, plain_1, offload_2, offload_3, cached_3 = run_ranks(_all_stages, 2, folder, str(tmp_path))[1]
+    assert offload_3["marked"] == [2] * STEPS, "two layers, one forward pass with a graph"
+    assert all(count % 2 == 0 and count >= 4 for count in offload_2["marked"]), "two layers in each chunk's second pass"
+    assert plain_0["marked"] == plain_1["marked"] == cached_3["marked"] == [0] * STEPS
+
+
+def _one_rank(folder: str, stage: int, accumulation: int) -> dict:
+    return train_steps(make_engine(folder, stage), None, accumulation=accumulation)
+
+
+@pytest.mark.ranks
+def test_accumulated_batches_average_their_gradients(folder):
+    losses, norms, _ = torch_reference(folder, accumulation=2)
+    (result,) = run_ranks(_one_rank, 1, folder, 2, 2)
+    torch.testing.assert_close(result["losses"], losses, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(result["norms"], norms, rtol=2e-4, atol=1e-5)
+
+
+def _poisoned_steps(folder: str) -> list:
+    seen = []
+    for stage, bf16 in [(0, False), (1, False), (1, True), (3, False)]:
+        engine = make_engine(folder, stage, bf16=bf16)
+        train_steps(engine, None, 0, 1)
+        before = _weights(engine)
+        texts = batch_of(make_groups(2)).texts
+        with engine.step_scope():
+            engine.backward(engine.encode(texts).dense_ND.sum() * float("nan"), True)
+        poisoned = engine.update(1)
+        with engine.step_scope():
+            engine.backward(engine.encode(texts).dense_ND.square().sum() + engine.encode(texts).multi_KC.sum(), True)
+        dropped = engine.update(1, drop=True)
+        same = all(torch.equal(a, b) for a, b in zip(before, _weights(engine)))
+        next_loss = train_steps(engine, None, 1, 1)["losses"][0]
+        moved = not all(torch.equal(a, b) for a, b in zip(before, _weights(engine)))
+        seen.append([poisoned.skipped, dropped.skipped, same, moved, next_loss == next_loss])
+    return seen
+
+
+def _weights(engine: Engine) -> list[torch.Tensor]:
+    """This rank's own weights (its partition under ZeRO-3)."""
+    return [getattr(p, "ds_tensor", p).detach().clone() for p in engine.module.parameters()]
+
+
+@pytest.mark.ranks
+def test_a_nonfinite_or_dropped_gradient_leaves_every_weight_untouched(folder):
+    for seen in run_ranks(_poisoned_steps, 2, folder):
+        assert seen == [[True, True, True, True, True]] * 4
+
+
+def test_checkpointing_an_encoder_without_layers_is_refused():
+    with pytest.raises(ConfigError, match=r"engine.activation_checkpointing = True: Linear has no layers.*activation_checkpointing=false"):
+        ActivationMemory(torch.nn.Linear(2, 2), True, False)
+
+
+def test_loading_a_pickle_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    (tmp_path / "engine").mkdir()
+    torch.save({"module": Evil()}, tmp_path / "engine" / "mp_rank_00_model_states.pt")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        consolidate(str(tmp_path))
+    assert not (tmp_path / "ran").exists()

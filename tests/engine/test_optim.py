@@ -1,0 +1,49 @@
+import torch
+from torch import nn
+
+from megam3.config.schema import OptimConfig
+from megam3.engine.optim import build_adamw, parameter_groups
+
+
+class _Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+        self.lexical_head = nn.Linear(4, 1)
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+
+
+def test_every_trainable_parameter_is_in_exactly_one_group():
+    toy = _Toy()
+    groups = parameter_groups(toy.named_parameters(), OptimConfig(lr=1e-3, head_lr=1e-2))
+    seen = [id(p) for group in groups for p in group["params"]]
+    assert sorted(seen) == sorted(id(p) for p in toy.parameters() if p.requires_grad)
+
+
+def test_biases_and_norms_do_not_decay_and_heads_have_their_own_rate():
+    toy = _Toy()
+    groups = parameter_groups(toy.named_parameters(), OptimConfig(lr=1e-3, head_lr=1e-2, weight_decay=0.05))
+    of = {id(p): group for group in groups for p in group["params"]}
+    names = {name: of[id(p)] for name, p in toy.named_parameters() if p.requires_grad}
+    assert [name for name, group in names.items() if group["weight_decay"]] == ["encoder.0.weight", "lexical_head.weight"]
+    assert {name: group["peak_lr"] for name, group in names.items()} == {
+        "encoder.0.weight": 1e-3,
+        "encoder.0.bias": 1e-3,
+        "encoder.1.weight": 1e-3,
+        "encoder.1.bias": 1e-3,
+        "lexical_head.weight": 1e-2,
+        "lexical_head.bias": 1e-2,
+    }
+
+
+def test_partitioned_parameters_are_judged_by_their_full_shape():
+    matrix = nn.Parameter(torch.zeros(0))
+    matrix.ds_shape = torch.Size([8, 8])  # what ZeRO-3 leaves behind
+    (group,) = parameter_groups([("encoder.weight", matrix)], OptimConfig(lr=1e-3, weight_decay=0.1))
+    assert group["weight_decay"] == 0.1
+
+
+def test_adamw_takes_the_recipe_moments():
+    groups = parameter_groups(_Toy().named_parameters(), OptimConfig(lr=1e-3, betas=[0.8, 0.95], eps=1e-6))
+    optimizer = build_adamw(groups, OptimConfig(lr=1e-3, betas=[0.8, 0.95], eps=1e-6), torch.device("cpu"))
+    assert all(group["betas"] == (0.8, 0.95) and group["eps"] == 1e-6 for group in optimizer.param_groups)
