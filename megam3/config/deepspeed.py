@@ -1,0 +1,157 @@
+"""The final DeepSpeed dictionary: a memory strategy from ds_configs/ plus what the recipe says about the run.
+
+A template holds memory strategy only, so that one file serves every recipe and every recipe runs under every strategy.
+megam3 counts its own batches and sets accumulation boundaries itself, hence the batch sizes of one; optimizer and schedule are
+torch objects.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from megam3.config.problems import raise_problems
+from megam3.config.schema import RunConfig
+from megam3.errors import ConfigError
+
+RECIPE_FIELDS = {
+    "train_batch_size": "data.batch",
+    "train_micro_batch_size_per_gpu": "data.batch",
+    "gradient_accumulation_steps": "data.batch.accumulation_steps",
+    "gradient_clipping": "optim.clip_norm",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "bf16": "engine.precision",
+    "fp16": "engine.precision",
+    "amp": "engine.precision",
+    "torch_autocast": "engine.precision",
+    "activation_checkpointing": "engine.activation_checkpointing",
+    "steps_per_print": "train.log_every_steps",
+    "seed": "train.seed",
+}
+"""DeepSpeed fields that the recipe decides, and where."""
+
+MEMORY_FIELDS = frozenset(
+    {"zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "aio", "communication_data_type"}
+)
+"""DeepSpeed fields that make up a memory strategy."""
+
+DIAGNOSTIC_FIELDS = frozenset({"comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state"})
+"""DeepSpeed fields that change what is printed, not what is computed."""
+
+Precision = Literal["bf16", "fp32"]
+
+
+def default_template_dir() -> Path:
+    """`ds_configs`: inside the installed package, or at the top of a source checkout."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "ds_configs"
+    return installed if installed.is_dir() else package.parent / "ds_configs"
+
+
+def resolve_precision(precision: Literal["auto", "bf16", "fp32"], has_gpu: bool) -> Precision:
+    """`auto` is bf16 on GPUs and fp32 on CPUs."""
+    if precision == "auto":
+        return "bf16" if has_gpu else "fp32"
+    return precision
+
+
+def build_deepspeed_config(
+    config: RunConfig, world_size: int, template_dir: str | Path | None = None, *, has_gpu: bool = False
+) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`, from the template `config.engine.template` and the recipe.
+
+    Raises:
+        ConfigError: unknown template, invalid JSON, a field that the recipe decides, or one that is no memory strategy.
+    """
+    path = find_template(config.engine.template, default_template_dir() if template_dir is None else Path(template_dir))
+    template = read_template(path)
+    raise_problems([*_foreign_fields(template, path), *_auto_values(template, path), *_partition_size(template, path, world_size)])
+    return {
+        **template,
+        "train_batch_size": world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optim.clip_norm or 0.0,
+        "bf16": {"enabled": resolve_precision(config.engine.precision, has_gpu) == "bf16"},
+    }
+
+
+def find_template(name: str, template_dir: Path) -> Path:
+    """The file of a template given by name or as a path.
+
+    Raises:
+        ConfigError: neither; lists the templates there are.
+    """
+    by_name = template_dir / f"{name}.json"
+    if by_name.parent == template_dir and by_name.is_file():
+        return by_name
+    if Path(name).is_file():
+        return Path(name)
+    names = sorted(path.stem for path in template_dir.glob("*.json"))
+    near = difflib.get_close_matches(Path(name).stem, names, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    remedy = f"{hint}give a path or one of: {', '.join(names) or f'(no templates in {template_dir})'}"
+    raise ConfigError("engine.template", name, "no such file, and no template has this name", remedy)
+
+
+def read_template(path: Path) -> dict[str, Any]:
+    """The JSON object of a template.
+
+    Raises:
+        ConfigError: unreadable, invalid JSON (with its line), a key written twice, or not an object.
+    """
+    try:
+        template = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _without_repeats(pairs, path))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}", error.msg, "is not valid JSON", "correct this line") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), str(error), "cannot be read", "give a readable UTF-8 file") from None
+    if not isinstance(template, dict):
+        raise ConfigError(str(path), type(template).__name__, "a template is a JSON object", 'write {"zero_optimization": {"stage": 1}}')
+    return template
+
+
+def _without_repeats(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ConfigError(f"{path}:{key}", value, "is written twice", "keep one of the two")
+        seen[key] = value
+    return seen
+
+
+def _foreign_fields(template: dict[str, Any], path: Path) -> Iterator[ConfigError]:
+    for key, value in template.items():
+        if key in RECIPE_FIELDS:
+            field = RECIPE_FIELDS[key]
+            rule = f"given in two places: here and by the recipe's {field}"
+            yield ConfigError(f"{path}:{key}", value, rule, f"remove it from the template and set {field} in the recipe")
+        elif key not in MEMORY_FIELDS | DIAGNOSTIC_FIELDS:
+            known = sorted(MEMORY_FIELDS | DIAGNOSTIC_FIELDS)
+            near = difflib.get_close_matches(key, known, n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"remove it; a template may hold: {', '.join(known)}"
+            yield ConfigError(f"{path}:{key}", value, "is no memory strategy", remedy)
+
+
+def _auto_values(node: Any, path: Path, key: str = "") -> Iterator[ConfigError]:
+    # transformers' Trainer fills "auto" in before DeepSpeed sees it; DeepSpeed alone fails on it much later, without naming the file
+    if node == "auto":
+        yield ConfigError(
+            f"{path}:{key}", node, "DeepSpeed needs a value here", "write a number, or remove the key for DeepSpeed's default"
+        )
+    elif isinstance(node, dict):
+        for name, value in node.items():
+            yield from _auto_values(value, path, f"{key}.{name}" if key else name)
+
+
+def _partition_size(template: dict[str, Any], path: Path, world_size: int) -> Iterator[ConfigError]:
+    zero = template.get("zero_optimization")
+    size = zero.get("zero_hpz_partition_size", 1) if isinstance(zero, dict) else 1
+    if isinstance(size, int) and size > 1 and world_size % size:
+        rule = f"{world_size} ranks cannot be split into groups of {size}"
+        remedy = "set it to the GPUs of one node, and start as many ranks on every node"
+        yield ConfigError(f"{path}:zero_optimization.zero_hpz_partition_size", size, rule, remedy)

@@ -1,0 +1,134 @@
+"""Recipe and overrides in, validated RunConfig out: defaults < recipe YAML < `a.b.c=value`.
+
+Every problem names the field, the value, the rule, the remedy and where it was written; all problems of a recipe come at once.
+
+    load_config("unified", ["optim.lr=2e-5", "data.train.0.weight=2"])
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from megam3.config import recipe_yaml
+from megam3.config.problems import raise_problems
+from megam3.config.schema import RunConfig
+from megam3.config.violations import explain
+from megam3.errors import ConfigError
+
+RECIPE_DIR = Path(__file__).resolve().parent.parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the packaged recipes, sorted."""
+    return sorted(path.stem for path in RECIPE_DIR.glob("*.yaml"))
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe given as a path or as the name of a packaged one.
+
+    Raises:
+        ConfigError: neither; lists the packaged names.
+    """
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    packaged = RECIPE_DIR / f"{recipe}.yaml"
+    if path.parent == Path(".") and packaged.is_file():
+        return packaged
+    names = recipe_names()
+    near = difflib.get_close_matches(path.stem, names, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    rule = "is a folder, not a recipe file" if path.is_dir() else "no such file, and no packaged recipe has this name"
+    raise ConfigError("recipe", str(recipe), rule, f"{hint}give a path to a YAML file or one of: {', '.join(names)}")
+
+
+def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe (a path, or the name of a packaged one), apply `key=value` overrides, validate.
+
+    Raises:
+        ConfigError: unreadable file, invalid YAML, unknown key, wrong type or value, bad override; `GroupedConfigError` for several.
+    """
+    path = find_recipe(recipe)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("recipe", str(path), f"cannot be read ({error})", "give a readable UTF-8 file") from None
+    document = recipe_yaml.parse(text, str(path))
+    if not isinstance(document.data, dict):
+        raise ConfigError(str(path), document.data, "a recipe is a YAML mapping of sections", "start it with `name: …`")
+    where = dict(document.where)
+    raise_problems(problem for override in overrides if (problem := _try_override(document.data, override, where)))
+    return parse_config(document.data, where)
+
+
+def parse_config(data: dict[str, Any], where: dict[recipe_yaml.Path, str] | None = None) -> RunConfig:
+    """Validate plain data; `where` tells for a path where it was written.
+
+    Raises:
+        ConfigError: unknown key, wrong type or value; `GroupedConfigError` for several.
+    """
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise_problems(explain(error, data, where or {}))
+        raise  # explain() returns at least one problem for a ValidationError, so this line is never reached
+
+
+def dump_config(config: RunConfig) -> str:
+    """The whole configuration as YAML, defaults written out; `load_config` reads it back as an equal RunConfig."""
+    return recipe_yaml.dump(config.model_dump())
+
+
+def _try_override(data: dict[str, Any], override: str, where: dict[recipe_yaml.Path, str]) -> ConfigError | None:
+    try:
+        _apply_override(data, override, where)
+    except ConfigError as error:
+        return error
+    return None
+
+
+def _apply_override(data: dict[str, Any], override: str, where: dict[recipe_yaml.Path, str]) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError("override", override, "is not of the form key=value", "write for example optim.lr=2e-5")
+    try:
+        value = recipe_yaml.parse_value(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {key}", text, "its value is not valid YAML", "quote it, for example 'key=\"a: b\"'") from None
+    node: Any = data
+    path: recipe_yaml.Path = ()
+    for position, part in enumerate(parts):
+        step = _step_into(node, part, path, override)
+        path = (*path, step)
+        if position == len(parts) - 1:
+            node[step] = value
+        elif isinstance(node, dict) and node.get(step) is None:
+            node[step] = {}
+        node = node[step]
+    # what an override wrote hides the recipe's own lines below it
+    for known in [known for known in where if known[: len(path)] == path]:
+        del where[known]
+    where[path] = f"override {override}"
+
+
+def _step_into(node: Any, part: str, path: recipe_yaml.Path, override: str) -> str | int:
+    if isinstance(node, dict):
+        return part
+    field = recipe_yaml.dotted(path)
+    if not isinstance(node, list):
+        raise ConfigError(
+            f"{field} (override {override})", node, f"is a value, so it has no part {part!r}", f"set {field} itself, or remove the rest"
+        )
+    if not part.isdecimal() or int(part) >= len(node):
+        last = f"0 to {len(node) - 1}" if node else "none, the list is empty"
+        raise ConfigError(
+            f"{field} (override {override})", part, f"is a list of {len(node)}, and this is no index of it", f"use an index: {last}"
+        )
+    return int(part)

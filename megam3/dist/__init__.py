@@ -1,0 +1,1 @@
+"""Ranks: where they come from, how they talk, and differentiable gathers."""

@@ -1,0 +1,47 @@
+"""Packaging of megam3. Tool settings are in pyproject.toml, exact pins in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "megam3/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+assert VERSION, "megam3/__init__.py has no __version__ line"
+
+setup(
+    name="megam3",
+    version=VERSION.group(1),
+    description="Train multilingual retrieval encoders with dense, lexical and multi-vector heads, from one CPU to many GPUs",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The megam3 authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # templates stay at the top of the repository, where people edit them, and travel inside the package
+    packages=[*find_packages(include=["megam3", "megam3.*"]), "megam3.recipes", "megam3.ds_configs"],
+    package_dir={"megam3": "megam3", "megam3.ds_configs": "ds_configs"},
+    package_data={"megam3": ["py.typed"], "megam3.recipes": ["*.yaml"], "megam3.ds_configs": ["*.json"]},
+    entry_points={"console_scripts": ["megam3 = megam3.cli:main"]},
+    install_requires=[
+        "torch>=2.10",
+        "deepspeed>=0.19.8",
+        "transformers>=5.0",
+        "bm25s>=0.2",
+        "mpi4py>=4.0",
+        "numpy>=1.26",
+        "protobuf>=4.25",
+        "psutil>=5.9",
+        "pyarrow>=15",
+        "pydantic>=2.7",
+        "pytrec-eval-terrier>=0.5.6",
+        "pyyaml>=6.0",
+        "rich>=13",
+        "safetensors>=0.4.3",
+        "sentencepiece>=0.2",
+        "tensorboard>=2.16",
+        "zstandard>=0.22",
+    ],
+    extras_require={"dev": ["hypothesis>=6.100", "mypy>=1.11", "pytest>=8", "ruff>=0.6", "types-PyYAML"]},
+)
