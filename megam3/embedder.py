@@ -15,14 +15,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megam3.batch import Representations, pack_texts
 from megam3.config.schema import HeadWeights, ModelConfig
 from megam3.errors import ConfigError, DataError
 from megam3.model.backbone import max_text_tokens
 from megam3.model.m3 import M3Model, represent
-from megam3.model.pretrained import load_m3
+from megam3.model.pretrained import load_m3, load_tokenizer_of
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,7 +61,7 @@ class M3Embedder:
             raise ConfigError("precision", precision, f"must be auto or one of {', '.join(_DTYPES)}", "leave it at auto")
         path = str(path)
         model = load_m3(path, ModelConfig(path=path), dtype=_DTYPES[precision])
-        self._take(model.to(target), AutoTokenizer.from_pretrained(path))
+        self._take(model.to(target), load_tokenizer_of(path))
 
     @classmethod
     def from_model(cls, model: M3Model, tokenizer: PreTrainedTokenizerBase) -> M3Embedder:
