@@ -7,7 +7,6 @@ import argparse
 import sys
 
 from megam3.checkpoint import consolidated_weights
-
 from megam3.errors import UserError
 from megam3.export.hf_folder import export_hf_folder, source_of_checkpoint
 
