@@ -120,7 +120,7 @@ def make_tiny_model_folder(
                 {"weight": torch.randn(width, hidden_size) / hidden_size**0.5, "bias": torch.randn(width) * 0.1},
                 folder / "colbert_linear.pt",
             )
-            torch.save({"weight": torch.randn(1, hidden_size) * 0.3, "bias": torch.full((1,), 0.2)}, folder / "sparse_linear.pt")
+            torch.save({"weight": torch.randn(1, hidden_size) * 0.1, "bias": torch.ones(1)}, folder / "sparse_linear.pt")
     return folder
 
 

@@ -71,7 +71,7 @@ def max_text_tokens(config: PretrainedConfig) -> int:
 def load_backbone(
     source: str, *, hidden_dropout: float | None = None, attention_dropout: float | None = None, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """The encoder in folder `source`, without pooler, set to packed attention; partitioned while it loads when an HfDeepSpeedConfig is alive.
+    """The encoder in folder `source`, without pooler, set to packed attention; an HfDeepSpeedConfig that is alive partitions it.
 
     Raises:
         ConfigError: an encoder that cannot be served.

@@ -7,8 +7,8 @@
 Memory is linear in T: distinct (text, id) pairs take the place of an N × L × V tensor.
 
 Precision: under bf16 the projections run in bf16. Dense vectors (N rows) and lexical weights (one number a token) leave in fp32, which
-costs next to nothing and keeps scores apart that differ by less than bf16's 3 digits. Multi-vector rows are as many as tokens: their norm is
-taken in fp32, but they leave in the model's dtype, which halves what MaxSim keeps and moves.
+costs next to nothing and keeps scores apart that differ by less than bf16's 3 digits. Multi-vector rows are as many as tokens: their norm
+is taken in fp32, but they leave in the model's dtype, which halves what MaxSim keeps and moves.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class LexicalStructure:
 
 
 def lexical_structure(input_ids_T: Tensor, text_ids_T: Tensor, num_texts: int, special_ids: Sequence[int]) -> LexicalStructure:
-    """Find the distinct (text, id) pairs of a stream. It waits for the device once and needs no hidden states: run it before the encoder."""
+    """Find the distinct (text, id) pairs of a stream. It waits for the device once, so run it before the encoder."""
     keep_T = torch.ones_like(input_ids_T, dtype=torch.bool)
     for special_id in special_ids:
         keep_T &= input_ids_T != special_id

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megam3.config.schema import ModelConfig
 from megam3.errors import CheckpointError
@@ -46,18 +46,26 @@ def load_m3(path: str, config: ModelConfig, *, special_ids: tuple[int, ...] | No
     return model.to(dtype)
 
 
+def load_tokenizer_of(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in folder `path`.
+
+    Raises:
+        CheckpointError: no readable tokenizer.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        rule = f"holds no readable tokenizer ({error})"
+        raise CheckpointError("model.path", path, rule, "put the encoder's tokenizer files there") from error
+
+
 def read_special_ids(path: str) -> tuple[int, ...]:
     """Ids of begin, end, padding and unknown of the tokenizer in folder `path`; config.json does not know the unknown token.
 
     Raises:
         CheckpointError: no readable tokenizer.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            "model.path", path, f"holds no readable tokenizer ({error})", "put the encoder's tokenizer files there"
-        ) from error
+    tokenizer = load_tokenizer_of(path)
     roles = ("bos", "cls", "eos", "sep", "pad", "unk")
     ids = {getattr(tokenizer, f"{role}_token_id") for role in roles}
     return tuple(sorted(ids - {None}))

@@ -1,0 +1,1 @@
+"""Trained weights out, in the layouts other libraries read; one file per consumer."""
