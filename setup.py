@@ -28,6 +28,8 @@ setup(
         "torch>=2.10",
         "deepspeed>=0.19.8",
         "transformers>=5.0",
+        # transformers loads weights partitioned under ZeRO-3 through accelerate's DeepSpeed config
+        "accelerate>=1.1",
         "bm25s>=0.2",
         "mpi4py>=4.0",
         "numpy>=1.26",

@@ -21,7 +21,7 @@ from megam3.data.dataset import TrainingData, open_training_data
 from megam3.data.tokenizer import load_tokenizer
 from megam3.dist import comm
 from megam3.engine.activations import ActivationMemory
-from megam3.engine.deepspeed import Engine, model_construction
+from megam3.engine.deepspeed import Engine, join, model_construction
 from megam3.model.pretrained import load_m3
 from megam3.objectives.unified import UnifiedObjective
 from megam3.obs.clock import EncoderShape, measure_matmul_peak
@@ -59,9 +59,11 @@ def build(config: RunConfig, device: torch.device) -> Run:
     data = _open_data(config, tokenizer, run_dir)
     total_steps = config.train.steps or max(1, round((config.train.epochs or 0) * data.num_steps_per_epoch))
     # 3. the model; a fixed seed, so that heads from scratch are equal on every rank
+    join(device)
     torch.manual_seed(config.train.seed)
+    dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
     with model_construction(ds_config):
-        module = load_m3(config.model.path, config.model, special_ids=tokenizer.special_ids)
+        module = load_m3(config.model.path, config.model, special_ids=tokenizer.special_ids, dtype=dtype)
     signature = model_signature(module)
     activations = ActivationMemory(module, config.engine.activation_checkpointing, config.engine.activation_offload)
     shape = encoder_shape(module)
@@ -72,7 +74,7 @@ def build(config: RunConfig, device: torch.device) -> Run:
     if config.train.resume == "auto":
         state = _resume(run_dir, engine, state)
     _report_start(config, state, total_steps, data)
-    peak = measure_matmul_peak(device, torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32)
+    peak = measure_matmul_peak(device, dtype)
     return Run(
         config,
         run_dir,

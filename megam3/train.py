@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         ranks = discover_ranks(os.environ)
         rank = ranks.rank
+        ranks.export(os.environ)
         if not arguments:
             raise UserError("recipe", None, "is required", "python -m megam3.train RECIPE [key=value…]; recipes: megam3 show-config --list")
         config = load_config(arguments[0], arguments[1:])

@@ -51,7 +51,13 @@ class StepResult:
 
 
 def join(device: torch.device) -> None:
-    """Let DeepSpeed use the process group of `comm.start`; a world of one, which has none, gets one that needs no network."""
+    """Let DeepSpeed use the process group of `comm.start`; a world of one, which has none, gets one that needs no network.
+
+    On CPUs DeepSpeed would first compile a shared-memory all-reduce, and every rank would die where there is no compiler. Only its
+    inference calls use that op, training's collectives go through gloo either way: it is declared unavailable, and nothing is lost.
+    """
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
