@@ -53,7 +53,7 @@ def fetch_help_pages(folder: str | Path) -> Path:
     Raises:
         DataError: no apt-get or dpkg here, or the download failed; says that DATA=file.jsonl is the other way.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # the programs below run inside it
     unpacked = folder / PACKAGE
     pages = unpacked / "usr" / "share" / "help"
     if pages.is_dir():
