@@ -1,7 +1,7 @@
 """Prepare the quickstart: corpus, tokenizer and encoder under one folder.
 
-    OUT/data/train.jsonl
-    OUT/data/heldout/{corpus.jsonl,queries.jsonl,qrels/test.tsv}
+    OUT/train.jsonl
+    OUT/heldout/{corpus.jsonl,queries.jsonl,qrels/test.tsv}
     OUT/encoder/{config.json,model.safetensors,sparse_linear.pt,colbert_linear.pt,tokenizer.json,…}
 
 A finished part is found again and not made twice.
@@ -58,12 +58,12 @@ def prepare(
         DataError: the corpus cannot be fetched or read.
     """
     folder, size, init = Path(folder), size or EncoderSize(), init or EncoderInit()
-    prepared = Prepared(folder / "data" / "train.jsonl", folder / "data" / "heldout", folder / "encoder")
+    prepared = Prepared(folder / "train.jsonl", folder / "heldout", folder / "encoder")
     if prepared.encoder_folder.is_dir():
         logger.info("found %s, prepared before", prepared.encoder_folder)
         return prepared
     corpus = _load_corpus(Path(pairs) if pairs else None, Path(cache or folder / "cache"))
-    write_corpus(corpus, folder / "data")
+    write_corpus(corpus, folder)
     logger.info("%d training pairs, %d held-out queries, %d passages", len(corpus.train), len(corpus.queries), len(corpus.passages))
     with tempfile.TemporaryDirectory(prefix="encoder-", dir=folder) as aside:
         tokenizer = train_tokenizer(training_texts(corpus), Path(aside) / "encoder", vocab_size, size.max_tokens)
