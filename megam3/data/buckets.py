@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from megam3.config.schema import BatchConfig, BucketConfig, DataConfig
+from megam3.config.batch_size import bucket_table
+from megam3.config.schema import DataConfig
 from megam3.errors import ConfigError
-
-PAPER_EDGES = (500, 1000, 2000, 3000, 4000, 5000, 6000, 7000, 8192)
-PAPER_TABLES = {
-    # arXiv 2402.03216, table 9: queries of the global batch for fine-tuning on pairs, and for unified fine-tuning
-    "m3_contrastive": (67200, 54720, 37248, 27648, 21504, 17280, 15072, 12288, 9984),
-    "m3_unified": (1152, 768, 480, 432, 336, 336, 288, 240, 192),
-}
 
 
 def bucket_edges(config: DataConfig) -> list[int]:
-    """Upper edges of the length buckets in tokens, ascending.
+    """Upper edges of the length buckets in tokens, ascending; the last one holds the longest text the limits allow.
 
     Raises:
-        ConfigError: edges that do not ascend.
+        ConfigError: edges that do not ascend, or a table that ends below the limits.
     """
-    table = _table(config.batch)
-    edges = [bucket.max_tokens for bucket in table] if table else list(config.length_buckets)
+    table, longest = bucket_table(config.batch), max(config.query_max_tokens, config.passage_max_tokens)
+    edges = [row.max_tokens for row in table] if table else [*(e for e in config.length_buckets if e < longest), longest]
+    field = "data.batch.buckets" if table else "data.length_buckets"
     if edges != sorted(set(edges)):
-        field = "data.batch.buckets" if table else "data.length_buckets"
         raise ConfigError(field, edges, "must ascend", "sort the buckets by tokens and name each edge once")
+    if edges[-1] < longest:
+        rule = f"must reach the longest text, {longest} tokens"
+        raise ConfigError(field, edges, rule, f"add a bucket of {longest} tokens, or lower data.passage_max_tokens")
     return edges
 
 
@@ -41,16 +38,10 @@ def bucket_queries(config: DataConfig, passages_per_query: int, is_text: bool) -
         raise ConfigError("data.batch", given, "must give exactly one of global_queries, global_tokens and buckets", "keep one of them")
     if batch.global_queries is not None:
         return [batch.global_queries] * len(edges)
-    table = _table(batch)
-    if table:
-        return [bucket.global_queries for bucket in table]
+    table = bucket_table(batch)
+    if table is not None:
+        return [row.global_queries for row in table]
     assert batch.global_tokens is not None
     limits = [(min(edge, config.query_max_tokens), min(edge, config.passage_max_tokens)) for edge in edges]
     worst = [passage if is_text else query + passages_per_query * passage for query, passage in limits]
     return [max(1, batch.global_tokens // tokens) for tokens in worst]
-
-
-def _table(batch: BatchConfig) -> list[BucketConfig]:
-    if isinstance(batch.buckets, str):
-        return [BucketConfig(max_tokens=e, global_queries=q) for e, q in zip(PAPER_EDGES, PAPER_TABLES[batch.buckets])]
-    return batch.buckets or []

@@ -78,20 +78,6 @@ def prepare_data(
     return [manifest for name, spec in specs.items() if (manifest := _finish(config, name, spec, tokenizer, store_dir)) is not None]
 
 
-def check_store(config: DataConfig, dataset: DatasetConfig, tokenizer: Tokenizer, manifest: dict) -> None:
-    """Compare a finished dataset with what the recipe asks for now.
-
-    Raises:
-        DataError: naming everything that changed: tokenizer, limits, instructions, or input files.
-    """
-    now = _settings(config, dataset, tokenizer) | {"inputs": _inputs(dataset), "unit_bytes": manifest["spec"]["unit_bytes"]}
-    units = [Unit(*unit) for unit in manifest["spec"]["units"]]
-    digests = [entry["input_digest"] for entry in manifest["shards"]]
-    changes = _changes(manifest["spec"], now, lambda path: any(input_digest(u) != d for u, d in zip(units, digests) if u.path == path))
-    if changes:
-        raise _changed(dataset.name, changes)
-
-
 def _settings(config: DataConfig, dataset: DatasetConfig, tokenizer: Tokenizer) -> dict:
     rules = TextRules(
         dataset.language, dataset.query_instruction, dataset.passage_instruction, config.query_max_tokens, config.passage_max_tokens

@@ -5,6 +5,7 @@ Imports neither torch nor transformers, so that a worker answers within a second
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,9 +42,21 @@ def describe(config: DataConfig, opened: Sequence[StoredDataset]) -> list[Datase
     return rows
 
 
-def fingerprint_of(tokenizer: str, opened: Sequence[StoredDataset], plan: Plan) -> dict[str, str]:
-    """Hashes that a checkpoint keeps, by what they stand for."""
-    return {"tokenizer": tokenizer, "data": " ".join(stored.manifest["fingerprint"] for stored in opened), "plan": plan.fingerprint}
+def fingerprint_of(tokenizer: str, opened: Sequence[StoredDataset], plan: Plan) -> str:
+    """What a checkpoint keeps: equal fingerprints serve equal batches. One hash each of tokenizer, data and plan, so that a change has a name.
+
+    >>> changed_parts("tokenizer:aa data:bb plan:cc", "tokenizer:aa data:b2 plan:c2")
+    ['data']
+    """
+    data = hashlib.blake2b(" ".join(stored.manifest["fingerprint"] for stored in opened).encode(), digest_size=16).hexdigest()
+    return f"tokenizer:{tokenizer} data:{data} plan:{plan.fingerprint}"
+
+
+def changed_parts(saved: str, now: str) -> list[str]:
+    """Names of the parts of two fingerprints that differ: tokenizer, data, plan. The plan follows from the others; alone it means itself."""
+    before, after = (dict(part.partition(":")[::2] for part in text.split()) for text in (saved, now))
+    changed = [name for name in after if before.get(name) != after[name]]
+    return [name for name in changed if name != "plan"] or changed
 
 
 def make_assembler(config: DataConfig, plan: Plan, opened: Sequence[StoredDataset], frame: TextFrame) -> Assembler:
@@ -61,7 +74,7 @@ def make_handler(setup: dict) -> Handler:
     config = DataConfig.model_validate_json(setup["config"])
     opened = open_all(config, setup["store_dir"])
     plan = build_plan(config, describe(config, opened), setup["seed"])
-    if fingerprint_of(setup["fingerprint"]["tokenizer"], opened, plan) != setup["fingerprint"]:
+    if fingerprint_of(setup["tokenizer"], opened, plan) != setup["fingerprint"]:
         raise DataError("data.store_dir", setup["store_dir"], "was changed while a run was reading it", "prepare into another folder")
     prefix, suffix, instruction_tokens = (tuple(ids) for ids in setup["frame"])
     assembler = make_assembler(config, plan, opened, TextFrame(prefix, suffix, instruction_tokens))

@@ -1,4 +1,4 @@
-"""The one entry of training: a recipe's data section, a tokenizer and a prepared store in, batches out.
+"""The one entry of training: a recipe's data section, a tokenizer and a store in, batches out.
 
     data = open_training_data(config.data, tokenizer, store_dir, seed)
     for batches in data.batches(rank, world_size, start_step, stop_step):    # one list of accumulation_steps batches per optimizer step
@@ -9,10 +9,13 @@ The position in the data is three integers (seed, epoch, step) and the fingerpri
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,11 +24,13 @@ from megam3.config.schema import DataConfig
 from megam3.data.assemble import Assembler, TextFrame
 from megam3.data.loader import Batch, Loader
 from megam3.data.plan import Plan, build_plan
-from megam3.data.prepare import check_store
-from megam3.data.share import describe, fingerprint_of, make_assembler, open_all
+from megam3.data.prepare import Progress, prepare_data
+from megam3.data.share import changed_parts, describe, fingerprint_of, make_assembler, open_all
 from megam3.data.store import StoredDataset
 from megam3.data.tokenizer import Tokenizer
 from megam3.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,13 @@ class TrainingData:
     datasets: tuple[StoredDataset, ...]
     plan: Plan
     frame: TextFrame
-    fingerprint: dict[str, str]
-    """Hashes by name (tokenizer, data, plan): equal fingerprints serve equal batches."""
+    tokenizer: str
+    """The tokenizer's fingerprint."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """`tokenizer:… data:… plan:…`: equal fingerprints serve equal batches on any number of ranks."""
+        return fingerprint_of(self.tokenizer, self.datasets, self.plan)
 
     @property
     def num_batches_per_epoch(self) -> int:
@@ -62,20 +72,17 @@ class TrainingData:
         """What a checkpoint keeps of the data's position before `step`."""
         return {"seed": self.plan.seed, "epoch": self.epoch_of(step), "step": step, "fingerprint": self.fingerprint}
 
-    def check_fingerprint(self, saved: dict[str, str]) -> None:
+    def check_fingerprint(self, saved: str) -> None:
         """Refuse to continue a run on other data.
 
         Raises:
             DataError: naming what changed: tokenizer, data, or plan (seed, batch sizes, buckets, weights, draws).
         """
-        changed = [name for name in self.fingerprint if saved.get(name) != self.fingerprint[name]]
-        # other tokens or rows change the plan as well; name the cause, not its consequence
-        causes = [name for name in changed if name != "plan"] or changed
-        if causes:
+        changed = changed_parts(saved, self.fingerprint)
+        if changed:
             meaning = {"plan": "plan (seed, batch size, buckets, weights or draws)", "data": "data (contents of the store)"}
-            what = " and ".join(meaning.get(name, name) for name in causes)
-            rule = f"is not that of the checkpoint: the {what} changed"
-            raise DataError("data fingerprint", {name: self.fingerprint[name] for name in causes}, rule, "restore it, or start a new run")
+            what = " and ".join(meaning.get(name, name) for name in changed)
+            raise DataError("data fingerprint", self.fingerprint, f"is not the run's: the {what} changed", "restore it, or start a new run")
 
     def batches(self, rank: int, world_size: int, start_step: int, stop_step: int) -> Iterator[list[Batch]]:
         """This rank's batches of optimizer steps start_step … stop_step-1, each a list of `accumulation_steps`.
@@ -115,6 +122,7 @@ class TrainingData:
             "store_dir": self.store_dir,
             "seed": self.plan.seed,
             "frame": [self.frame.prefix, self.frame.suffix, self.frame.instruction_tokens],
+            "tokenizer": self.tokenizer,
             "fingerprint": self.fingerprint,
             "rank": rank,
             "world_size": world_size,
@@ -122,18 +130,22 @@ class TrainingData:
 
 
 def open_training_data(config: DataConfig, tokenizer: Tokenizer, store_dir: str | Path, seed: int) -> TrainingData:
-    """Open a prepared store, check it against the recipe and lay out its batches.
+    """Open the store of a recipe, prepare first what is not in it yet, check it, and lay out its batches.
+
+    Preparing uses every core this process may use. Several ranks: let one open, wait for it, then open on the others.
 
     Raises:
-        DataError: a dataset is missing, unfinished, damaged, or was prepared from something else (named).
+        DataError: bad input, a store made from something else (named), or a damaged one.
         ConfigError: batch sizes or buckets that do not fit the data.
     """
+    prepare_data(config, tokenizer, store_dir, num_processes=len(os.sched_getaffinity(0)), on_progress=_log_progress)
     opened = open_all(config, store_dir)
-    for dataset, stored in zip(config.train, opened):
-        check_store(config, dataset, tokenizer, stored.manifest)
     framed = len(tokenizer.prefix) + len(tokenizer.suffix)
     instructions, _ = tokenizer.encode([dataset.passage_instruction for dataset in config.train], 65535)
     frame = TextFrame(tokenizer.prefix, tokenizer.suffix, tuple(max(0, len(ids) - framed) for ids in instructions))
     plan = build_plan(config, describe(config, opened), seed)
-    fingerprint = fingerprint_of(tokenizer.fingerprint, opened, plan)
-    return TrainingData(config, str(store_dir), opened, plan, frame, fingerprint)
+    return TrainingData(config, str(store_dir), opened, plan, frame, tokenizer.fingerprint)
+
+
+def _log_progress(progress: Progress) -> None:
+    logger.info("preparing %s: unit %d of %d, %d records", progress.dataset, progress.units_done, progress.units_total, progress.records)
