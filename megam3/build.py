@@ -21,7 +21,6 @@ from megam3.config.deepspeed import build_deepspeed_config
 from megam3.config.load import dump_config
 from megam3.config.schema import RunConfig
 from megam3.data.dataset import TrainingData, open_training_data
-from megam3.data.prepare import prepare_data
 from megam3.data.tokenizer import Tokenizer, load_tokenizer
 from megam3.dist import comm
 from megam3.engine.activations import ActivationMemory
@@ -118,18 +117,22 @@ def open_data(config: RunConfig, tokenizer: Tokenizer, run_dir: str) -> Training
         DataError: of the preparation on the main rank, of opening on any; ranks that waited say that the main rank failed.
     """
     store_dir = config.data.store_dir or os.path.join(run_dir, "store")
+
+    def open_here() -> TrainingData:
+        return open_training_data(config.data, tokenizer, store_dir, config.train.seed)
+
     with ThreadPoolExecutor(1) as background:
         # in a thread, so that the main rank answers the others meanwhile: no collective call waits longer than a heartbeat
-        work = background.submit(prepare_data, config.data, tokenizer, store_dir) if comm.is_main() else None
+        work = background.submit(open_here) if comm.is_main() else None
         while not comm.any_rank(work is not None and work.done()):
             if work is not None:
                 wait([work], timeout=HEARTBEAT_SECONDS)
         has_failed = comm.any_rank(work is not None and work.exception() is not None)
         if work is not None:
-            work.result()
+            return work.result()
     if has_failed:
-        raise DataError("data.store_dir", store_dir, "the main rank could not prepare it", "see its message")
-    return open_training_data(config.data, tokenizer, store_dir, config.train.seed)
+        raise DataError("data.store_dir", store_dir, "the main rank could not prepare or open it", "see its message")
+    return open_here()
 
 
 def evaluation(config: RunConfig, engine: Engine, tokenizer: Tokenizer, run_dir: str) -> Callable[[int], dict[str, float]] | None:

@@ -37,7 +37,7 @@ class RunState:
     zero_stage: int
     model_signature: str
     """Hash of every parameter's name and shape."""
-    data_fingerprint: dict[str, str]
+    data_fingerprint: str
     """Hashes of tokenizer, data and plan; equal fingerprints serve equal batches."""
     recipe: dict = field(default_factory=dict)
     """The resolved recipe that wrote it."""
