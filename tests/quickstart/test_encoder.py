@@ -4,13 +4,14 @@ import math
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 import sentencepiece as spm
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from megam3.errors import DataError
-from megam3.quickstart.encoder import EncoderInit, EncoderSize, build_encoder, count_rarity, rarity_coordinates
+from megam3.quickstart.encoder import EncoderInit, EncoderSize, build_encoder, count_pieces, find_topics, measure_rarity, rarity_coordinates
 from megam3.quickstart.tokenizer import train_tokenizer
 
 WORDS = ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyzäéя日", k=3 + i % 6)) for i in range(300)]
@@ -50,13 +51,32 @@ def test_too_little_text_is_an_error(tmp_path):
 
 def test_rarity_is_the_root_of_the_idf(built):
     _, tokenizer, _ = built
-    rarity = count_rarity(tokenizer, TEXTS)
+    rarity = measure_rarity(count_pieces(tokenizer, TEXTS))
     frequency = Counter(token for ids in tokenizer(TEXTS)["input_ids"] for token in set(ids))
-    for token in list(frequency)[::29]:
+    for token in sorted(token for token in frequency if token > 3)[::29]:
         idf = math.log(1 + (len(TEXTS) - frequency[token] + 0.5) / (frequency[token] + 0.5))
         assert rarity.rarity_V[token].item() ** 2 == pytest.approx(idf, rel=1e-5)
     counted = [rarity.rarity_V[token].item() for token, count in frequency.items() if token > 3 for _ in range(count)]
     assert rarity.mean == pytest.approx(sum(counted) / len(counted), rel=0.02)
+
+
+def test_topics_are_the_truncated_svd(built):
+    _, tokenizer, _ = built
+    counts = count_pieces(tokenizer, TEXTS[:30])
+    rarity = measure_rarity(counts)
+    matrix = np.zeros((30, len(tokenizer)))
+    for row, ids in enumerate(tokenizer(TEXTS[:30])["input_ids"]):
+        for token, times in Counter(ids).items():
+            if token > 3:
+                matrix[row, token] = (1 + math.log(times)) * rarity.rarity_V[token].item() ** 2
+        matrix[row] /= np.linalg.norm(matrix[row])
+    _, singular, right = np.linalg.svd(matrix, full_matrices=False)
+    expected = right.T * np.sqrt(singular)
+    topics = find_topics(counts, rarity, 30, seed=0).numpy()
+    # the same up to the signs of the directions, which leave products between pieces unchanged
+    used = sorted({int(token) for token in counts.ids_Z})
+    expected = expected[used] / np.linalg.norm(expected[used], axis=1, keepdims=True)
+    np.testing.assert_allclose(topics[used] @ topics[used].T / 30, expected @ expected.T, atol=2e-3)
 
 
 def test_config_is_xlmrs(built):
@@ -87,7 +107,7 @@ def hidden_states(built, text):
 def test_the_lexical_head_starts_by_reading_rarity(built):
     folder, tokenizer, _ = built
     lexical = torch.load(folder / "sparse_linear.pt", weights_only=True)
-    rarity = count_rarity(tokenizer, TEXTS)
+    rarity = measure_rarity(count_pieces(tokenizer, TEXTS))
     ids, hidden = hidden_states(built, TEXTS[0])
     weights = torch.relu(hidden @ lexical["weight"][0] + lexical["bias"])[1:-1]
     correlation = torch.corrcoef(torch.stack([weights, rarity.rarity_V[ids[1:-1]]]))[0, 1]
@@ -102,7 +122,7 @@ def test_the_start_token_reads_the_text_from_the_start(built):
 
 def test_gains_of_zero_leave_plain_noise(built, tmp_path):
     _, tokenizer, _ = built
-    init = EncoderInit(query_key_gain=0, value_output_gain=0, rarity_gain=0)
+    init = EncoderInit(query_key_gain=0, value_output_gain=0, rarity_gain=0, topic_share=0)
     model = build_encoder(tokenizer, TEXTS, tmp_path, SIZE, init)
     query = model.encoder.layer[0].attention.self.query.weight
     assert query.diagonal().abs().mean() < 0.05
