@@ -127,13 +127,14 @@ def test_third_party_seams(path: Path) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_dynamic_imports_stay_in_the_outermost_layer() -> None:
-    outermost = {"cli"}
+def test_dynamic_imports_are_few_and_known() -> None:
+    # the table of subcommands; and a worker process, which gets its entry function by name from the parent that spawned it
+    known = {"cli.py", "data/process.py"}
     wrong = []
     for path in SOURCES:
         module, tree, is_package = read(path)
         names = {name for name, _ in imports_in(tree, module, is_package)}
-        if "importlib" in names and unit_of(module) not in outermost:
+        if "importlib" in names and str(path.relative_to(PACKAGE)) not in known:
             wrong.append(str(path.relative_to(ROOT)))
     assert not wrong, f"importlib hides imports from this test: {wrong}"
 
