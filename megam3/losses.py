@@ -111,7 +111,7 @@ class LossTerms:
     terms: dict[str, Tensor]
     """dense … sum (InfoNCE), teacher_dense …, distill_dense …; detached."""
     accuracy: dict[str, Tensor]
-    """Share of queries whose positive scores highest among the columns they see, per score; detached."""
+    """Share of queries whose positive scores above every other column they see, per score; detached."""
 
 
 def _narrow(
@@ -190,6 +190,6 @@ def unified_loss(
     if distilled:
         target_QP = log_probs["sum"].detach().exp()
         rows.update({f"distill_{name}": -(target_QP * log_probs[name]).sum(1) for name in distilled})
-    # a rank without texts may have no columns either, and still reports under the same names
-    best = {name: x.detach().argmax(1) if x.shape[1] else positive_column_Q for name, x in logits.items()}
-    return assemble(rows, {name: column_Q == positive_column_Q for name, column_Q in best.items()}, settings, row_scale)
+    # a tie is no hit: a dead head, which scores everything alike, must not look accurate
+    level = {name: x.detach() >= x.detach().gather(1, positive_column_Q[:, None]) for name, x in logits.items()}
+    return assemble(rows, {name: x.sum(1) == 1 for name, x in level.items()}, settings, row_scale)

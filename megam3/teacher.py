@@ -33,7 +33,7 @@ def margin_mask(scores_QP: Tensor, positive_score_Q: Tensor, margin: float) -> T
 
 def teacher_margin_mask(teacher: TeacherGroups, num_columns: int, margin: float) -> Tensor:
     """The same by teacher scores, spread over all columns; they know the own group only."""
-    above_QG = margin_mask(teacher.scores_QG, teacher.scores_QG[:, 0], margin) & teacher.exists_QG
+    above_QG = margin_mask(teacher.scores_QG, teacher.scores_QG[:, :1].sum(1), margin) & teacher.exists_QG
     mask_QP = torch.zeros(above_QG.shape[0], num_columns, dtype=torch.int32, device=above_QG.device)
     # places a group does not have repeat its last column: add, do not assign
     return mask_QP.scatter_add_(1, teacher.columns_QG, above_QG.to(torch.int32)).bool()
