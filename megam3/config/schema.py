@@ -157,7 +157,9 @@ class UnifiedConfig(Section):
     mask_false_negatives: bool = True
     """Leave out columns whose text equals the query's positive."""
     false_negative_margin: float | None = None
-    """Leave out columns whose combined score exceeds the positive's by more than this; None: off."""
+    """Leave out columns whose score exceeds the positive's by more than this; None: off."""
+    false_negative_margin_source: Literal["sum", "teacher"] = "sum"
+    """Which score the margin rule compares: the heads' combined score, or the teacher's (which knows the own group only)."""
 
 
 class OptimConfig(Section):

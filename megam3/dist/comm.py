@@ -1,0 +1,157 @@
+"""The few collective calls the rest of the package needs. All of them also work with no process group, where they cost nothing.
+
+Callers never ask "am I distributed?": one rank without a process group is a world of size 1 and no call below communicates there.
+Tensors may live on any device; with NCCL the transfer goes through the current CUDA device, with gloo through the CPU.
+"""
+
+import json
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class RankAddress(Protocol):
+    """What `start` needs to know of a rank; `megam3.dist.env.RankInfo` has it."""
+
+    @property
+    def rank(self) -> int:
+        """0 … world_size-1."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """W."""
+        ...
+
+    @property
+    def master_addr(self) -> str:
+        """Host of rank 0."""
+        ...
+
+    @property
+    def master_port(self) -> int:
+        """Port rank 0 listens on."""
+        ...
+
+
+def start(rank_info: RankAddress, backend: str, timeout_seconds: float = 1800.0) -> None:
+    """Join the process group of this run. Does nothing for a world of one, or when a group is already there."""
+    if rank_info.world_size == 1 or dist.is_initialized():
+        return
+    dist.init_process_group(
+        backend,
+        init_method=f"tcp://{rank_info.master_addr}:{rank_info.master_port}",
+        rank=rank_info.rank,
+        world_size=rank_info.world_size,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+
+
+def stop() -> None:
+    """Leave the process group, when there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_grouped() -> bool:
+    """Whether there is more than one rank to talk to."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """This rank, from 0."""
+    return dist.get_rank() if is_grouped() else 0
+
+
+def world_size() -> int:
+    """Number of ranks W."""
+    return dist.get_world_size() if is_grouped() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, which writes logs and files."""
+    return rank() == 0
+
+
+def transfer_device() -> torch.device:
+    """Device that collective calls read and write: the current CUDA device with NCCL, else the CPU."""
+    if is_grouped() and "nccl" in str(dist.get_backend()):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if is_grouped():
+        dist.barrier()
+
+
+def _all_reduce(tensor: Tensor, op: Any) -> Tensor:
+    if not is_grouped():
+        return tensor.detach().clone()
+    # sums of low-precision floats are taken in fp32; integers and bool flags keep their own type
+    wide = tensor.detach().float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.detach()
+    moved = wide.to(transfer_device(), copy=True).contiguous()
+    dist.all_reduce(moved, op=op)
+    return moved.to(device=tensor.device, dtype=tensor.dtype)
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Elementwise sum over ranks, a new tensor without graph."""
+    return _all_reduce(tensor, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Elementwise maximum over ranks, a new tensor without graph."""
+    return _all_reduce(tensor, dist.ReduceOp.MAX)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on at least one rank; every rank gets the same answer."""
+    return bool(all_reduce_max(torch.tensor(int(flag))).item())
+
+
+def max_over_ranks(value: int) -> int:
+    """Largest value of any rank."""
+    return int(all_reduce_max(torch.tensor(value, dtype=torch.int64)).item())
+
+
+def all_gather_ints(values: Sequence[int]) -> list[list[int]]:
+    """Every rank's list, in rank order. All ranks pass equally many numbers."""
+    if not is_grouped():
+        return [[int(v) for v in values]]
+    own = torch.tensor(list(values), dtype=torch.int64, device=transfer_device())
+    gathered = torch.empty(world_size() * own.numel(), dtype=torch.int64, device=own.device)
+    dist.all_gather_into_tensor(gathered, own)
+    return gathered.view(world_size(), -1).tolist()
+
+
+def broadcast_ints(values: Sequence[int], source: int = 0) -> list[int]:
+    """The list of rank `source`, on every rank. All ranks pass equally many numbers."""
+    if not is_grouped():
+        return [int(v) for v in values]
+    tensor = torch.tensor(list(values), dtype=torch.int64, device=transfer_device())
+    dist.broadcast(tensor, src=source)
+    return tensor.tolist()
+
+
+def gather_objects_json(obj: Any) -> list[Any]:
+    """Every rank's object, in rank order, on every rank; travels as JSON bytes, so that nothing is ever unpickled.
+
+    Raises:
+        TypeError: the object is not JSON (numbers, strings, lists, dicts with string keys, None).
+    """
+    if not is_grouped():
+        return [json.loads(json.dumps(obj))]
+    payload = torch.frombuffer(bytearray(json.dumps(obj).encode()), dtype=torch.uint8).to(transfer_device())
+    counts = [row[0] for row in all_gather_ints([payload.numel()])]
+    padded = payload.new_zeros(max(counts))
+    padded[: payload.numel()] = payload
+    gathered = padded.new_empty(world_size() * padded.numel())
+    dist.all_gather_into_tensor(gathered, padded)
+    rows = gathered.cpu().view(world_size(), -1)
+    return [json.loads(bytes(row[:count].tolist())) for row, count in zip(rows, counts)]

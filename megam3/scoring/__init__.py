@@ -1,0 +1,1 @@
+"""Query-passage scores of the three heads, local and over all ranks."""

@@ -1,0 +1,78 @@
+"""Run a test function on several gloo ranks of this machine.
+
+    def _check(scale):                      # top level of a test module, so that a fresh process can import it
+        return comm.rank() * scale
+
+    run_ranks(_check, 2, 10) == [0, 10]
+
+Ranks are fresh processes (spawn), one thread each, meeting through a file; results come back through `torch.save` files.
+A rank that fails prints its traceback into the AssertionError of the caller; the others are ended.
+"""
+
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _enter(index: int, function: Callable, world_size: int, folder: str, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=index, world_size=world_size, timeout=timedelta(seconds=120)
+        )
+        torch.save(function(*arguments), f"{folder}/result-{index}.pt")
+    except BaseException:
+        Path(f"{folder}/error-{index}.txt").write_text(traceback.format_exc())
+        os._exit(1)
+    dist.destroy_process_group()
+
+
+def _wait(processes: list, folder: str, timeout_seconds: float) -> str | None:
+    """None when all ranks ended well, else the story of the one that failed first."""
+    deadline = time.monotonic() + timeout_seconds
+    while any(p.exitcode is None for p in processes) and time.monotonic() < deadline:
+        if any(p.exitcode for p in processes):
+            break
+        time.sleep(0.02)
+    if all(p.exitcode == 0 for p in processes):
+        return None
+    errors = sorted(Path(folder).glob("error-*.txt"), key=lambda path: path.stat().st_mtime)
+    if errors:
+        return f"{errors[0].stem.replace('error-', 'rank ')} failed:\n{errors[0].read_text()}"
+    return f"ranks ended with {[p.exitcode for p in processes]} (None: still running after {timeout_seconds} s)"
+
+
+def run_ranks(function: Callable, world_size: int, *arguments: Any, timeout_seconds: float = 180.0) -> list:
+    """`function(*arguments)` on `world_size` ranks; their results in rank order (tensors, numbers, strings, lists, dicts)."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.get_context("spawn")
+        before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"
+        try:
+            processes = [context.Process(target=_enter, args=(r, function, world_size, folder, arguments)) for r in range(world_size)]
+            for process in processes:
+                process.start()
+        finally:
+            if before is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = before
+        try:
+            story = _wait(processes, folder, timeout_seconds)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+        assert story is None, story
+        return [torch.load(f"{folder}/result-{r}.pt", weights_only=True) for r in range(world_size)]
