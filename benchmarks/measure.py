@@ -72,9 +72,9 @@ class _Process:
 
     def answer(self) -> dict | None:
         """The next line; None when the process has died, and then the reason is noted."""
-        line = self._process.stdout.readline()
-        if line:
-            return json.loads(line)
+        for line in self._process.stdout:
+            if line.startswith("{"):  # some libraries print while they are imported
+                return json.loads(line)
         code = self._process.wait()
         lines = [x for x in self._log.read_text(errors="replace").splitlines() if x.strip()]
         self.measured.death = f"exit code {code}: {lines[-1] if lines else 'no message'}"
@@ -126,7 +126,9 @@ def run_interleaved(
                     continue
                 if round_index >= warmups:
                     process.measured.samples.append(sample)
-                say(f"  {name} · {process.measured.side.name}: {sample['seconds']:.3f} s" + ("" if round_index >= warmups else " (warm-up)"))
+                say(
+                    f"  {name} · {process.measured.side.name}: {sample['seconds']:.3f} s" + ("" if round_index >= warmups else " (warm-up)")
+                )
         for process in processes:
             process.stop()
             if process.measured.death:

@@ -31,9 +31,10 @@ def serve(build: Callable[[dict], Step]) -> None:
     ready = {"ready": True, "threads": torch.get_num_threads(), "idle_rss_bytes": current_rss_bytes()}
     answers.write(json.dumps(ready) + "\n")
     for _ in sys.stdin:
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         figures = step()
         figures.setdefault("seconds", time.perf_counter() - started)
+        figures["cpu_seconds"] = time.process_time() - cpu_started
         answers.write(json.dumps({**figures, "peak_rss_bytes": peak_rss_bytes()}) + "\n")
 
 

@@ -1,6 +1,7 @@
 """One megam3 training step (forward, loss, backward, clipping, AdamW) through its own objective and engine; several ranks on request.
 
-Spec: model_folder, texts; optional chunk_tokens (gradient cache), checkpointing, threads, stage, world_size (each rank then has as much work).
+Spec: model_folder, texts; optional chunk_tokens (gradient cache), checkpointing, threads, stage; world_size with
+one_core_a_rank (every rank has the same amount of work).
 """
 
 import os
@@ -20,7 +21,7 @@ from megam3.engine.deepspeed import Engine, join, model_construction
 from megam3.model.pretrained import load_m3
 from megam3.objectives.unified import UnifiedObjective
 
-RANK = "BENCHMARK_RANK"
+RANK, CORE, STORE = "BENCHMARK_RANK", "BENCHMARK_CORE", "BENCHMARK_STORE"
 OPTIM = OptimConfig(lr=1e-5, weight_decay=0.01, warmup_ratio=0.0, schedule="constant", clip_norm=1.0)
 
 
@@ -28,7 +29,9 @@ def make_batch(folder: str, texts: dict, rank: int = 0) -> RetrievalBatch:
     """The texts as one rank's batch; groups are of equal size. Another rank's words are shifted by its number, their lengths are not."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     token_ids = tokenizer(texts["queries"] + texts["passages"])["input_ids"]
-    assert [len(ids) for ids in token_ids] == [*texts["query_lengths"], *texts["passage_lengths"]], "the tokenizer must give one token a word"
+    assert [len(ids) for ids in token_ids] == [*texts["query_lengths"], *texts["passage_lengths"]], (
+        "the tokenizer must give one token a word"
+    )
     if rank:
         token_ids = [[i if i < 5 else 5 + (i - 5 + rank) % (texts["vocab_size"] - 5) for i in ids] for ids in token_ids]
     num_queries, num_passages = len(texts["queries"]), len(texts["passages"])
@@ -62,7 +65,8 @@ def make_engine(spec: dict, world_size: int) -> Engine:
 def build(spec: dict) -> Step:
     """See the module's docstring."""
     rank, world_size = int(os.environ.get(RANK, "0")), spec.get("world_size", 1)
-    other_ranks = _meet(spec, rank, world_size) if world_size > 1 else []
+    os.environ.setdefault("LOCAL_RANK", "0")
+    other_ranks = _meet(spec, rank, world_size) if spec.get("one_core_a_rank") else []
     engine, batch = make_engine(spec, world_size), make_batch(spec["model_folder"], spec["texts"], rank)
     objective = UnifiedObjective(UnifiedConfig(), spec.get("chunk_tokens"))
     steps_done = 0
@@ -75,28 +79,34 @@ def build(spec: dict) -> Step:
             figures = objective.run(engine, batch, Progress(step=steps_done))
         engine.update(steps_done)
         steps_done += 1
-        answers = [process.stdout.readline() for process in other_ranks]
-        assert all(answers), "a rank died"
+        for process in other_ranks:
+            _await_answer(process)
         return {"loss": float(figures["loss/total"])}
 
     for process in other_ranks:
-        assert process.stdout.readline(), "a rank died while building"
+        _await_answer(process)
     return step
+
+
+def _await_answer(process: subprocess.Popen) -> None:
+    """The next answer of another rank; some libraries print while they are imported."""
+    assert any(line.startswith("{") for line in process.stdout), "a rank died"
 
 
 def _meet(spec: dict, rank: int, world_size: int) -> list[subprocess.Popen]:
     """Join the group, each rank on a core of its own; rank 0 starts the others as copies of itself and steps them through their stdin."""
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     others = []
     if rank == 0:
-        os.environ["BENCHMARK_STORE"] = os.path.join(tempfile.mkdtemp(), "store")
-        for other in range(1, world_size):
-            environment = {**os.environ, RANK: str(other)}
-            command = ["taskset", "-c", str(other), sys.executable, "-m", "benchmarks.sides.megam3_step", sys.argv[1]]
-            others.append(
-                subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-            )
-    dist.init_process_group("gloo", init_method=f"file://{os.environ['BENCHMARK_STORE']}", rank=rank, world_size=world_size)
+        store = os.path.join(tempfile.mkdtemp(), "store")
+        cores = sorted(os.sched_getaffinity(0))
+        for other in range(world_size - 1, -1, -1):
+            os.environ.update({RANK: str(other), CORE: str(cores[other % len(cores)]), STORE: store})
+            if other:
+                command = [sys.executable, "-m", "benchmarks.sides.megam3_step", sys.argv[1]]
+                others.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1))
+    os.sched_setaffinity(0, {int(os.environ[CORE])})
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group("gloo", init_method=f"file://{os.environ[STORE]}", rank=rank, world_size=world_size)
     return others
 
 
