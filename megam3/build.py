@@ -7,28 +7,36 @@ import os
 import platform
 import shutil
 import socket
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from importlib.metadata import version
 
 import torch
 from torch import nn
 
-from megam3.batch import Progress
+from megam3.batch import Progress, Representations, pack_texts
 from megam3.checkpoint import RunState, check_resumable, newest_complete, read_state
 from megam3.config.deepspeed import build_deepspeed_config
 from megam3.config.load import dump_config
 from megam3.config.schema import RunConfig
 from megam3.data.dataset import TrainingData, open_training_data
-from megam3.data.tokenizer import load_tokenizer
+from megam3.data.tokenizer import Tokenizer, load_tokenizer
 from megam3.dist import comm
 from megam3.engine.activations import ActivationMemory
 from megam3.engine.deepspeed import Engine, join, model_construction
+from megam3.errors import DataError
 from megam3.model.pretrained import load_m3
 from megam3.objectives.unified import UnifiedObjective
 from megam3.obs.clock import EncoderShape, measure_matmul_peak
 from megam3.obs.log import setup_logging
+from megam3.retrieval.beir import read_beir
+from megam3.retrieval.evaluate import evaluate
 from megam3.trainer import Run
 
 logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 5.0
 
 MODEL_FILES = (
     "config.json",
@@ -56,14 +64,14 @@ def build(config: RunConfig, device: torch.device) -> Run:
         _write_run_files(run_dir, config, ds_config, device)
     # 2. tokenizer and data: the main rank tokenises what is not in the store yet, the others wait
     tokenizer = load_tokenizer(config.model.path)
-    data = _open_data(config, tokenizer, run_dir)
-    total_steps = config.train.steps or max(1, round((config.train.epochs or 0) * data.num_steps_per_epoch))
+    data = open_data(config, tokenizer, run_dir)
+    total_steps = config.train.steps or data.num_steps(config.train.epochs or 0.0)
     # 3. the model; a fixed seed, so that heads from scratch are equal on every rank
     join(device)
     torch.manual_seed(config.train.seed)
     dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
     with model_construction(ds_config):
-        module = load_m3(config.model.path, config.model, special_ids=tokenizer.special_ids, dtype=dtype)
+        module = load_m3(config.model.path, config.model, dtype=dtype)
     signature = model_signature(module)
     activations = ActivationMemory(module, config.engine.activation_checkpointing, config.engine.activation_offload)
     shape = encoder_shape(module)
@@ -72,7 +80,7 @@ def build(config: RunConfig, device: torch.device) -> Run:
     # 5. where to start
     state = RunState(Progress(), comm.world_size(), engine.stage, signature, data.fingerprint, config.model_dump(mode="json"))
     if config.train.resume == "auto":
-        state = _resume(run_dir, engine, state)
+        state = _resume(run_dir, engine, data, state)
     _report_start(config, state, total_steps, data)
     peak = measure_matmul_peak(device, dtype)
     return Run(
@@ -86,7 +94,7 @@ def build(config: RunConfig, device: torch.device) -> Run:
         os.path.join(run_dir, "model"),
         shape,
         peak,
-        None,
+        evaluation(config, engine, tokenizer, run_dir),
     )
 
 
@@ -102,23 +110,64 @@ def encoder_shape(module: nn.Module) -> EncoderShape:
     return EncoderShape(config.num_hidden_layers, config.hidden_size, config.intermediate_size, module.multi_vector_head.out_features)
 
 
-def _open_data(config: RunConfig, tokenizer, run_dir: str) -> TrainingData:
+def open_data(config: RunConfig, tokenizer: Tokenizer, run_dir: str) -> TrainingData:
+    """Tokenise what the store lacks on the main rank while the others wait, then open it everywhere; collective.
+
+    Raises:
+        DataError: of the preparation on the main rank, of opening on any; ranks that waited say that the main rank failed.
+    """
     store_dir = config.data.store_dir or os.path.join(run_dir, "store")
-    if comm.is_main():
-        data = open_training_data(config.data, tokenizer, store_dir, config.train.seed)
-    comm.barrier()
-    return data if comm.is_main() else open_training_data(config.data, tokenizer, store_dir, config.train.seed)
+
+    def open_here() -> TrainingData:
+        return open_training_data(config.data, tokenizer, store_dir, config.train.seed)
+
+    with ThreadPoolExecutor(1) as background:
+        # in a thread, so that the main rank answers the others meanwhile: no collective call waits longer than a heartbeat
+        work = background.submit(open_here) if comm.is_main() else None
+        while not comm.any_rank(work is not None and work.done()):
+            if work is not None:
+                wait([work], timeout=HEARTBEAT_SECONDS)
+        has_failed = comm.any_rank(work is not None and work.exception() is not None)
+        if work is not None:
+            return work.result()
+    if has_failed:
+        raise DataError("data.store_dir", store_dir, "the main rank could not prepare or open it", "see its message")
+    return open_here()
 
 
-def _resume(run_dir: str, engine: Engine, state: RunState) -> RunState:
+def evaluation(config: RunConfig, engine: Engine, tokenizer: Tokenizer, run_dir: str) -> Callable[[int], dict[str, float]] | None:
+    """Five-mode evaluation of the model in training, on all ranks together; None when the recipe names no test set."""
+    datasets = [read_beir(folder, config.evaluation.split) for folder in config.evaluation.folders]
+
+    def tokenize(texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+        return [ids.tolist() for ids in tokenizer.encode(texts, max_tokens)[0]]
+
+    def encode_ids(token_ids: Sequence[Sequence[int]]) -> Representations:
+        return engine.encode(pack_texts(token_ids).to(engine.device))
+
+    def run(step: int) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        with engine.inference():
+            for dataset in datasets:
+                result = evaluate(dataset, tokenize, encode_ids, config.evaluation)
+                figures |= result.scalars()
+                if comm.is_main():
+                    result.write(os.path.join(run_dir, "eval", f"step-{step:06d}-{result.dataset}.json"))
+        return figures
+
+    return run if datasets else None
+
+
+def _resume(run_dir: str, engine: Engine, data: TrainingData, state: RunState) -> RunState:
     folder = newest_complete(run_dir, logger.warning)
     if folder is None:
         return state
     saved = read_state(folder)
     check_resumable(folder, saved, state)
+    data.check_fingerprint(saved.data_fingerprint)
     engine.load(folder)
     logger.info("resumed from %s", folder)
-    return RunState(saved.progress, state.world_size, state.zero_stage, state.model_signature, state.data_fingerprint, state.recipe)
+    return replace(state, progress=saved.progress)
 
 
 def _write_run_files(run_dir: str, config: RunConfig, ds_config: dict, device: torch.device) -> None:

@@ -38,7 +38,7 @@ class RunState:
     model_signature: str
     """Hash of every parameter's name and shape."""
     data_fingerprint: str
-    """Hash of data, tokenizer, limits and plan; the same fingerprint serves the same batches."""
+    """Hashes of tokenizer, data and plan; equal fingerprints serve equal batches."""
     recipe: dict = field(default_factory=dict)
     """The resolved recipe that wrote it."""
 
@@ -128,11 +128,10 @@ def check_resumable(folder: str, saved: RunState, current: RunState) -> None:
     """Refuse to continue another run's checkpoint.
 
     Raises:
-        CheckpointError: other model, data or layout; names which.
+        CheckpointError: other model or layout; names which. (The data compares its own fingerprint.)
     """
     rules = [
         ("model_signature", "parameters of another model", "use the recipe that wrote it, or start anew with train.resume=never"),
-        ("data_fingerprint", "other data, tokenizer, limits or batch plan", "restore them, or start anew with train.resume=never"),
         ("zero_stage", "another ZeRO stage", f"use a template of stage {saved.zero_stage}"),
         ("world_size", "another number of ranks", f"start {saved.world_size} ranks"),
     ]

@@ -28,7 +28,9 @@ class Subcommand:
 
 SUBCOMMANDS = {
     "show-config": Subcommand("megam3.show_config", "a recipe resolved: every field, batch arithmetic, DeepSpeed dictionary"),
+    "quickstart": Subcommand("megam3.quickstart.run", "fetch text, train, evaluate, export and query a small model"),
     "train": Subcommand("megam3.train", "train on this process's rank (deepspeed and srun start several)"),
+    "evaluate": Subcommand("megam3.retrieval.command", "five retrieval modes and BM25 on test sets in BEIR format"),
 }
 
 

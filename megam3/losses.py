@@ -220,9 +220,10 @@ def unified_loss(
             rows[f"distill_{name}"] = -(target_QP * log_probs[name]).sum(1)
             distilled = distilled + getattr(settings.distill_weights, name) / DISTILL_DIVISOR * rows[f"distill_{name}"].sum()
         loss = (loss + distilled) / 2
-    right = {name: (x.detach().argmax(1) == positive_column_Q) for name, x in logits.items()} if allowed_QP.shape[1] else {}
+    # a rank without texts may have no columns either, and still reports under the same names
+    best = {name: x.detach().argmax(1) if x.shape[1] else positive_column_Q for name, x in logits.items()}
     return LossTerms(
         loss * row_scale,
         {name: row.detach().sum() * row_scale for name, row in rows.items()},
-        {name: hit.sum() * row_scale for name, hit in right.items()},
+        {name: (column_Q == positive_column_Q).sum() * row_scale for name, column_Q in best.items()},
     )

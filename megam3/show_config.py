@@ -21,14 +21,20 @@ def main(argv: Sequence[str]) -> int:
         ConfigError: whatever would stop the run before its first step.
     """
     parser = argparse.ArgumentParser(prog="megam3 show-config", description=__doc__)
-    parser.add_argument("recipe", help=f"a YAML file, or one of: {', '.join(recipe_names())}")
+    parser.add_argument("recipe", nargs="?", help="a YAML file, or the name of a packaged recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields that win over the recipe, e.g. optim.lr=2e-5")
+    parser.add_argument("--list", action="store_true", help="list the packaged recipes")
     parser.add_argument("--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), help="ranks (default: 1)")
     parser.add_argument("--gpu", action="store_true", help="show what `engine.precision: auto` becomes on GPUs")
     parser.add_argument("--no-files", action="store_true", help="do not check that data and model are there")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.world_size < 1:
         parser.error("--world-size must be at least 1")
+    if arguments.list:
+        print("\n".join(recipe_names()))
+        return 0
+    if arguments.recipe is None:
+        parser.error(f"a recipe is required: a YAML file, or one of {', '.join(recipe_names())}")
     config = load_config(arguments.recipe, arguments.overrides)
     # shown first: whoever has a problem with a recipe wants to see the recipe
     print(describe(config, arguments.world_size, has_gpu=arguments.gpu), flush=True)

@@ -17,6 +17,7 @@ from megam3.checkpoint import RunState, save_checkpoint
 from megam3.config.schema import RunConfig
 from megam3.data.dataset import TrainingData
 from megam3.dist import comm
+from megam3.dist.gather import gather_rows
 from megam3.engine.deepspeed import Engine, StepResult
 from megam3.errors import TrainingError
 from megam3.objectives.base import Objective
@@ -129,7 +130,8 @@ def run_step(run: Run, batches: list[RetrievalBatch], progress: Progress, stop_r
         sum(b.num_truncated for b in batches),
         int(stop_requested),
     ]
-    return _join_ranks(names, comm.gather_rows(torch.cat([means.cpu(), torch.tensor(counts, dtype=torch.float64)])))
+    row_F = torch.cat([means.cpu(), torch.tensor(counts, dtype=torch.float64)])
+    return _join_ranks(names, gather_rows(row_F[None], (1,) * comm.world_size()))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

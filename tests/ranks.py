@@ -5,8 +5,9 @@
 
     run_ranks(_check, 2, 10) == [0, 10]
 
-Ranks are fresh processes (spawn), one thread each, meeting through a file; results come back through `torch.save` files.
-A rank that fails prints its traceback into the AssertionError of the caller; the others are ended.
+Ranks are fresh processes, one thread each, meeting through a file; results come back through `torch.save` files. They fork from a server
+that has imported torch and done nothing with it, which saves each of them the import. A rank that fails prints its traceback into the
+AssertionError of the caller; the others are ended.
 """
 
 import os
@@ -23,8 +24,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _enter(index: int, function: Callable, world_size: int, folder: str, arguments: tuple) -> None:
+def _enter(index: int, function: Callable, world_size: int, folder: str, arguments: tuple, environment: dict[str, str]) -> None:
     torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
     try:
         dist.init_process_group(
@@ -55,18 +58,12 @@ def _wait(processes: list, folder: str, timeout_seconds: float) -> str | None:
 def run_ranks(function: Callable, world_size: int, *arguments: Any, timeout_seconds: float = 180.0) -> list:
     """`function(*arguments)` on `world_size` ranks; their results in rank order (tensors, numbers, strings, lists, dicts)."""
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"
-        try:
-            processes = [context.Process(target=_enter, args=(r, function, world_size, folder, arguments)) for r in range(world_size)]
-            for process in processes:
-                process.start()
-        finally:
-            if before is None:
-                del os.environ["OMP_NUM_THREADS"]
-            else:
-                os.environ["OMP_NUM_THREADS"] = before
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed"])
+        arguments_of = [(rank, function, world_size, folder, arguments, dict(os.environ)) for rank in range(world_size)]
+        processes = [context.Process(target=_enter, args=each) for each in arguments_of]
+        for process in processes:
+            process.start()
         try:
             story = _wait(processes, folder, timeout_seconds)
         finally:

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "megam3"
 LAYERS = [
     {"config", "errors", "__init__"},
     {"batch", "dist"},
-    {"obs", "data", "model", "scoring", "losses", "gradcache"},
+    {"obs", "data", "model", "scoring", "losses", "gradcache", "candidates"},
     {"objectives", "engine"},
     {"checkpoint", "retrieval", "embedder", "export"},
     {"trainer", "report"},
@@ -34,8 +34,8 @@ ONLY_IN = {
     "mpi4py": {"dist/env.py"},
     "tensorboard": {"obs/metrics.py"},
     "torch.utils.tensorboard": {"obs/metrics.py"},
-    # the engine, the activation offload it hands out, its switch for compiled ops, and reading its checkpoints
-    "deepspeed": {"engine/deepspeed.py", "engine/activations.py", "engine/compiled_ops.py", "checkpoint.py"},
+    # the engine, the activation offload it hands out, and reading its checkpoints without an engine
+    "deepspeed": {"engine/deepspeed.py", "engine/activations.py", "engine/consolidate.py"},
 }
 """Third-party packages that one place wraps for everybody."""
 

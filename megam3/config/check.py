@@ -101,7 +101,7 @@ def length_edges(data: DataConfig) -> Problems:
     edges = data.length_buckets if table is None else [row.max_tokens for row in table]
     longest = max(data.query_max_tokens, data.passage_max_tokens)
     if not edges:
-        yield ConfigError(field, [], "needs at least one bucket", f"set {field}=[{longest}]")
+        yield ConfigError(field, [], "needs at least one bucket", f"add one that covers {longest} tokens")
     elif any(first >= second for first, second in zip(edges, edges[1:], strict=False)):
         yield ConfigError(field, edges, "upper edges must ascend", "sort them and remove repeated ones")
     elif table is not None and edges[-1] < longest:

@@ -103,6 +103,8 @@ class DataConfig(Section):
     """Probability that a long passage is cut in three and reordered (arXiv 2402.03216, section 3.4: 0.002)."""
     segment_shuffle_min_tokens: PositiveInt = 512
     """Passages shorter than this are never shuffled."""
+    pack_texts_tokens: PositiveInt | None = None
+    """Pretraining on texts: join short texts of a batch into sequences of at most this many tokens; None: one sequence per text."""
     on_bad_record: Literal["stop", "skip"] = "stop"
     """Stop at the first bad record, or skip and keep it in a side file."""
     max_bad_records: NonNegativeInt = 1000

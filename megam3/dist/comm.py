@@ -124,10 +124,17 @@ def all_gather_ints(values: Sequence[int]) -> list[list[int]]:
     """Every rank's list, in rank order. All ranks pass equally many numbers."""
     if not is_grouped():
         return [[int(v) for v in values]]
-    own = torch.tensor(list(values), dtype=torch.int64, device=transfer_device())
-    gathered = torch.empty(world_size() * own.numel(), dtype=torch.int64, device=own.device)
+    return gather_rows(torch.tensor(list(values), dtype=torch.int64)).tolist()
+
+
+def gather_rows(values_F: Tensor) -> Tensor:
+    """Every rank's vector as a row, rows_WF in rank order, without graph. All ranks pass equally many numbers of one dtype."""
+    if not is_grouped():
+        return values_F.detach()[None]
+    own = values_F.detach().to(transfer_device()).contiguous()
+    gathered = own.new_empty(world_size() * own.numel())
     dist.all_gather_into_tensor(gathered, own)
-    return gathered.view(world_size(), -1).tolist()
+    return gathered.view(world_size(), -1).to(values_F.device)
 
 
 def broadcast_ints(values: Sequence[int], source: int = 0) -> list[int]:
@@ -151,7 +158,4 @@ def gather_objects_json(obj: Any) -> list[Any]:
     counts = [row[0] for row in all_gather_ints([payload.numel()])]
     padded = payload.new_zeros(max(counts))
     padded[: payload.numel()] = payload
-    gathered = padded.new_empty(world_size() * padded.numel())
-    dist.all_gather_into_tensor(gathered, padded)
-    rows = gathered.cpu().view(world_size(), -1)
-    return [json.loads(bytes(row[:count].tolist())) for row, count in zip(rows, counts)]
+    return [json.loads(bytes(row[:count].tolist())) for row, count in zip(gather_rows(padded).cpu(), counts)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -165,41 +164,22 @@ def _number(environ: Mapping[str, str], name: str) -> int:
         raise ConfigError(name, environ[name], "must be a whole number", f"correct or unset {name}") from None
 
 
-@dataclass(frozen=True)
-class MachineOffers:
-    """What `prepare_environment` found out."""
-
-    has_gpu: bool
-    can_compile: bool
-    """g++ and ninja are there: DeepSpeed may build its shared-memory op; otherwise the engine has to tell it to stay on plain gloo."""
-    cache_dir: str | None
-    """Where compiled code goes when HOME cannot be written; None: HOME can."""
-
-
-def prepare_environment(environ: MutableMapping[str, str], *, has_gpu: bool | None = None) -> MachineOffers:
+def prepare_environment(environ: MutableMapping[str, str], *, has_gpu: bool | None = None) -> None:
     """Fill in what torch and DeepSpeed read from the environment; call before importing deepspeed. Variables already set stay.
 
-    - DS_ACCELERATOR=cpu without a GPU, which also spares DeepSpeed's search and its warning
+    - DS_ACCELERATOR=cpu without a GPU (`has_gpu`; None asks torch), which also spares DeepSpeed's search and its warning
     - TORCH_EXTENSIONS_DIR, TRITON_CACHE_DIR, HF_HOME and MPLCONFIGDIR in a private writable folder when HOME cannot be written
-    - PATH gets the folder of this interpreter, where `ninja` lies when the environment is not activated
+    - PATH ends with the folder of this interpreter: `ninja` lies there when the environment is not activated, for ZeRO++'s CUDA kernels
     """
-    gpu = _torch_sees_gpu() if has_gpu is None else has_gpu
-    if not gpu:
+    if not (_torch_sees_gpu() if has_gpu is None else has_gpu):
         environ.setdefault("DS_ACCELERATOR", "cpu")
-    cache_dir = None if _is_writable(_home(environ) / ".cache") else _private_folder()
-    if cache_dir is not None:
-        for name, folder in (("TORCH_EXTENSIONS_DIR", "torch"), ("TRITON_CACHE_DIR", "triton"), ("HF_HOME", "hf"), ("MPLCONFIGDIR", "plot")):
-            environ.setdefault(name, str(cache_dir / folder))
-    scripts = str(Path(sys.executable).parent)
-    if scripts not in environ.get("PATH", "").split(os.pathsep):
-        environ["PATH"] = os.pathsep.join(part for part in (environ.get("PATH", ""), scripts) if part)
-    return MachineOffers(gpu, can_compile(environ), None if cache_dir is None else str(cache_dir))
-
-
-def can_compile(environ: Mapping[str, str]) -> bool:
-    """Whether torch's extension builder finds what it needs: a C++ compiler (CXX, else g++) and ninja."""
-    path = environ.get("PATH", "")
-    return shutil.which(environ.get("CXX", "g++"), path=path) is not None and shutil.which("ninja", path=path) is not None
+    if not _is_writable(_home(environ) / ".cache"):
+        folder = _private_folder()
+        for name, part in (("TORCH_EXTENSIONS_DIR", "torch"), ("TRITON_CACHE_DIR", "triton"), ("HF_HOME", "hf"), ("MPLCONFIGDIR", "plot")):
+            environ.setdefault(name, str(folder / part))
+    scripts, path = str(Path(sys.executable).parent), environ.get("PATH", "")
+    if scripts not in path.split(os.pathsep):
+        environ["PATH"] = os.pathsep.join(part for part in (path, scripts) if part)
 
 
 def _torch_sees_gpu() -> bool:

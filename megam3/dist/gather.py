@@ -8,8 +8,8 @@ Let rank r of W hold n_r rows (queries) with losses l_i, N = Σ_r n_r, and let t
 3. Rank s pushes that through its own encoder; the engine AVERAGES parameter gradients over ranks:
    (1/W) Σ_s W · ∂L/∂x_s · ∂x_s/∂θ = ∂L/∂θ,  the gradient of one rank holding the whole batch.
 
-So W appears once, in the loss's scale, and no gather multiplies or divides by it. Every loss of the package is scaled as in (1); token losses likewise,
-with tokens as rows. Clipping and logged norms then see the true values.
+So W appears once, in the loss's scale, and no gather multiplies or divides by it. Every loss of the package is scaled as in (1); token
+losses likewise, with tokens as rows. Clipping and logged norms then see the true values.
 
 Two exchanges are enough:
     gather_rows       every rank's rows to every rank (dense passages, queries of the multi-vector and lexical heads)
@@ -21,7 +21,7 @@ With 2 ranks, 1 and 2 queries, 2 and 1 passages, `exchange_columns` turns
     rank 0: rows q0 q1 q2, columns p0 p1      rank 0: row  q0,    columns p0 p1 p2
     rank 1: rows q0 q1 q2, column  p2     →   rank 1: rows q1 q2, columns p0 p1 p2
 
-Payloads travel as bytes: every dtype works on gloo and NCCL, bit for bit; sums are taken in at least fp32 in rank order, so all ranks agree on them.
+Payloads travel as bytes: every dtype works on gloo and NCCL, bit for bit; sums are taken in at least fp32, in rank order.
 """
 
 from collections.abc import Sequence

@@ -15,6 +15,7 @@ import contextlib
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,9 @@ from megam3.engine.activations import ActivationMemory
 from megam3.engine.optim import build_adamw, parameter_groups
 from megam3.engine.schedule import learning_rate_factor
 from megam3.model.m3 import represent
+
+# DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, once per call and rank
+warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
 
 TAG = "engine"
 """Folder of DeepSpeed's own files inside a checkpoint."""

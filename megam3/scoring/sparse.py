@@ -5,8 +5,10 @@ import warnings
 import torch
 from torch import Tensor
 
-# torch says once per process that CSR is in beta; every rank of every run would print it
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+# torch says once per process, at the first CSR tensor, that the layout is in beta; spend that notice here, or every rank of every run prints it
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
 
 
 def csr_matrix(crow: Tensor, columns: Tensor, values: Tensor, num_columns: int) -> Tensor:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.recipes import MINIMAL
 
 from megam3.config import recipe_yaml
 from megam3.config.load import dump_config, find_recipe, load_config, parse_config, recipe_names
 from megam3.config.problems import GroupedConfigError, raise_problems
 from megam3.config.schema import RunConfig
 from megam3.errors import ConfigError
+from tests.recipes import MINIMAL
 
 RECIPE = """\
 name: small

@@ -84,7 +84,8 @@ def torch_reference(folder: str, accumulation: int = 1) -> tuple[list[float], li
     for step in range(STEPS):
         optimizer.zero_grad()
         figures = [
-            objective.run(Plain(), batch_of(make_groups(4, seed=step * accumulation + index)), Progress(step)) for index in range(accumulation)
+            objective.run(Plain(), batch_of(make_groups(4, seed=step * accumulation + index)), Progress(step))
+            for index in range(accumulation)
         ]
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)))
         for group in optimizer.param_groups:
@@ -114,22 +115,32 @@ def folder(tmp_path_factory) -> str:
     return str(make_tiny_model_folder(tmp_path_factory.mktemp("model") / "tiny"))
 
 
+@pytest.fixture(scope="module")
+def every_stage(folder, tmp_path_factory) -> list[list[dict]]:
+    return run_ranks(_all_stages, 2, folder, str(tmp_path_factory.mktemp("checkpoints")), timeout_seconds=400)
+
+
 @pytest.mark.ranks
-def test_two_ranks_under_every_stage_equal_torch_on_one(folder, tmp_path):
+def test_two_ranks_under_every_stage_equal_torch_on_one(folder, every_stage):
     losses, norms, weights = torch_reference(folder)
-    for result in run_ranks(_all_stages, 2, folder, str(tmp_path))[0]:
+    for result in every_stage[0]:
         torch.testing.assert_close(result["losses"], losses, rtol=2e-5, atol=2e-5)
         torch.testing.assert_close(result["norms"], norms, rtol=2e-4, atol=1e-5)
         merged = consolidate(result["folder"])
         assert merged.keys() == weights.keys()
         for name, tensor in weights.items():
-            torch.testing.assert_close(merged[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda m, n=name, f=result["folder"]: f"{f} {n}: {m}")
+            # a softmax does not see the key bias: its gradient is rounding noise, which Adam scales up to full steps
+            if name.endswith("key.bias"):
+                continue
+            torch.testing.assert_close(
+                merged[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda m, n=name, f=result["folder"]: f"{f} {n}: {m}"
+            )
         assert result["resumed_next"] == result["next"], "the step after a resume must be the very step that would have come"
 
 
 @pytest.mark.ranks
-def test_offload_sees_the_input_of_every_checkpointed_layer_at_every_stage(folder, tmp_path):
-    plain_0, plain_1, offload_2, offload_3, cached_3 = run_ranks(_all_stages, 2, folder, str(tmp_path))[1]
+def test_offload_sees_the_input_of_every_checkpointed_layer_at_every_stage(every_stage):
+    plain_0, plain_1, offload_2, offload_3, cached_3 = every_stage[1]
     assert offload_3["marked"] == [2] * STEPS, "two layers, one forward pass with a graph"
     assert all(count % 2 == 0 and count >= 4 for count in offload_2["marked"]), "two layers in each chunk's second pass"
     assert plain_0["marked"] == plain_1["marked"] == cached_3["marked"] == [0] * STEPS

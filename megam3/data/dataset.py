@@ -1,0 +1,151 @@
+"""The one entry of training: a recipe's data section, a tokenizer and a store in, batches out.
+
+    data = open_training_data(config.data, tokenizer, store_dir, seed)
+    for batches in data.batches(rank, world_size, start_step, stop_step):    # one list of accumulation_steps batches per optimizer step
+        …
+
+The position in the data is three integers (seed, epoch, step) and the fingerprint; nothing else is ever saved.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from megam3.config.schema import DataConfig
+from megam3.data.assemble import Assembler, TextFrame
+from megam3.data.loader import Batch, Loader
+from megam3.data.plan import Plan, build_plan
+from megam3.data.prepare import Progress, prepare_data
+from megam3.data.share import changed_parts, describe, fingerprint_of, make_assembler, open_all
+from megam3.data.store import StoredDataset
+from megam3.data.tokenizer import Tokenizer
+from megam3.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Opened data and its plan."""
+
+    config: DataConfig
+    store_dir: str
+    datasets: tuple[StoredDataset, ...]
+    plan: Plan
+    frame: TextFrame
+    tokenizer: str
+    """The tokenizer's fingerprint."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """`tokenizer:… data:… plan:…`: equal fingerprints serve equal batches on any number of ranks."""
+        return fingerprint_of(self.tokenizer, self.datasets, self.plan)
+
+    @property
+    def num_batches_per_epoch(self) -> int:
+        """Batches of one pass over the data."""
+        return self.plan.num_batches
+
+    @property
+    def num_steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass; a step may reach over the epoch's edge when accumulation does not divide its batches."""
+        return self.num_steps(1.0)
+
+    def num_steps(self, epochs: float) -> int:
+        """Optimizer steps of `epochs` passes, rounded up."""
+        return max(1, math.ceil(epochs * self.num_batches_per_epoch / self.config.batch.accumulation_steps))
+
+    def epoch_of(self, step: int) -> int:
+        """Epoch in which optimizer step `step` begins, from 0."""
+        return step * self.config.batch.accumulation_steps // self.num_batches_per_epoch
+
+    def state(self, step: int) -> dict:
+        """What a checkpoint keeps of the data's position before `step`."""
+        return {"seed": self.plan.seed, "epoch": self.epoch_of(step), "step": step, "fingerprint": self.fingerprint}
+
+    def check_fingerprint(self, saved: str) -> None:
+        """Refuse to continue a run on other data.
+
+        Raises:
+            DataError: naming what changed: tokenizer, data, or plan (seed, batch sizes, buckets, weights, draws).
+        """
+        changed = changed_parts(saved, self.fingerprint)
+        if changed:
+            meaning = {"plan": "plan (seed, batch size, buckets, weights or draws)", "data": "data (contents of the store)"}
+            what = " and ".join(meaning.get(name, name) for name in changed)
+            raise DataError("data fingerprint", self.fingerprint, f"is not the run's: the {what} changed", "restore it, or start a new run")
+
+    def batches(self, rank: int, world_size: int, start_step: int, stop_step: int) -> Iterator[list[Batch]]:
+        """This rank's batches of optimizer steps start_step … stop_step-1, each a list of `accumulation_steps`.
+
+        Raises:
+            ConfigError: more ranks than queries in the smallest batch.
+            UserError, WorkerError: from a background worker.
+        """
+        self.check_world_size(world_size)
+        size = self.config.batch.accumulation_steps
+        numbers = range(start_step * size, stop_step * size)
+        setup = self._setup(rank, world_size)
+        num_workers, prefetch = self.config.num_workers, self.config.prefetch_batches
+        loader = Loader("megam3.data.share:make_handler", setup, numbers, num_workers, prefetch, pin=torch.cuda.is_available())
+        with closing(loader):
+            held: list[Batch] = []
+            for batch in loader:
+                held.append(batch)
+                if len(held) == size:
+                    yield held
+                    held = []
+
+    def check_world_size(self, world_size: int) -> None:
+        """Raises ConfigError when a batch of the plan has fewer queries than there are ranks."""
+        smallest = self.plan.smallest_batch
+        if smallest < world_size:
+            rule = f"the plan's smallest batch has {smallest} queries, fewer than the {world_size} ranks"
+            raise ConfigError("data.batch", smallest, rule, "use fewer ranks, or batches of at least two queries per rank")
+
+    def assembler(self) -> Assembler:
+        """Builds any batch of any rank in this process (inspection, tests, `num_workers: 0`)."""
+        return make_assembler(self.config, self.plan, self.datasets, self.frame)
+
+    def _setup(self, rank: int, world_size: int) -> dict:
+        return {
+            "config": self.config.model_dump_json(),
+            "store_dir": self.store_dir,
+            "seed": self.plan.seed,
+            "frame": [self.frame.prefix, self.frame.suffix, self.frame.instruction_tokens],
+            "tokenizer": self.tokenizer,
+            "fingerprint": self.fingerprint,
+            "rank": rank,
+            "world_size": world_size,
+        }
+
+
+def open_training_data(config: DataConfig, tokenizer: Tokenizer, store_dir: str | Path, seed: int) -> TrainingData:
+    """Open the store of a recipe, prepare first what is not in it yet, check it, and lay out its batches.
+
+    Preparing uses every core this process may use. Several ranks: let one open, wait for it, then open on the others.
+
+    Raises:
+        DataError: bad input, a store made from something else (named), or a damaged one.
+        ConfigError: batch sizes or buckets that do not fit the data.
+    """
+    prepare_data(config, tokenizer, store_dir, num_processes=len(os.sched_getaffinity(0)), on_progress=_log_progress)
+    opened = open_all(config, store_dir)
+    framed = len(tokenizer.prefix) + len(tokenizer.suffix)
+    instructions, _ = tokenizer.encode([dataset.passage_instruction for dataset in config.train], 65535)
+    frame = TextFrame(tokenizer.prefix, tokenizer.suffix, tuple(max(0, len(ids) - framed) for ids in instructions))
+    plan = build_plan(config, describe(config, opened), seed)
+    return TrainingData(config, str(store_dir), opened, plan, frame, tokenizer.fingerprint)
+
+
+def _log_progress(progress: Progress) -> None:
+    logger.info("preparing %s: unit %d of %d, %d records", progress.dataset, progress.units_done, progress.units_total, progress.records)

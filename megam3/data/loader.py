@@ -1,0 +1,98 @@
+"""Batches ahead of time: workers assemble them, a reader thread turns them into (pinned) tensors, the training loop takes them in order.
+
+    worker 0: batches 0 2 4 …  ╲
+    worker 1: batches 1 3 5 …  ── reader thread ──▶ queue of `prefetch` batches ──▶ training loop
+
+A batch is a function of its number, so starting at number s gives exactly the batches an uninterrupted run would have had from s on.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+
+from megam3.batch import RetrievalBatch
+from megam3.data.collate import TextBatch, frame_to_batch
+from megam3.data.process import Worker, load_handler
+
+POLL_SECONDS = 0.2  # how soon the reader notices that nobody wants its batches any more
+
+Batch = RetrievalBatch | TextBatch
+
+
+class Loader:
+    """Iterates over the batches with the given numbers.
+
+    Args:
+        target: `package.module:function` that makes the handler of {"number": n} requests.
+        setup: its argument.
+        numbers: batches to serve, in order.
+        num_workers: background processes.
+        prefetch: batches held ready.
+        pin: put texts into page-locked memory.
+    """
+
+    def __init__(self, target: str, setup: dict, numbers: range, num_workers: int, prefetch: int, pin: bool):
+        self._target, self._setup, self._numbers, self._pin = target, setup, numbers, pin
+        self._workers = [Worker(target, setup) for _ in range(min(num_workers, len(numbers)))]
+        self._window = max(prefetch, len(self._workers))
+        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=prefetch)
+        self._stopped = threading.Event()
+        self._reader = threading.Thread(target=self._read, name="megam3-loader", daemon=True)
+        if self._workers:
+            self._reader.start()
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers."""
+        return [worker.pid for worker in self._workers]
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches; whatever a worker raised, or its death, is raised here.
+
+        Raises:
+            UserError, WorkerError: from a worker.
+        """
+        if not self._workers:
+            handler = load_handler(self._target, self._setup)
+            for number in self._numbers:
+                yield frame_to_batch(*handler({"number": number}), pin=self._pin)
+            return
+        while (item := self._ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        """End workers and reader; the loader gives no more batches."""
+        self._stopped.set()
+        for worker in self._workers:
+            worker.kill()
+        if self._reader.ident is not None:
+            self._reader.join()
+        for worker in self._workers:
+            worker.close()
+
+    def _read(self) -> None:
+        sent = 0
+        try:
+            for done, _ in enumerate(self._numbers):
+                while sent < min(len(self._numbers), done + self._window):
+                    self._workers[sent % len(self._workers)].send({"number": self._numbers[sent]})
+                    sent += 1
+                frame = self._workers[done % len(self._workers)].receive()
+                if not self._put(frame_to_batch(*frame, pin=self._pin)):
+                    return
+            self._put(None)
+        except BaseException as error:  # whatever it is, it belongs to the training thread
+            self._put(error)
+
+    def _put(self, item: Batch | BaseException | None) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._ready.put(item, timeout=POLL_SECONDS)
+                return True
+            except queue.Full:
+                continue
+        return False

@@ -1,0 +1,137 @@
+"""Which rows each step serves: a pure function of (seed, epoch, step), equal on every rank, machine and world size.
+
+An epoch is `num_batches` batches. Three keyed permutations address any of them directly, whatever its number:
+
+    batch b of epoch e ─permute(num_batches)→ (cell, batch of the cell) ─permute(cell size)→ (stratum, position) ─→ row
+
+so nothing is shuffled, stored or replayed, and memory is that of the layout: a few numbers per shard and bucket, none per row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from megam3.config.schema import DataConfig
+from megam3.data.layout import Cell, DatasetRows, Stratum, build_cells, build_strata
+from megam3.data.permute import key_of, permute
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """Rows of one batch over all ranks."""
+
+    epoch: int
+    index: int
+    """Batch number within the epoch."""
+    cell: int
+    rows: np.ndarray
+    """int64, numbers among the rows of all datasets."""
+    passes: np.ndarray
+    """int64: how often the epoch served the row before (only weights and temperatures above 1 serve a row again)."""
+    strata: np.ndarray
+    """int64: stratum of each row, which knows its dataset and language."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All batches of all epochs."""
+
+    seed: int
+    datasets: tuple[DatasetRows, ...]
+    strata: tuple[Stratum, ...]
+    cells: tuple[Cell, ...]
+    fingerprint: str
+    """Of everything that decides which rows a step serves; the same in every process."""
+
+    @cached_property
+    def _cell_ends(self) -> np.ndarray:
+        return np.cumsum([cell.num_batches for cell in self.cells])
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of one epoch."""
+        return int(self._cell_ends[-1])
+
+    @property
+    def num_served(self) -> int:
+        """Rows served in one epoch."""
+        return sum(stratum.num_served for stratum in self.strata)
+
+    @property
+    def smallest_batch(self) -> int:
+        """Queries of the smallest batch: no more ranks than this can share the plan."""
+        return min(size for cell in self.cells for size in (*cell.tails, *([cell.batch_queries] if cell.num_full else [])))
+
+    def batch(self, number: int) -> PlannedBatch:
+        """Batch `number`, counted over all epochs from 0."""
+        epoch, index = divmod(number, self.num_batches)
+        place = int(permute(np.array([index]), self.num_batches, key_of(self.seed, epoch, "order"))[0])
+        cell = int(np.searchsorted(self._cell_ends, place, side="right"))
+        start, stop = self.cells[cell].span(place - int(self._cell_ends[cell] - self.cells[cell].num_batches))
+        return PlannedBatch(epoch, index, cell, *self._resolve(cell, epoch, np.arange(start, stop)))
+
+    def _resolve(self, number: int, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows, passes and strata at positions of a cell."""
+        cell = self.cells[number]
+        places = permute(positions, cell.size, key_of(self.seed, epoch, "cell", number))
+        rows, passes, strata = np.empty_like(places), np.empty_like(places), np.empty_like(places)
+        member = np.searchsorted(cell.stratum_ends, places, side="right")
+        for index in np.unique(member).tolist():
+            chosen = member == index
+            if index == len(cell.strata):
+                assert cell.carried is not None
+                carried = places[chosen] - cell.num_own + cell.carried.start
+                rows[chosen], passes[chosen], strata[chosen] = self._resolve(cell.carried.cell, epoch, carried)
+            else:
+                start = int(cell.stratum_ends[index - 1]) if index else 0
+                strata[chosen] = cell.strata[index]
+                rows[chosen], passes[chosen] = self._stratum_rows(cell.strata[index], epoch, places[chosen] - start)
+        return rows, passes, strata
+
+    def _stratum_rows(self, number: int, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        stratum = self.strata[number]
+        passes, inside = np.divmod(positions, stratum.num_rows)
+        if stratum.num_served % stratum.num_rows:
+            # the last pass takes part of the rows: another part every epoch
+            for turn in np.unique(passes).tolist():
+                chosen = passes == turn
+                inside[chosen] = permute(inside[chosen], stratum.num_rows, key_of(self.seed, epoch, "stratum", number, turn))
+        span = np.searchsorted(stratum.ends, inside, side="right")
+        before = np.where(span > 0, stratum.ends[np.maximum(span - 1, 0)], 0)
+        return stratum.first_rows[span] + inside - before, passes
+
+
+def build_plan(config: DataConfig, datasets: Sequence[DatasetRows], seed: int) -> Plan:
+    """Lay out the batches of an epoch.
+
+    Raises:
+        ConfigError: batch sizes or buckets that do not fit the data.
+        DataError: no rows.
+    """
+    strata = build_strata(config, datasets)
+    cells = build_cells(config, datasets, strata)
+    return Plan(seed, tuple(datasets), tuple(strata), tuple(cells), _fingerprint(config, datasets, strata, cells, seed))
+
+
+def _fingerprint(config: DataConfig, datasets: Sequence[DatasetRows], strata: Sequence[Stratum], cells: Sequence[Cell], seed: int) -> str:
+    hasher = hashlib.blake2b(digest_size=16)
+    drawn = {name: getattr(config, name) for name in ("segment_shuffle_probability", "segment_shuffle_min_tokens", "pack_texts_tokens")}
+    facts = {
+        "seed": seed,
+        "accumulation_steps": config.batch.accumulation_steps,
+        "drawn": drawn,
+        "datasets": [[d.name, d.in_batch_negatives, d.passages_per_query, d.is_text, d.first_row] for d in datasets],
+        "cells": [[c.group, c.max_tokens, list(c.strata), c.size, c.num_full, c.batch_queries, list(c.tails)] for c in cells],
+        "strata": [[s.dataset, s.language, s.bucket, s.num_rows, s.num_served] for s in strata],
+    }
+    hasher.update(json.dumps(facts, sort_keys=True).encode())
+    for stratum in strata:
+        hasher.update(np.asarray(stratum.first_rows, dtype="<i8").tobytes())
+        hasher.update(np.asarray(stratum.ends, dtype="<i8").tobytes())
+    return hasher.hexdigest()

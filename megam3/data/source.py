@@ -1,0 +1,240 @@
+"""Input files, cut into units that can be prepared independently.
+
+A unit is a span of one file: bytes of (decompressed) text for JSONL, row groups for Parquet, record batches for Arrow. A line belongs to
+the unit in which it STARTS, so the cut depends on the file alone, never on how many processes read it:
+
+    bytes   0              64 MiB            128 MiB
+            |line|line|li  ne|line|line|line  |line|
+            `---- unit 0 ----´`--- unit 1 ---´
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet
+
+from megam3.errors import DataError
+
+SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".jsonl.gz": "jsonl.gz",
+    ".json.gz": "jsonl.gz",
+    ".jsonl.zst": "jsonl.zst",
+    ".json.zst": "jsonl.zst",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+MAX_LINE_BYTES = 32 << 20
+"""A longer line is refused unread: no record of 8192-token passages comes near it."""
+READ_BYTES = 1 << 20
+ROWS_PER_SLICE = 512
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Span `start` … `stop`-1 of one file, in bytes of text, row groups or record batches."""
+
+    path: str
+    format: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class HugeLine:
+    """Stands in for a line of more than MAX_LINE_BYTES: its beginning and its size."""
+
+    head: bytes
+    num_bytes: int
+
+
+def find_files(patterns: list[str], field: str) -> list[str]:
+    """Files named by paths, directories (searched recursively) and globs, in a fixed order, each once. `field` names them in errors.
+
+    Raises:
+        DataError: nothing matches a pattern, or a named file is of no known format.
+    """
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            matches = sorted(str(p) for p in path.rglob("*") if p.is_file() and format_of(str(p)))
+        else:
+            matches = [pattern] if path.is_file() else sorted(p for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+        if not matches:
+            raise DataError(field, pattern, "matches no data file", "check the path; relative paths start at the working directory")
+        for match in matches:
+            if format_of(match) is None:
+                raise DataError(field, match, "has no known format", f"use one of {', '.join(SUFFIXES)}")
+            found[match] = None
+    return list(found)
+
+
+def format_of(path: str) -> str | None:
+    """Format by file name; None when it is none of ours."""
+    return next((name for suffix, name in sorted(SUFFIXES.items(), key=lambda x: -len(x[0])) if path.endswith(suffix)), None)
+
+
+def split_file(path: str, unit_bytes: int) -> list[Unit]:
+    """Cut one file into units of about `unit_bytes` of text. Compressed text is read through once to learn its size.
+
+    Raises:
+        DataError: the file cannot be read to its end.
+    """
+    file_format = format_of(path)
+    assert file_format is not None, path
+    with reading(path):
+        if file_format.startswith("jsonl"):
+            size = Path(path).stat().st_size if file_format == "jsonl" else _text_size(path, file_format)
+            return [Unit(path, file_format, start, min(start + unit_bytes, size)) for start in range(0, size, unit_bytes)]
+        return [Unit(path, file_format, *span) for span in _group(_part_sizes(path, file_format), unit_bytes)]
+
+
+def read_unit(unit: Unit) -> Iterator[tuple[int, bytes | dict | HugeLine]]:
+    """Yield (number within the unit, line or decoded row) of each non-blank record.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    with reading(unit.path):
+        yield from _read_lines(unit) if unit.format.startswith("jsonl") else _read_rows(unit)
+
+
+def first_line(unit: Unit) -> int:
+    """Lines (or rows) of the file before the unit's first one. Reads the file up to there, so it is for error messages."""
+    if not unit.format.startswith("jsonl"):
+        return sum(_part_rows(unit.path, unit.format)[: unit.start])
+    if unit.start == 0:
+        return 0
+    left, lines = unit.start - 1, 0
+    with _open_text(unit.path, unit.format) as stream:
+        while left > 0 and (block := stream.read(min(READ_BYTES, left))):
+            lines, left = lines + block.count(b"\n"), left - len(block)
+    return lines + 1
+
+
+def place(unit: Unit, number: int) -> str:
+    """`file:line` of record `number` of the unit, counted from 1."""
+    return f"{unit.path}:{first_line(unit) + number + 1}"
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Turn whatever a damaged or unreadable file raises into a DataError that names it."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        rule = f"cannot be read to its end ({type(error).__name__}: {error})"
+        raise DataError("data file", path, rule, "check its permissions, or write or fetch it again") from error
+
+
+def _open_text(path: str, file_format: str) -> IO[bytes]:
+    if file_format == "jsonl.gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if file_format == "jsonl.zst":
+        return io.BufferedReader(pa.input_stream(path, compression="zstd"), READ_BYTES)
+    return open(path, "rb", buffering=READ_BYTES)
+
+
+def _text_size(path: str, file_format: str) -> int:
+    with _open_text(path, file_format) as stream:
+        return sum(len(block) for block in iter(lambda: stream.read(READ_BYTES), b""))
+
+
+def _skip(stream: IO[bytes], num_bytes: int, seekable: bool) -> None:
+    if seekable:
+        stream.seek(num_bytes)
+        return
+    while num_bytes > 0 and (block := stream.read(min(READ_BYTES, num_bytes))):
+        num_bytes -= len(block)
+
+
+def _next_line(stream: IO[bytes]) -> tuple[bytes | HugeLine, int]:
+    line = stream.readline(MAX_LINE_BYTES + 1)
+    if len(line) <= MAX_LINE_BYTES:
+        return line, len(line)
+    num_bytes, more = len(line), line
+    while more and not more.endswith(b"\n"):
+        more = stream.readline(READ_BYTES)
+        num_bytes += len(more)
+    return HugeLine(line[:1024], num_bytes), num_bytes
+
+
+def _read_lines(unit: Unit) -> Iterator[tuple[int, bytes | HugeLine]]:
+    with _open_text(unit.path, unit.format) as stream:
+        position = unit.start
+        if unit.start > 0:
+            _skip(stream, unit.start - 1, seekable=unit.format == "jsonl")
+            position += _next_line(stream)[1] - 1
+        number = 0
+        while position < unit.stop:
+            line, num_bytes = _next_line(stream)
+            if not num_bytes:
+                break
+            position += num_bytes
+            if isinstance(line, HugeLine) or line.strip():
+                yield number, line
+            number += 1
+
+
+def _group(sizes: list[int], limit: int) -> list[tuple[int, int]]:
+    """Consecutive parts joined into spans of at least `limit` bytes, the last one excepted."""
+    spans, start, total = [], 0, 0
+    for index, size in enumerate(sizes):
+        total += size
+        if total >= limit or index == len(sizes) - 1:
+            spans.append((start, index + 1))
+            start, total = index + 1, 0
+    return spans
+
+
+def _arrow_batches(path: str) -> Iterator[pa.RecordBatch]:
+    source = pa.memory_map(path)
+    try:
+        reader = pa.ipc.open_file(source)
+    except pa.ArrowInvalid:  # the streaming form, which the `datasets` library writes under the same suffix
+        source.seek(0)
+        yield from pa.ipc.open_stream(source)
+        return
+    for index in range(reader.num_record_batches):
+        yield reader.get_batch(index)
+
+
+def _part_sizes(path: str, file_format: str) -> list[int]:
+    if file_format == "parquet":
+        metadata = pa.parquet.ParquetFile(path).metadata
+        return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    return [batch.nbytes for batch in _arrow_batches(path)]
+
+
+def _part_rows(path: str, file_format: str) -> list[int]:
+    if file_format == "parquet":
+        metadata = pa.parquet.ParquetFile(path).metadata
+        return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    return [batch.num_rows for batch in _arrow_batches(path)]
+
+
+def _read_rows(unit: Unit) -> Iterator[tuple[int, dict]]:
+    if unit.format == "parquet":
+        file = pa.parquet.ParquetFile(unit.path)
+        batches = file.iter_batches(ROWS_PER_SLICE, row_groups=list(range(unit.start, unit.stop)))
+    else:
+        batches = (batch for i, batch in enumerate(_arrow_batches(unit.path)) if unit.start <= i < unit.stop)
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, ROWS_PER_SLICE):
+            for row in batch.slice(start, ROWS_PER_SLICE).to_pylist():
+                yield number, row
+                number += 1

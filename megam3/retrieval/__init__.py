@@ -1,0 +1,1 @@
+"""Evaluation as in the M3 paper: five retrieval modes and BM25 on folders in BEIR format."""

@@ -1,0 +1,166 @@
+"""The five modes of the M3 paper (arXiv 2402.03216, section 4.1) and BM25 on one test set.
+
+Dense         all passages by the dense score
+Sparse        all passages by the lexical score
+Multi-vec     Dense's best `rerank_dense` by the multi-vector score
+Dense+Sparse  the best `rerank_hybrid` of Dense and of Sparse by the weighted sum of both scores
+All           the same passages by the weighted sum of three
+BM25          all passages, over the model's own tokens
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megam3.config.schema import EvaluationConfig
+from megam3.dist import comm
+from megam3.errors import ConfigError
+from megam3.retrieval.beir import BeirDataset
+from megam3.retrieval.bm25 import bm25_hits
+from megam3.retrieval.encode import EncodedTexts, EncodeIds, encode_texts, multi_vector_rows
+from megam3.retrieval.metrics import DEPTH, mean_by_group, mean_metrics, score_rankings
+from megam3.retrieval.results import EvaluationResult, ModeResult
+from megam3.retrieval.search import Candidates, best_of, dense_blocks, lexical_blocks, local_candidates, score_candidates, unite
+from megam3.retrieval.topk import NO_ROW, Hits, sort_by_score
+
+MODES = ("Dense", "Sparse", "Multi-vec", "Dense+Sparse", "All", "BM25")
+LENGTH_EDGES = (128, 256, 512, 1024, 2048, 4096, 8192)
+"""Upper edges, in tokens of a query's longest relevant passage, of the length buckets in a result."""
+
+Tokenize = Callable[[Sequence[str], int], list[list[int]]]
+"""(texts, most tokens) -> ids with special tokens, cut at the limit."""
+
+
+@dataclass(frozen=True)
+class _Tokenised:
+    query_ids: list[list[int]]
+    passage_ids: list[list[int]]
+
+
+def check_modes(modes: Sequence[str]) -> None:
+    """Raises ConfigError for a name that is no mode."""
+    for mode in modes:
+        if mode not in MODES:
+            raise ConfigError("modes", mode, f"must be among {', '.join(MODES)}", "check the spelling, capitals included")
+
+
+def length_bucket(num_tokens: int) -> str:
+    """Name of the bucket a token count falls in.
+
+    >>> length_bucket(512), length_bucket(513), length_bucket(9000)
+    ('257-512', '513-1024', 'over 8192')
+    """
+    low = 1
+    for edge in LENGTH_EDGES:
+        if num_tokens <= edge:
+            return f"{low}-{edge}"
+        low = edge + 1
+    return f"over {LENGTH_EDGES[-1]}"
+
+
+def rank_candidates(candidates: Candidates, config: EvaluationConfig) -> dict[str, Hits]:
+    """Rankings of the three modes that re-rank."""
+    rows_QK = candidates.rows_QK
+    column_K = torch.arange(rows_QK.shape[1])
+    is_dense_K = column_K < candidates.num_dense
+    hybrid_QK = ~is_dense_K | (column_K < config.rerank_hybrid) | candidates.also_lexical_QK
+    weights = config.weights
+    two_QK = weights.dense * candidates.dense_QK + weights.lexical * candidates.lexical_QK
+    three_QK = two_QK + weights.multi_vector * candidates.multi_vector_QK
+
+    def ranked(scores_QK: Tensor, allowed_QK: Tensor) -> Hits:
+        return sort_by_score(scores_QK.masked_fill(~allowed_QK | (rows_QK == NO_ROW), -torch.inf), rows_QK, DEPTH)
+
+    return {
+        "Multi-vec": ranked(candidates.multi_vector_QK, (column_K < min(config.rerank_dense, candidates.num_dense)).expand_as(rows_QK)),
+        "Dense+Sparse": ranked(two_QK, hybrid_QK),
+        "All": ranked(three_QK, hybrid_QK),
+    }
+
+
+def _search(texts: _Tokenised, encode_ids: EncodeIds, config: EvaluationConfig, modes: Sequence[str]) -> dict[str, Hits]:
+    """Rankings of the five modes, the same on every rank."""
+    own_ids = texts.passage_ids[comm.rank() :: comm.world_size()]
+    queries = encode_texts(encode_ids, texts.query_ids, config.batch_tokens, torch.float32, multi_bytes=1 << 62)
+    passages = encode_texts(encode_ids, own_ids, config.batch_tokens)
+    num_queries = queries.num_texts
+    dense = best_of(dense_blocks(queries, passages), num_queries, max(config.rerank_dense, config.rerank_hybrid, DEPTH))
+    lexical = best_of(lexical_blocks(queries, passages), num_queries, max(config.rerank_hybrid, DEPTH), positive_only=True)
+    hits = {"Dense": dense, "Sparse": lexical}
+    if {"Multi-vec", "Dense+Sparse", "All"}.intersection(modes):
+        with_multi = {"Multi-vec", "All"}.intersection(modes)
+        hits |= _rerank(queries, passages, hits, own_ids, encode_ids, config, bool(with_multi))
+    return hits
+
+
+def _rerank(
+    queries: EncodedTexts,
+    passages: EncodedTexts,
+    hits: dict[str, Hits],
+    own_ids: list[list[int]],
+    encode_ids: EncodeIds,
+    config: EvaluationConfig,
+    with_multi: bool,
+) -> dict[str, Hits]:
+    dense = hits["Dense"].first(max(config.rerank_dense, config.rerank_hybrid))
+    lexical = hits["Sparse"].first(config.rerank_hybrid)
+    united = unite(dense, lexical)
+    wanted = local_candidates(united[0])
+    rows = multi_vector_rows(passages, sorted(wanted), encode_ids, own_ids, config.batch_tokens) if with_multi else None
+    return rank_candidates(score_candidates(queries, passages, dense, rows, wanted, united), config)
+
+
+def _mode_result(dataset: BeirDataset, hits: Hits, buckets: dict[str, str]) -> ModeResult:
+    rankings = {
+        query: [dataset.passage_ids[row] for row in rows if row != NO_ROW]
+        for query, rows in zip(dataset.query_ids, hits.first(DEPTH).rows_QK.tolist())
+    }
+    per_query = score_rankings(dataset.qrels, rankings)
+    languages = dict(sorted(zip(dataset.query_ids, dataset.languages), key=lambda item: item[1]))
+    return ModeResult(mean_metrics(list(per_query.values())), mean_by_group(per_query, languages), mean_by_group(per_query, buckets))
+
+
+def _buckets(dataset: BeirDataset, lengths: dict[str, int]) -> dict[str, str]:
+    """query -> length bucket of its longest relevant passage, short buckets first."""
+    longest = {query: max(lengths[passage] for passage, grade in dataset.qrels[query].items() if grade > 0) for query in dataset.query_ids}
+    return {query: length_bucket(longest[query]) for query in sorted(longest, key=lambda query: longest[query])}
+
+
+def evaluate(
+    dataset: BeirDataset,
+    tokenize: Tokenize,
+    encode_ids: EncodeIds,
+    config: EvaluationConfig,
+    modes: Sequence[str] = MODES,
+) -> EvaluationResult:
+    """Search `dataset` in every mode and measure; all ranks call it together and get the same result.
+
+    Raises:
+        ConfigError: a name that is no mode.
+        CheckpointError: the model's representations are not finite.
+    """
+    check_modes(modes)
+    started = time.perf_counter()
+    texts = _Tokenised(tokenize(dataset.queries, config.query_max_tokens), tokenize(dataset.passages, config.passage_max_tokens))
+    hits: dict[str, Hits] = {}
+    if set(modes) - {"BM25"}:
+        hits |= _search(texts, encode_ids, config, modes)
+    if "BM25" in modes:
+        hits["BM25"] = bm25_hits(texts.query_ids, texts.passage_ids, DEPTH)
+    lengths = {passage: len(ids) for passage, ids in zip(dataset.passage_ids, texts.passage_ids)}
+    buckets = _buckets(dataset, lengths)
+    return EvaluationResult(
+        dataset=dataset.name,
+        num_queries=len(dataset.query_ids),
+        num_passages=len(dataset.passage_ids),
+        num_tokens=sum(lengths.values()),
+        num_at_limit=sum(len(ids) >= config.query_max_tokens for ids in texts.query_ids)
+        + sum(len(ids) >= config.passage_max_tokens for ids in texts.passage_ids),
+        seconds=time.perf_counter() - started,
+        modes={mode: _mode_result(dataset, hits[mode], buckets) for mode in MODES if mode in modes},
+    )

@@ -1,0 +1,64 @@
+"""`megam3 evaluate` on a tiny random model: the whole way from files to a table, and the errors a user can meet."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megam3.embedder import M3Embedder
+from megam3.errors import ConfigError, DataError
+from megam3.retrieval.command import embedder_encode, embedder_tokenize, main
+from megam3.retrieval.encode import encode_texts
+from megam3.retrieval.results import read_result
+from tests.factory import make_sentences, make_tiny_model_folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    return make_tiny_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def beir_folder(tmp_path) -> Path:
+    folder = tmp_path / "sentences"
+    (folder / "qrels").mkdir(parents=True)
+    passages = make_sentences(30, seed=1, min_words=8, max_words=40)
+    queries = [" ".join(passage.split()[:4]) for passage in passages[:10]]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"_id": f"d{i}", "text": t}) + "\n" for i, t in enumerate(passages)))
+    (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": f"q{i}", "text": t}) + "\n" for i, t in enumerate(queries)))
+    (folder / "qrels" / "test.tsv").write_text("".join(f"q{i}\td{i}\t1\n" for i in range(10)))
+    return folder
+
+
+def test_prints_a_table_and_writes_json(model_folder, beir_folder, tmp_path, capsys):
+    arguments = [str(model_folder), str(beir_folder), "--out", str(tmp_path / "eval"), "--by", "length", "--passage-max-tokens", "9999"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("Dense+Sparse", "BM25", "ndcg@10", "by length"))
+    result = read_result(tmp_path / "eval" / "sentences.json")
+    # the first words of a passage: counting words must find them
+    assert result.modes["BM25"].overall["ndcg@10"] > 0.9
+
+
+def test_modes_can_be_chosen(model_folder, beir_folder, tmp_path):
+    assert main([str(model_folder), str(beir_folder), "--modes", "Sparse,BM25", "--out", str(tmp_path)]) == 0
+    assert list(read_result(tmp_path / "sentences.json").modes) == ["Sparse", "BM25"]
+
+
+def test_errors_come_before_the_model_is_read(beir_folder, tmp_path):
+    with pytest.raises(ConfigError, match="modes = 'sparse': must be among Dense"):
+        main(["no-model", str(beir_folder), "--modes", "sparse"])
+    with pytest.raises(DataError, match=r"corpus\.jsonl' *: is not there"):
+        main(["no-model", str(tmp_path / "nowhere")])
+
+
+def test_batches_of_the_embedder_equal_its_own_encode(model_folder):
+    embedder = M3Embedder(str(model_folder))
+    texts = make_sentences(12, seed=2, max_words=60)
+    ids = embedder_tokenize(embedder)(texts, 512)
+    ours = encode_texts(embedder_encode(embedder), ids, batch_tokens=100)
+    theirs = embedder.encode(texts)
+    assert abs(ours.dense_ND.numpy() - theirs.dense_vecs).max() < 1e-5
+    counts = (ours.lexical_offsets_N1[1:] - ours.lexical_offsets_N1[:-1]).tolist()
+    for weights, values in zip(ours.lexical_weights_Z.split(counts), theirs.lexical_weights):
+        assert sorted(value for value in weights.tolist() if value > 0) == pytest.approx(sorted(values.values()), abs=1e-5)

@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+from megam3.batch import RetrievalBatch, pack_texts
+from megam3.candidates import find_candidates, group_rows
+from megam3.dist import comm
+from tests.ranks import run_ranks
+
+
+def _batch(sizes, hashes, in_batch_negatives=True):
+    texts = pack_texts([[0, 2]] * (len(sizes) + sum(sizes)))
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    return RetrievalBatch(texts, offsets, torch.arange(len(sizes)), torch.tensor(hashes), in_batch_negatives=in_batch_negatives)
+
+
+def _naive(sizes, hashes, in_batch, mask):
+    """One pair at a time."""
+    group = [query for query, size in enumerate(sizes) for _ in range(size)]
+    positive = [group.index(query) for query in range(len(sizes))]
+    return [
+        [
+            column == positive[query] or ((in_batch or group[column] == query) and not (mask and hashes[column] == hashes[positive[query]]))
+            for column in range(len(hashes))
+        ]
+        for query in range(len(sizes))
+    ]
+
+
+SIZES, HASHES = [2, 1, 3], [7, 8, 7, 9, 9, 7]
+
+
+@pytest.mark.parametrize("in_batch", [True, False])
+@pytest.mark.parametrize("mask", [True, False])
+def test_allowed_equals_the_loop_also_in_tiles(in_batch, mask):
+    candidates = find_candidates(_batch(SIZES, HASHES, in_batch), mask)
+    expected = torch.tensor(_naive(SIZES, HASHES, in_batch, mask))
+    assert torch.equal(candidates.allowed(), expected)
+    assert torch.equal(candidates.allowed(slice(1, 3), slice(2, 5)), expected[1:3, 2:5])
+    assert candidates.positive_column_Q.tolist() == [0, 2, 3]
+
+
+def test_equal_texts_are_never_negatives():
+    # passage 2 is query 0's positive under another query; 4 equals query 2's positive inside its own group
+    allowed = find_candidates(_batch(SIZES, HASHES), True).allowed()
+    assert allowed.tolist()[0] == [True, True, False, True, True, False]
+    assert allowed.tolist()[2] == [True, True, True, True, False, True]
+
+
+def test_groups_side_by_side():
+    candidates = find_candidates(_batch(SIZES, HASHES), True)
+    columns, exists = candidates.group_columns()
+    assert columns.tolist() == [[0, 1, 1], [2, 2, 2], [3, 4, 5]]
+    assert exists.tolist() == [[True, True, False], [True, False, False], [True, True, True]]
+    rows = group_rows(torch.arange(6.0), _batch(SIZES, HASHES).group_offsets_Q1, fill=-1.0)
+    assert rows.tolist() == [[0.0, 1.0, -1.0], [2.0, -1.0, -1.0], [3.0, 4.0, 5.0]]
+    assert candidates.to("cpu").allowed().tolist() == candidates.allowed().tolist()
+
+
+def _on_a_rank():
+    batch = _batch(SIZES[:2], HASHES[:3]) if comm.rank() == 0 else _batch(SIZES[2:], HASHES[3:])
+    candidates = find_candidates(batch, True, (3, 3))
+    return [candidates.allowed().tolist(), candidates.positive_column_Q.tolist(), find_candidates(batch, True).num_passages]
+
+
+@pytest.mark.ranks
+def test_two_ranks_see_what_one_rank_sees():
+    expected = _naive(SIZES, HASHES, True, True)
+    assert run_ranks(_on_a_rank, 2) == [[expected[:2], [0, 2], 3], [expected[2:], [3], 3]]
+
+
+def test_no_queries():
+    batch = _batch([], torch.zeros(0, dtype=torch.int64).tolist())
+    candidates = find_candidates(RetrievalBatch(batch.texts, batch.group_offsets_Q1, batch.rows_Q, torch.zeros(0, dtype=torch.int64)), True)
+    assert candidates.allowed().shape == (0, 0)
+    assert candidates.group_columns()[0].shape == (0, 0)
