@@ -1,5 +1,6 @@
 """Start the sides of a comparison, alternate between them, and reduce what they answer to medians, spreads and ratios."""
 
+import contextlib
 import json
 import os
 import statistics
@@ -90,10 +91,8 @@ class _Process:
         """One timed step; None when the side died in it or before."""
         if self.measured.death:
             return None
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write("\n")
-        except BrokenPipeError:
-            pass
         return self.answer()
 
     def stop(self) -> None:

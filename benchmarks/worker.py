@@ -1,7 +1,7 @@
 """The loop inside each measured process: build once, then run one timed step whenever the parent says so.
 
 A side's file ends in `serve(build)`; `build(spec)` returns the step, a function that returns figures (its loss, for instance).
-The parent alternates between the sides, so that a slow minute of the machine meets all of them. Imports nothing but the standard library and torch.
+The parent alternates between the sides, so that a slow minute of the machine meets all of them. Imports torch and nothing else.
 """
 
 import gc

@@ -1,4 +1,4 @@
-"""One FlagEmbedding training step: its M3 model class, its collator's padding, the optimizer settings of its trainer. Runs in its own environment.
+"""One FlagEmbedding training step: its M3 model class, its collator's padding, its trainer's optimizer. Runs in its own environment.
 
 Spec: model_folder, texts; optional threads, checkpointing, address_space_bytes.
 """
