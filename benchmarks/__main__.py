@@ -1,0 +1,40 @@
+"""`python -m benchmarks [NAME…] [--repeats N]`: run comparisons, print and write their table.
+
+python -m benchmarks                        all that fit into 20 minutes on two quiet cores
+python -m benchmarks packed maxsim          these two
+python -m benchmarks long_step              8192-token passages at XLM-R's width and vocabulary; minutes, 12 GB
+"""
+
+import argparse
+import os
+import time
+
+from benchmarks.comparisons import COMPARISONS, DEFAULT
+from benchmarks.measure import RESULTS, machine
+from benchmarks.report import write_report
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(COMPARISONS))
+    parser.add_argument("--repeats", type=int, default=5, help="kept rounds of each comparison (default 5)")
+    arguments = parser.parse_args()
+    unknown = sorted(set(arguments.names) - set(COMPARISONS))
+    if unknown:
+        parser.error(f"no comparison named {', '.join(unknown)}; there are {', '.join(COMPARISONS)}")
+    started, load = time.time(), os.getloadavg()[1]
+    results = {}
+    for name in arguments.names or DEFAULT:
+        print(f"{name}: {COMPARISONS[name].__doc__}", flush=True)
+        try:
+            results[name] = list(COMPARISONS[name](arguments.repeats))
+        except RuntimeError as error:
+            print(f"  left out: {error}")
+    where = f"{machine()} (load average {load:.1f} before the run, {(time.time() - started) / 60:.1f} minutes)"
+    print(write_report(RESULTS, results, where))
+    print(f"written to {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
