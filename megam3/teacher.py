@@ -56,7 +56,8 @@ def m3_kd_rows(own_QG: Tensor, others_Q: Tensor, scores_QG: Tensor, seen_QG: Ten
         others_Q: log Σ exp over every column the query sees outside its own group.
     """
     if own_QG.shape[1] == 0:
-        return own_QG.sum(1)
+        # no queries: still a function of both, or the backward pass of an exchange behind them would be left out on this rank
+        return own_QG.sum(1) + others_Q
     lowest = torch.finfo(own_QG.dtype).min
     rank_QG = scores_QG.masked_fill(~seen_QG, float("-inf"))
     rank_QG = torch.cat([torch.full_like(rank_QG[:, :1], float("inf")), rank_QG[:, 1:]], dim=1)

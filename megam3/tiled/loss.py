@@ -25,6 +25,8 @@ from megam3.tiled.walk import Walk, outside_group
 
 TILE_TEXTS = 2048
 """Queries and passages of a tile: 4 M scores, 16 MB each in fp32; some eight such tiles live at a time."""
+TILE_WINNERS = 1 << 24
+"""With the multi-vector head, bound on a tile's (query rows × passages), each of which keeps an int32 between its passes: 64 MB."""
 GROUP_TILE_TEXTS = 64
 """Queries scored against their own groups at a time: 64 queries meet 64 groups, of which one each is kept."""
 
@@ -32,6 +34,14 @@ GROUP_TILE_TEXTS = 64
 def _tile_sizes(num_texts: int, size: int) -> list[int]:
     """Even a rank without texts has one tile, of none: its shapes are needed."""
     return [min(size, num_texts - start) for start in range(0, num_texts, size)] or [0]
+
+
+def _tile_texts(counts: RankCounts, settings: LossSettings) -> int:
+    """Texts per side of a tile; the same on every rank."""
+    if "multi_vector" not in settings.heads:
+        return TILE_TEXTS
+    rows_per_query = sum(counts.query_rows) / max(1, sum(counts.queries))
+    return max(1, min(TILE_TEXTS, int((TILE_WINNERS / max(1.0, rows_per_query)) ** 0.5)))
 
 
 def _own_groups(walk: Walk, queries: Representations, passages: Representations) -> dict[str, Tensor]:
@@ -156,7 +166,7 @@ def tiled_unified_loss(
     distill: bool,
     maxsim: Literal["mean", "sum"] = "mean",
     teacher: TeacherGroups | None = None,
-    tile_texts: int = TILE_TEXTS,
+    tile_texts: int | None = None,
 ) -> LossTerms:
     """`unified_loss` of this rank's queries over all ranks' passages, without a score matrix.
 
@@ -167,8 +177,9 @@ def tiled_unified_loss(
         counts: `count_over_ranks(queries, passages)`.
         distill: self-distillation on.
         teacher: as in `unified_loss`.
-        tile_texts: queries and passages of a tile.
+        tile_texts: queries and passages of a tile; None: by TILE_TEXTS and TILE_WINNERS.
     """
+    tile_texts = tile_texts or _tile_texts(counts, settings)
     distill = distill and bool(settings.distilled)
     queries, passages = keep_heads(queries, settings.heads), keep_heads(passages, settings.heads)
     first_column = counts.first_passage if candidates.in_batch_negatives else 0
