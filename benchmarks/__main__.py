@@ -19,7 +19,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(COMPARISONS))
     parser.add_argument("--repeats", type=int, default=5, help="kept rounds of each comparison (default 5)")
+    parser.add_argument("--threads", type=int, help="threads of each side but the ranks' (default: one a core)")
     arguments = parser.parse_args()
+    if arguments.threads:
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     unknown = sorted(set(arguments.names) - set(COMPARISONS))
     if unknown:
         parser.error(f"no comparison named {', '.join(unknown)}; there are {', '.join(COMPARISONS)}")
@@ -31,8 +34,10 @@ def main() -> None:
             results[name] = list(COMPARISONS[name](arguments.repeats))
         except RuntimeError as error:
             print(f"  left out: {error}")
-    where = f"{machine()} (load average {load:.1f} before the run, {(time.time() - started) / 60:.1f} minutes)"
-    print(write_report(RESULTS, results, where))
+        # after each comparison, so that an interrupted run keeps what it has
+        where = f"{machine()} (load average {load:.1f} before the run, {(time.time() - started) / 60:.1f} minutes)"
+        page = write_report(RESULTS, results, where)
+    print(page)
     print(f"written to {RESULTS}")
 
 

@@ -37,7 +37,7 @@ class ModelSize:
     @property
     def label(self) -> str:
         """For tables."""
-        return f"{self.num_layers} layers × {self.hidden_size}, vocabulary {self.vocab_size:,}".replace(",", " ")
+        return f"{self.num_layers} layers × {self.hidden_size}, vocabulary {f'{self.vocab_size:_}'.replace('_', ' ')}"
 
     def config(self) -> XLMRobertaConfig:
         """XLM-R's special ids, offset and epsilon; attention heads of width 64 as in every published size."""

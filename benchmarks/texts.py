@@ -58,7 +58,7 @@ def xquad_like_lengths(num_queries: int, num_passages: int) -> tuple[tuple[int, 
 
 
 def long_tailed_lengths(count: int, longest: int = 8192) -> tuple[int, ...]:
-    """Web-like: median 400, a heavy tail, and one text at the limit, which in a batch of 8 stands for the 1 in 100 of a real corpus."""
+    """Web-like: median 400, a heavy tail, and one text at the limit."""
     lengths = list(lognormal_lengths(count - 1, 400, 1.1, 32, longest))
     lengths.insert(count // 2, longest)
     return tuple(lengths)
