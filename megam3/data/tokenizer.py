@@ -61,7 +61,7 @@ class Tokenizer:
             arrays.append(ids)
         return arrays, cut_N
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
         """Text of `ids`, for people to read."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
