@@ -98,8 +98,8 @@ def _settings(config: DataConfig, dataset: DatasetConfig, tokenizer: Tokenizer) 
     return {"format": FORMAT, "tokenizer": tokenizer.fingerprint, **asdict(rules)}
 
 
-def _inputs(dataset: DatasetConfig) -> dict[str, list[int]]:
-    files = find_files(dataset.paths, f"data.train[{dataset.name}].paths")
+def _inputs(dataset: DatasetConfig, store_dir: str | Path) -> dict[str, list[int]]:
+    files = find_files(dataset.paths, f"data.train[{dataset.name}].paths", outside=Path(store_dir))
     return {path: [(status := os.stat(path)).st_size, status.st_mtime_ns] for path in files}
 
 
@@ -124,7 +124,7 @@ def _changed(name: str, changes: list[str]) -> DataError:
 def _spec(config: DataConfig, dataset: DatasetConfig, tokenizer: Tokenizer, store_dir: str | Path, unit_bytes: int) -> dict:
     """What this dataset's shards are made from: read from disk when it was begun before, and then it must match."""
     folder = dataset_folder(store_dir, dataset.name)
-    settings = _settings(config, dataset, tokenizer) | {"inputs": _inputs(dataset)}
+    settings = _settings(config, dataset, tokenizer) | {"inputs": _inputs(dataset, store_dir)}
     found = read_json(folder / "spec.json")
     if found is not None:
         changes = _changes(found, settings, lambda path: _redigest(folder, found, path))

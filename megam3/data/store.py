@@ -179,7 +179,7 @@ def read_json(path: Path) -> dict | None:
     """
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise DataError("store file", str(path), f"cannot be read ({error})", "delete the dataset's folder and prepare it again") from error
