@@ -16,7 +16,7 @@ LAYERS = [
     {"objectives", "engine"},
     {"checkpoint", "retrieval", "embedder", "export"},
     {"trainer", "report"},
-    {"build", "cli", "train", "show_config", "quickstart"},
+    {"build", "cli", "train", "show_config", "quickstart", "prepare", "plan_epochs", "inspect_batch"},
 ]
 """From the bottom; a name is a module or a package directly in megam3/."""
 
@@ -27,6 +27,8 @@ SAME_LAYER = {
     ("train", "build"),
     ("train", "cli"),
     ("quickstart", "build"),
+    ("plan_epochs", "prepare"),
+    ("inspect_batch", "prepare"),
 }
 """(importer, imported) pairs of one layer that may meet."""
 

@@ -84,8 +84,7 @@ def torch_reference(folder: str, accumulation: int = 1) -> tuple[list[float], li
     for step in range(STEPS):
         optimizer.zero_grad()
         figures = [
-            objective.run(Plain(), batch_of(make_groups(4, seed=step * accumulation + index)), Progress(step))
-            for index in range(accumulation)
+            objective.run(Plain(), batch_of(make_groups(4, seed=step * accumulation + index)), Progress(step)) for index in range(accumulation)
         ]
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)))
         for group in optimizer.param_groups:
@@ -132,9 +131,7 @@ def test_two_ranks_under_every_stage_equal_torch_on_one(folder, every_stage):
             # a softmax does not see the key bias: its gradient is rounding noise, which Adam scales up to full steps
             if name.endswith("key.bias"):
                 continue
-            torch.testing.assert_close(
-                merged[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda m, n=name, f=result["folder"]: f"{f} {n}: {m}"
-            )
+            torch.testing.assert_close(merged[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda m, n=name, f=result["folder"]: f"{f} {n}: {m}")
         assert result["resumed_next"] == result["next"], "the step after a resume must be the very step that would have come"
 
 
