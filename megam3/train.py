@@ -1,7 +1,7 @@
 """What a launcher starts, once per rank.
 
-    deepspeed --num_gpus 8 --module megam3.train RECIPE [key=value…]
-    python -m megam3.train RECIPE [key=value…]                          one process
+deepspeed --num_gpus 8 --module megam3.train RECIPE [key=value…]
+python -m megam3.train RECIPE [key=value…]                          one process
 """
 
 import os
