@@ -12,7 +12,9 @@ PACKAGE = ROOT / "megam3"
 LAYERS = [
     {"config", "errors", "__init__"},
     {"batch", "dist"},
-    {"obs", "data", "model", "scoring", "losses", "gradcache", "candidates"},
+    {"candidates", "teacher"},
+    {"obs", "data", "model", "scoring", "losses", "gradcache"},
+    {"tiled"},
     {"objectives", "engine"},
     {"checkpoint", "retrieval", "embedder", "export"},
     {"trainer", "report"},
