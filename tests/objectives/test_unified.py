@@ -80,17 +80,17 @@ def folder(tmp_path_factory) -> str:
     return str(make_tiny_model_folder(tmp_path_factory.mktemp("model") / "tiny"))
 
 
-def _run(folder: str, in_batch: bool, step: int, chunk_tokens: int | None) -> dict:
+def _run(folder: str, in_batch: bool, step: int, chunk_tokens: int | None, tiles: str = "auto") -> dict:
     engine, groups = PlainEngine(folder), make_groups(5, 2)
     # ragged over ranks: 3 queries on the first, 2 on the second
     cut = [0, 5] if comm.world_size() == 1 else [0, 3, 5]
     batch = batch_of(groups[cut[comm.rank()] : cut[comm.rank() + 1]], in_batch_negatives=in_batch)
-    figures = UnifiedObjective(CONFIG, chunk_tokens).run(engine, batch, Progress(step))
+    figures = UnifiedObjective(CONFIG.model_copy(update={"loss_tiles": tiles}), chunk_tokens).run(engine, batch, Progress(step))
     total = float(comm.all_reduce_sum(figures["loss/total"])) / comm.world_size()
     return {"total": total, "names": sorted(figures), "gradients": engine.gradients()}
 
 
-CASES = [(True, 0, None), (True, 5, 30), (False, 0, None), (False, 5, None)]
+CASES = [(True, 0, None), (True, 5, 30), (False, 0, None), (False, 5, None), (True, 5, None, "always"), (False, 5, 30, "always")]
 
 
 def _every_case(folder: str) -> list[dict]:
@@ -101,7 +101,7 @@ def _every_case(folder: str) -> list[dict]:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_loss_and_gradients_are_those_of_the_formulas(folder, world_size):
     results = run_ranks(_every_case, world_size, folder)[-1]
-    for (in_batch, step, _), result in zip(CASES, results):
+    for (in_batch, step, *_), result in zip(CASES, results):
         model = load_m3(folder, ModelConfig(path=folder)).double()
         expected = written_out(model, make_groups(5, 2), in_batch, distill=step >= CONFIG.self_distill_start_step)
         expected.backward()
