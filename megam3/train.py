@@ -12,14 +12,14 @@ from megam3.dist.env import discover_ranks, prepare_environment
 
 prepare_environment(os.environ)  # DeepSpeed picks its accelerator and its build folder while it is imported
 
-import torch  # noqa: E402
+import torch
 
-from megam3.build import build  # noqa: E402
-from megam3.config.check import check_config  # noqa: E402
-from megam3.config.load import load_config  # noqa: E402
-from megam3.dist import comm  # noqa: E402
-from megam3.errors import UserError  # noqa: E402
-from megam3.trainer import train  # noqa: E402
+from megam3.build import build
+from megam3.config.check import check_config
+from megam3.config.load import load_config
+from megam3.dist import comm
+from megam3.errors import UserError
+from megam3.trainer import train
 
 EXIT_USER_ERROR = 2
 """Exit code for bad input; the message is on stderr."""

@@ -18,9 +18,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megam3.dist.env import prepare_environment
+
+prepare_environment(os.environ)  # DeepSpeed, which reads the checkpoint, looks for an accelerator while it is imported
+
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from megam3.batch import pack_texts
 from megam3.checkpoint import consolidated_weights, newest_complete
@@ -54,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe, as in training")
     given = parser.parse_args(argv)
     setup_logging(None, is_main=True)
+    disable_progress_bar()
     started = time.monotonic()
     name = RECIPE if given.data is None else f"{RECIPE}-{Path(given.data).stem}"
     config = load_config(RECIPE, [f"name={name}", *given.overrides])
