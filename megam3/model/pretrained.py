@@ -16,6 +16,8 @@ LEXICAL_FILE = "sparse_linear.pt"
 MULTI_VECTOR_FILE = "colbert_linear.pt"
 """{"weight": [C, D], "bias": [C]}, the published name of the multi-vector head."""
 
+_VOCABULARY_FILES = ("tokenizer.json", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
+
 
 def load_m3(path: str, config: ModelConfig, *, special_ids: tuple[int, ...] | None = None, dtype: torch.dtype = torch.float32) -> M3Model:
     """The model in folder `path`; `config` gives dropout, the width of the multi-vector head and what to do about missing heads.
@@ -50,13 +52,16 @@ def load_tokenizer_of(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer in folder `path`.
 
     Raises:
-        CheckpointError: no readable tokenizer.
+        CheckpointError: no tokenizer files, or unreadable ones.
     """
+    remedy = "put the encoder's tokenizer files there"
+    # without any of them transformers 5 builds a tokenizer of 5 tokens and says nothing
+    if not any((Path(path) / name).exists() for name in _VOCABULARY_FILES):
+        raise CheckpointError("model.path", path, f"holds no tokenizer (none of {', '.join(_VOCABULARY_FILES)})", remedy)
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        rule = f"holds no readable tokenizer ({error})"
-        raise CheckpointError("model.path", path, rule, "put the encoder's tokenizer files there") from error
+    except Exception as error:  # the Rust tokenizer raises bare Exceptions for damaged files
+        raise CheckpointError("model.path", path, f"holds no readable tokenizer ({str(error).splitlines()[0]})", remedy) from error
 
 
 def read_special_ids(path: str) -> tuple[int, ...]:
