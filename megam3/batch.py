@@ -123,6 +123,11 @@ class RetrievalBatch:
         return int(self.rows_Q.shape[0])
 
     @property
+    def num_samples(self) -> int:
+        """What progress counts: queries, here."""
+        return self.num_queries
+
+    @property
     def num_passages(self) -> int:
         """P on this rank."""
         return int(self.passage_hashes_P.shape[0])
@@ -206,7 +211,7 @@ class Progress:
     step: int = 0
     """Optimizer steps taken."""
     epoch: int = 0
-    queries: int = 0
-    """Queries seen, over all ranks."""
+    samples: int = 0
+    """Queries (or documents, in pretraining) seen, over all ranks."""
     tokens: int = 0
     """Tokens encoded, over all ranks."""

@@ -26,6 +26,7 @@ from megam3.dist import comm
 from megam3.engine.activations import ActivationMemory
 from megam3.engine.deepspeed import Engine, join, model_construction
 from megam3.errors import DataError
+from megam3.model.m3 import M3Model
 from megam3.model.pretrained import load_m3
 from megam3.objectives.unified import UnifiedObjective
 from megam3.obs.clock import EncoderShape, measure_matmul_peak
@@ -104,8 +105,8 @@ def model_signature(module: nn.Module) -> str:
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
 
 
-def encoder_shape(module: nn.Module) -> EncoderShape:
-    """The sizes of an M3Model that decide its arithmetic."""
+def encoder_shape(module: M3Model) -> EncoderShape:
+    """The sizes that decide the model's arithmetic."""
     config = module.encoder.config
     return EncoderShape(config.num_hidden_layers, config.hidden_size, config.intermediate_size, module.multi_vector_head.out_features)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megam3.config.schema import HeadWeights, LossWeights, UnifiedConfig
+from megam3.teacher import TeacherGroups, kl_div_rows, m3_kd_rows, margin_mask, teacher_margin_mask
 
 NAMES = ("dense", "lexical", "multi_vector", "sum")
 """Scores that have a loss, in the order of every table."""
@@ -62,6 +63,16 @@ class LossSettings:
         tables = [self.loss_weights, self.sum_weights, self.distill_weights]
         return tuple(name for name in NAMES[:3] if any(table is not None and getattr(table, name) for table in tables))
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Scores with a loss of their own."""
+        return tuple(name for name in NAMES if getattr(self.loss_weights, name))
+
+    @property
+    def distilled(self) -> tuple[str, ...]:
+        """Heads that the combined score teaches, once distillation has begun."""
+        return tuple(name for name in NAMES[:3] if self.distill_weights is not None and getattr(self.distill_weights, name))
+
     def distills(self, step: int) -> bool:
         """Whether self-distillation is on after `step` optimizer steps."""
         return self.distill_weights is not None and step >= self.distill_start_step
@@ -93,18 +104,6 @@ def resolve_weights(config: UnifiedConfig) -> LossSettings:
 
 
 @dataclass(frozen=True)
-class TeacherGroups:
-    """Teacher scores of each query's own group, positive first."""
-
-    scores_QG: Tensor
-    """float; anything where a shorter group has no passage."""
-    columns_QG: Tensor
-    """int64 column of each."""
-    exists_QG: Tensor
-    """bool."""
-
-
-@dataclass(frozen=True)
 class LossTerms:
     """`total` carries the graph. The rest is for the log: averaged over ranks, each is the mean over all queries."""
 
@@ -112,54 +111,7 @@ class LossTerms:
     terms: dict[str, Tensor]
     """dense … sum (InfoNCE), teacher_dense …, distill_dense …; detached."""
     accuracy: dict[str, Tensor]
-    """Share of queries whose positive scores highest among the columns they see, per score; detached."""
-
-
-def margin_mask(scores_QP: Tensor, positive_column_Q: Tensor, margin: float) -> Tensor:
-    """True where a column scores above the query's positive by more than `margin`: likely an unlabelled positive."""
-    limit_Q1 = scores_QP.gather(1, positive_column_Q[:, None]) + margin
-    return scores_QP > limit_Q1
-
-
-def teacher_margin_mask(teacher: TeacherGroups, num_columns: int, margin: float) -> Tensor:
-    """The same by teacher scores, which know the own group only."""
-    above_QG = (teacher.scores_QG > teacher.scores_QG[:, :1] + margin) & teacher.exists_QG
-    mask_QP = torch.zeros(above_QG.shape[0], num_columns, dtype=torch.bool, device=above_QG.device)
-    # places a group does not have repeat its last column: or, not assignment
-    return mask_QP.to(torch.int32).scatter_add_(1, teacher.columns_QG, above_QG.to(torch.int32)).bool()
-
-
-def _group_target(teacher: TeacherGroups, allowed_QP: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax of the teacher over the group's columns that are allowed, and which those are."""
-    seen_QG = teacher.exists_QG & allowed_QP.gather(1, teacher.columns_QG)
-    return torch.softmax(teacher.scores_QG.masked_fill(~seen_QG, float("-inf")), dim=1), seen_QG
-
-
-def kl_div_rows(logits_QP: Tensor, teacher: TeacherGroups, allowed_QP: Tensor) -> Tensor:
-    """−Σ y · log softmax over the own group's allowed columns, per query (equals KL up to the teacher's constant entropy)."""
-    target_QG, seen_QG = _group_target(teacher, allowed_QP)
-    own_QG = logits_QP.gather(1, teacher.columns_QG).masked_fill(~seen_QG, torch.finfo(logits_QP.dtype).min)
-    return -(target_QG * torch.log_softmax(own_QG, dim=1)).sum(1)
-
-
-def m3_kd_rows(logits_QP: Tensor, teacher: TeacherGroups, allowed_QP: Tensor) -> Tensor:
-    """Σ_i y_i · l_i per query, where l_i no longer sees the group's passages before the i-th (FlagEmbedding's `m3_kd_loss`).
-
-    `logits_QP` are masked already; negatives are put in falling teacher order here, which the sequence needs and records need not have.
-    """
-    lowest = torch.finfo(logits_QP.dtype).min
-    target_QG, seen_QG = _group_target(teacher, allowed_QP)
-    rank_QG = teacher.scores_QG.masked_fill(~seen_QG, float("-inf"))
-    rank_QG = torch.cat([torch.full_like(rank_QG[:, :1], float("inf")), rank_QG[:, 1:]], dim=1)
-    order_QG = rank_QG.argsort(dim=1, descending=True, stable=True)
-    target_QG, seen_QG, columns_QG = (x.gather(1, order_QG) for x in (target_QG, seen_QG, teacher.columns_QG))
-    own_QG = logits_QP.gather(1, columns_QG).masked_fill(~seen_QG, lowest)
-    others_Q = logits_QP.scatter(1, columns_QG, lowest).logsumexp(1)
-    # row i of the triangle: the own group from its i-th passage on
-    later_GG = torch.ones(own_QG.shape[1], own_QG.shape[1], dtype=torch.bool, device=own_QG.device).triu()
-    own_from_QG = own_QG[:, None, :].masked_fill(~later_GG, lowest).logsumexp(2)
-    rows_QG = torch.logaddexp(own_from_QG, others_Q[:, None]) - own_QG
-    return (target_QG * rows_QG.masked_fill(~seen_QG, 0.0)).sum(1)
+    """Share of queries whose positive scores above every other column they see, per score; detached."""
 
 
 def _narrow(
@@ -169,10 +121,38 @@ def _narrow(
     if settings.false_negative_margin is None:
         return allowed_QP
     if settings.margin_source == "sum":
-        return allowed_QP & ~margin_mask(scores["sum"].detach(), positive_Q, settings.false_negative_margin)
+        sum_QP = scores["sum"].detach()
+        return allowed_QP & ~margin_mask(sum_QP, sum_QP.gather(1, positive_Q[:, None]).squeeze(1), settings.false_negative_margin)
     if teacher is None:
         return allowed_QP
     return allowed_QP & ~teacher_margin_mask(teacher, allowed_QP.shape[1], settings.false_negative_margin)
+
+
+def _taught(logits_QP: Tensor, teacher: TeacherGroups, allowed_QP: Tensor, kind: str) -> Tensor:
+    """Teacher distillation of one score, per query."""
+    seen_QG = teacher.exists_QG & allowed_QP.gather(1, teacher.columns_QG)
+    own_QG = logits_QP.gather(1, teacher.columns_QG)
+    if kind == "kl_div":
+        return kl_div_rows(own_QG, teacher.scores_QG, seen_QG)
+    others_Q = logits_QP.scatter(1, teacher.columns_QG, torch.finfo(logits_QP.dtype).min).logsumexp(1)
+    return m3_kd_rows(own_QG, others_Q, teacher.scores_QG, seen_QG)
+
+
+def assemble(rows: Mapping[str, Tensor], hits: Mapping[str, Tensor], settings: LossSettings, row_scale: float) -> LossTerms:
+    """Weigh per-query losses, named as in `LossTerms.terms`, into the total; `hits` say where each score ranks its positive first."""
+    first = torch.zeros((), device=next(iter(hits.values())).device)
+    distilled = torch.zeros_like(first)
+    for name, row in rows.items():
+        if name.startswith("distill_"):
+            distilled = distilled + getattr(settings.distill_weights, name.removeprefix("distill_")) / DISTILL_DIVISOR * row.sum()
+        else:
+            first = first + getattr(settings.loss_weights, name.removeprefix("teacher_")) / settings.loss_divisor * row.sum()
+    total = (first + distilled) / 2 if any(name.startswith("distill_") for name in rows) else first
+    return LossTerms(
+        total * row_scale,
+        {name: row.detach().sum() * row_scale for name, row in rows.items()},
+        {name: hit.sum() * row_scale for name, hit in hits.items()},
+    )
 
 
 def unified_loss(
@@ -198,32 +178,18 @@ def unified_loss(
     # the lowest finite number, not −inf: 0 · −inf in the distillation would be NaN
     lowest = {name: torch.finfo(x.dtype).min for name, x in scores.items()}
     logits = {name: (x / settings.temperature).masked_fill(~allowed_QP, lowest[name]) for name, x in scores.items()}
-    trained = [name for name in NAMES if getattr(settings.loss_weights, name)]
-    distilled_heads = [name for name in NAMES[:3] if distill and settings.distill_weights and getattr(settings.distill_weights, name)]
-    needed = {*trained, *distilled_heads, *(["sum"] if distilled_heads else [])}
+    trained, distilled = settings.trained, settings.distilled if distill else ()
+    needed = {*trained, *distilled, *(["sum"] if distilled else [])}
     log_probs = {name: torch.log_softmax(logits[name], dim=1) for name in NAMES if name in needed}
     rows: dict[str, Tensor] = {}
-    loss = torch.zeros((), dtype=torch.float32, device=allowed_QP.device)
     for name in trained:
-        weight = getattr(settings.loss_weights, name) / settings.loss_divisor
         if teacher is None or settings.teacher != "m3_kd_loss":
             rows[name] = -log_probs[name].gather(1, positive_column_Q[:, None]).squeeze(1)
-            loss = loss + weight * rows[name].sum()
         if teacher is not None and settings.teacher is not None:
-            taught = kl_div_rows if settings.teacher == "kl_div" else m3_kd_rows
-            rows[f"teacher_{name}"] = taught(logits[name], teacher, allowed_QP)
-            loss = loss + weight * rows[f"teacher_{name}"].sum()
-    if distilled_heads and settings.distill_weights is not None:
+            rows[f"teacher_{name}"] = _taught(logits[name], teacher, allowed_QP, settings.teacher)
+    if distilled:
         target_QP = log_probs["sum"].detach().exp()
-        distilled = torch.zeros_like(loss)
-        for name in distilled_heads:
-            rows[f"distill_{name}"] = -(target_QP * log_probs[name]).sum(1)
-            distilled = distilled + getattr(settings.distill_weights, name) / DISTILL_DIVISOR * rows[f"distill_{name}"].sum()
-        loss = (loss + distilled) / 2
-    # a rank without texts may have no columns either, and still reports under the same names
-    best = {name: x.detach().argmax(1) if x.shape[1] else positive_column_Q for name, x in logits.items()}
-    return LossTerms(
-        loss * row_scale,
-        {name: row.detach().sum() * row_scale for name, row in rows.items()},
-        {name: (column_Q == positive_column_Q).sum() * row_scale for name, column_Q in best.items()},
-    )
+        rows.update({f"distill_{name}": -(target_QP * log_probs[name]).sum(1) for name in distilled})
+    # a tie is no hit: a dead head, which scores everything alike, must not look accurate
+    level = {name: x.detach() >= x.detach().gather(1, positive_column_Q[:, None]) for name, x in logits.items()}
+    return assemble(rows, {name: x.sum(1) == 1 for name, x in level.items()}, settings, row_scale)

@@ -6,16 +6,17 @@ Everything random in a step is a function of (seed, step, rank), so a resumed ru
 import logging
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import FrameType
 
 import torch
 
-from megam3.batch import Progress, RetrievalBatch
+from megam3.batch import Progress
 from megam3.checkpoint import RunState, save_checkpoint
 from megam3.config.schema import RunConfig
 from megam3.data.dataset import TrainingData
+from megam3.data.loader import Batch
 from megam3.dist import comm
 from megam3.dist.gather import gather_rows
 from megam3.engine.deepspeed import Engine, StepResult
@@ -58,7 +59,7 @@ class StepReport:
 
     figures: dict[str, float]
     """Means over ranks and accumulated batches."""
-    num_queries: int
+    num_samples: int
     num_tokens: int
     padded_tokens: int
     """Tokens that padding to the longest text would have cost."""
@@ -113,7 +114,7 @@ def train(run: Run) -> int:
     return exit_code
 
 
-def run_step(run: Run, batches: list[RetrievalBatch], progress: Progress, stop_requested: bool) -> StepReport:
+def run_step(run: Run, batches: Sequence[Batch], progress: Progress, stop_requested: bool) -> StepReport:
     """Forward and backward passes of one optimizer step, then one collective in which all ranks learn the figures and agree."""
     seed_step(run.config.train.seed, progress.step, comm.rank())
     figures: list[dict[str, torch.Tensor]] = []
@@ -124,7 +125,7 @@ def run_step(run: Run, batches: list[RetrievalBatch], progress: Progress, stop_r
     names = list(figures[0])
     means = torch.stack([torch.stack([f[name].double() for name in names]) for f in figures]).mean(0)
     counts = [
-        sum(b.num_queries for b in batches),
+        sum(b.num_samples for b in batches),
         sum(b.texts.num_tokens for b in batches),
         sum(b.padded_tokens for b in batches),
         sum(b.num_truncated for b in batches),
@@ -152,8 +153,8 @@ def _join_ranks(names: list[str], rows_WF: torch.Tensor) -> StepReport:
     bad = (~torch.isfinite(figures_WF)).nonzero()
     nonfinite = f"rank {int(bad[0, 0])}: {names[int(bad[0, 1])]}" if len(bad) else ""
     means = dict(zip(names, figures_WF.mean(0).tolist(), strict=True))
-    queries, tokens, padded, truncated, stops = counts
-    return StepReport(means, queries, tokens, padded, truncated, stops > 0, nonfinite)
+    samples, tokens, padded, truncated, stops = counts
+    return StepReport(means, samples, tokens, padded, truncated, stops > 0, nonfinite)
 
 
 def _check_finite(run: Run, report: StepReport, result: StepResult, step: int) -> None:
@@ -173,7 +174,7 @@ def _check_finite(run: Run, report: StepReport, result: StepResult, step: int) -
 
 def _advance(run: Run, progress: Progress, report: StepReport) -> Progress:
     step = progress.step + 1
-    return Progress(step, run.data.epoch_of(step), progress.queries + report.num_queries, progress.tokens + report.num_tokens)
+    return Progress(step, run.data.epoch_of(step), progress.samples + report.num_samples, progress.tokens + report.num_tokens)
 
 
 def _log_values(run: Run, report: StepReport, result: StepResult, clock: StepClock) -> dict[str, float]:
@@ -185,7 +186,7 @@ def _log_values(run: Run, report: StepReport, result: StepResult, clock: StepClo
         "speed/tokens_per_second": speed.tokens_per_second,
         "speed/matmul_peak_share": speed.peak_share or 0.0,
         "memory/peak_bytes": float(peak_memory_bytes(run.engine.device)),
-        "data/queries": float(report.num_queries),
+        "data/samples": float(report.num_samples),
         "data/tokens": float(report.num_tokens),
         "data/truncated_texts": float(report.num_truncated),
         "data/padding_avoided_share": 1.0 - report.num_tokens / max(1, report.padded_tokens),

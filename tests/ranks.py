@@ -41,7 +41,7 @@ def _enter(index: int, function: Callable, world_size: int, folder: str, argumen
 
 
 def _wait(processes: list, folder: str, timeout_seconds: float) -> str | None:
-    """None when all ranks ended well, else the story of the one that failed first."""
+    """None when all ranks ended well, else the story of those that failed."""
     deadline = time.monotonic() + timeout_seconds
     while any(p.exitcode is None for p in processes) and time.monotonic() < deadline:
         if any(p.exitcode for p in processes):
@@ -49,9 +49,11 @@ def _wait(processes: list, folder: str, timeout_seconds: float) -> str | None:
         time.sleep(0.02)
     if all(p.exitcode == 0 for p in processes):
         return None
-    errors = sorted(Path(folder).glob("error-*.txt"), key=lambda path: path.stat().st_mtime)
+    time.sleep(0.5)  # let the others write theirs: a rank that lost its peer often speaks before the peer that failed
+    errors = {path.stem.replace("error-", "rank "): path.read_text() for path in sorted(Path(folder).glob("error-*.txt"))}
     if errors:
-        return f"{errors[0].stem.replace('error-', 'rank ')} failed:\n{errors[0].read_text()}"
+        own_fault_first = sorted(errors.items(), key=lambda error: "Connection " in error[1])
+        return "\n".join(f"{rank} failed:\n{text}" for rank, text in own_fault_first)
     return f"ranks ended with {[p.exitcode for p in processes]} (None: still running after {timeout_seconds} s)"
 
 

@@ -1,5 +1,6 @@
 """The command: exit codes, messages without tracebacks, and what show-config prints."""
 
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -64,6 +65,14 @@ def test_help_lists_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert all(name in text for name in SUBCOMMANDS)
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_every_subcommand_has_its_main(name: str) -> None:
+    source = importlib.util.find_spec(SUBCOMMANDS[name].module)
+    assert source is not None
+    assert source.origin is not None
+    assert "def main(argv" in Path(source.origin).read_text()
 
 
 def test_help_of_a_subcommand_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,11 +12,13 @@ PACKAGE = ROOT / "megam3"
 LAYERS = [
     {"config", "errors", "__init__"},
     {"batch", "dist"},
-    {"obs", "data", "model", "scoring", "losses", "gradcache", "candidates"},
+    {"candidates", "teacher"},
+    {"obs", "data", "model", "scoring", "losses", "gradcache"},
+    {"tiled"},
     {"objectives", "engine"},
     {"checkpoint", "retrieval", "embedder", "export"},
     {"trainer", "report"},
-    {"build", "cli", "train", "show_config", "quickstart"},
+    {"build", "cli", "train", "show_config", "quickstart", "prepare", "plan_epochs", "inspect_batch"},
 ]
 """From the bottom; a name is a module or a package directly in megam3/."""
 
@@ -27,6 +29,8 @@ SAME_LAYER = {
     ("train", "build"),
     ("train", "cli"),
     ("quickstart", "build"),
+    ("plan_epochs", "prepare"),
+    ("inspect_batch", "prepare"),
 }
 """(importer, imported) pairs of one layer that may meet."""
 
@@ -127,13 +131,14 @@ def test_third_party_seams(path: Path) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_dynamic_imports_stay_in_the_outermost_layer() -> None:
-    outermost = {"cli"}
+def test_dynamic_imports_are_few_and_known() -> None:
+    # the table of subcommands; and a worker process, which gets its entry function by name from the parent that spawned it
+    known = {"cli.py", "data/process.py"}
     wrong = []
     for path in SOURCES:
         module, tree, is_package = read(path)
         names = {name for name, _ in imports_in(tree, module, is_package)}
-        if "importlib" in names and unit_of(module) not in outermost:
+        if "importlib" in names and str(path.relative_to(PACKAGE)) not in known:
             wrong.append(str(path.relative_to(ROOT)))
     assert not wrong, f"importlib hides imports from this test: {wrong}"
 

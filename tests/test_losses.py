@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megam3.config.schema import HeadWeights, LossWeights, UnifiedConfig
-from megam3.losses import NAMES, TeacherGroups, margin_mask, resolve_weights, unified_loss
+from megam3.losses import NAMES, resolve_weights, unified_loss
+from megam3.teacher import TeacherGroups, margin_mask
 
 HEADS = NAMES[:3]
 GROUPS = [[0, 1, 2], [3, 4], [5, 6, 7]]
@@ -154,7 +155,7 @@ def test_accuracy_counts_masked_rows_rightly():
 
 def test_margin_rule_by_the_sum_and_by_the_teacher():
     scores = _scores()
-    mask = margin_mask(scores["sum"], POSITIVES, 0.5)
+    mask = margin_mask(scores["sum"], scores["sum"].gather(1, POSITIVES[:, None]).squeeze(1), 0.5)
     for query in range(3):
         for column in range(NUM_PASSAGES):
             assert mask[query, column] == (scores["sum"][query, column] > scores["sum"][query, POSITIVES[query]] + 0.5)

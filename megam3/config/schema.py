@@ -156,6 +156,8 @@ class UnifiedConfig(Section):
     """Distillation from teacher scores in the records; None: off."""
     maxsim: Literal["mean", "sum"] = "mean"
     """Mean over query tokens (the paper) or plain sum (ColBERT)."""
+    loss_tiles: Literal["auto", "always", "never"] = "auto"
+    """Compute the loss in tiles, without a score matrix: exact, about twice the scoring time; auto: when a matrix passes 64 M scores."""
     mask_false_negatives: bool = True
     """Leave out columns whose text equals the query's positive."""
     false_negative_margin: float | None = None

@@ -14,6 +14,7 @@ import numpy as np
 from megam3.data.balance import assign_ranks, text_cost
 from megam3.data.permute import draw, key_of
 from megam3.data.plan import Plan, PlannedBatch
+from megam3.data.shard import INDEX_FIELDS
 from megam3.data.store import StoredDataset, StoredRow
 
 # the five ways to reorder three segments that change something
@@ -75,15 +76,25 @@ class Assembler:
 
     def row_costs(self, planned: PlannedBatch) -> np.ndarray:
         """Cost of each row of the batch, from the index alone: no token of another rank's rows is read."""
-        costs = np.empty(len(planned.rows))
+        query, positive, negative, negatives = self._index(planned)
+        return text_cost(query) + text_cost(positive) + negatives * text_cost(negative)
+
+    def row_tokens(self, planned: PlannedBatch) -> np.ndarray:
+        """[3, rows]: tokens of the query, tokens of its passages together, number of passages; draws from several at their mean."""
+        query, positive, negative, negatives = self._index(planned)
+        return np.stack([query, positive + negatives * negative, 1 + negatives])
+
+    def _index(self, planned: PlannedBatch) -> np.ndarray:
+        """[4, rows]: tokens of query, positive and negative, and how many negatives are drawn."""
+        entries = np.empty((4, len(planned.rows)), dtype=np.int64)
         owner = np.asarray([stratum.dataset for stratum in self.plan.strata])[planned.strata]
         for number in np.unique(owner).tolist():
             chosen, shape = owner == number, self.plan.datasets[number]
-            entries = self.datasets[number].index[planned.rows[chosen] - shape.first_row]
-            negatives = np.minimum(entries["num_negatives"].astype(np.int64), shape.passages_per_query - 1)
-            query, positive, negative = (text_cost(entries[f"{name}_tokens"]) for name in ("query", "positive", "negative"))
-            costs[chosen] = query + positive + negatives * negative
-        return costs
+            found = self.datasets[number].index[planned.rows[chosen] - shape.first_row]
+            for line, name in enumerate(INDEX_FIELDS):
+                entries[line, chosen] = found[name]
+            entries[3, chosen] = np.minimum(entries[3, chosen], shape.passages_per_query - 1)
+        return entries
 
     def _labels(self, planned: PlannedBatch) -> dict:
         strata = [self.plan.strata[index] for index in np.unique(planned.strata).tolist()]

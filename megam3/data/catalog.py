@@ -7,6 +7,7 @@ the same.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megam3.data.shard import write_checked
+from megam3.data.shard import INDEX_FIELDS, write_checked
 from megam3.data.store import FORMAT, INDEX_DTYPE, RUN_DTYPE, Shard
 from megam3.errors import DataError
 
@@ -32,7 +33,7 @@ def finish_dataset(folder: Path, name: str, spec: dict, summaries: list[dict]) -
     languages = sorted({run[0] for summary in summaries for run in summary["runs"]})
     _write_index(folder, summaries)
     runs = _runs(summaries, languages)
-    _write_array(folder / "runs.npy", runs)
+    write_checked(folder / "runs.npy", [_npy_header(np.lib.format.header_data_from_array_1_0(runs)), runs.tobytes()])
     _merge_rejects(folder, len(summaries))
     manifest = {
         "format": FORMAT,
@@ -49,7 +50,7 @@ def finish_dataset(folder: Path, name: str, spec: dict, summaries: list[dict]) -
         "length_histogram": _histogram(runs),
         "fingerprint": _fingerprint(summaries),
     }
-    write_checked(folder / "manifest.json", json.dumps(manifest, sort_keys=True, indent=1).encode())
+    write_checked(folder / "manifest.json", [json.dumps(manifest, sort_keys=True, indent=1).encode()])
     for leftover in folder.rglob("*.tmp"):
         leftover.unlink(missing_ok=True)
     return manifest
@@ -103,23 +104,25 @@ def _check_scores(name: str, summaries: list[dict]) -> None:
 
 
 def _write_index(folder: Path, summaries: list[dict]) -> None:
-    blocks = []
-    for unit, summary in enumerate(summaries):
-        columns = Shard(folder / "shards" / f"{unit:05d}.arrow", summary["bytes"]).columns
-        block = np.empty(summary["rows"], INDEX_DTYPE)
-        for field in INDEX_DTYPE.names or ():
-            block[field] = columns[field]
-        blocks.append(block)
-    _write_array(folder / "index.npy", np.concatenate(blocks) if blocks else np.empty(0, INDEX_DTYPE))
+    """index.npy shard by shard: 8 bytes a row are too many to hold for a billion rows."""
+    header = {"descr": np.lib.format.dtype_to_descr(INDEX_DTYPE), "fortran_order": False, "shape": (sum(s["rows"] for s in summaries),)}
+
+    def blocks() -> Iterator[bytes]:
+        yield _npy_header(header)
+        for unit, summary in enumerate(summaries):
+            columns = Shard(folder / "shards" / f"{unit:05d}.arrow", summary["bytes"]).columns
+            block = np.empty(summary["rows"], INDEX_DTYPE)
+            for field in INDEX_FIELDS:
+                block[field] = columns[field]
+            yield block.tobytes()
+
+    write_checked(folder / "index.npy", blocks())
 
 
-def _write_array(path: Path, array: np.ndarray) -> None:
-    header = np.lib.format.header_data_from_array_1_0(array)
-    from io import BytesIO
-
-    sink = BytesIO()
+def _npy_header(header: dict) -> bytes:
+    sink = io.BytesIO()
     np.lib.format.write_array_header_1_0(sink, header)
-    write_checked(path, sink.getvalue() + array.tobytes())
+    return sink.getvalue()
 
 
 def _runs(summaries: list[dict], languages: list[str]) -> np.ndarray:
@@ -134,9 +137,8 @@ def _runs(summaries: list[dict], languages: list[str]) -> np.ndarray:
 
 def _merge_rejects(folder: Path, num_units: int) -> None:
     parts = [folder / "shards" / f"{unit:05d}.rejects.jsonl" for unit in range(num_units)]
-    merged = b"".join(part.read_bytes() for part in parts if part.is_file())
-    if merged:
-        write_checked(folder / "rejected.jsonl", merged)
+    if any(part.is_file() for part in parts):
+        write_checked(folder / "rejected.jsonl", (part.read_bytes() for part in parts if part.is_file()))
 
 
 def _totals(summaries: list[dict]) -> dict:

@@ -28,6 +28,16 @@ class TextBatch:
     language: str = ""
     num_truncated: int = 0
 
+    @property
+    def num_samples(self) -> int:
+        """Documents on this rank."""
+        return int(self.rows.shape[0])
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens a padded pipeline would process."""
+        return self.texts.num_texts * self.texts.max_length
+
     def to(self, device: torch.device | str) -> TextBatch:
         """The texts on `device`."""
         return replace(self, texts=self.texts.to(device))

@@ -25,7 +25,7 @@ from megam3.data.assemble import Assembler, TextFrame
 from megam3.data.loader import Batch, Loader
 from megam3.data.plan import Plan, build_plan
 from megam3.data.prepare import Progress, prepare_data
-from megam3.data.share import changed_parts, describe, fingerprint_of, make_assembler, open_all
+from megam3.data.share import changed_parts, describe, fingerprint_of, make_assembler, make_handler, open_all
 from megam3.data.store import StoredDataset
 from megam3.data.tokenizer import Tokenizer
 from megam3.errors import ConfigError, DataError
@@ -96,7 +96,7 @@ class TrainingData:
         numbers = range(start_step * size, stop_step * size)
         setup = self._setup(rank, world_size)
         num_workers, prefetch = self.config.num_workers, self.config.prefetch_batches
-        loader = Loader("megam3.data.share:make_handler", setup, numbers, num_workers, prefetch, pin=torch.cuda.is_available())
+        loader = Loader(make_handler, setup, numbers, num_workers, prefetch, pin=torch.cuda.is_available())
         with closing(loader):
             held: list[Batch] = []
             for batch in loader:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from megam3.batch import RetrievalBatch
 from megam3.data.collate import TextBatch, frame_to_batch
-from megam3.data.process import Worker, load_handler
+from megam3.data.process import MakeHandler, Worker
 
 POLL_SECONDS = 0.2  # how soon the reader notices that nobody wants its batches any more
 
@@ -25,7 +25,7 @@ class Loader:
     """Iterates over the batches with the given numbers.
 
     Args:
-        target: `package.module:function` that makes the handler of {"number": n} requests.
+        make_handler: makes the handler of {"number": n} requests; see process.Worker.
         setup: its argument.
         numbers: batches to serve, in order.
         num_workers: background processes.
@@ -33,9 +33,9 @@ class Loader:
         pin: put texts into page-locked memory.
     """
 
-    def __init__(self, target: str, setup: dict, numbers: range, num_workers: int, prefetch: int, pin: bool):
-        self._target, self._setup, self._numbers, self._pin = target, setup, numbers, pin
-        self._workers = [Worker(target, setup) for _ in range(min(num_workers, len(numbers)))]
+    def __init__(self, make_handler: MakeHandler, setup: dict, numbers: range, num_workers: int, prefetch: int, pin: bool):
+        self._make_handler, self._setup, self._numbers, self._pin = make_handler, setup, numbers, pin
+        self._workers = [Worker(make_handler, setup) for _ in range(min(num_workers, len(numbers)))]
         self._window = max(prefetch, len(self._workers))
         self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=prefetch)
         self._stopped = threading.Event()
@@ -55,7 +55,7 @@ class Loader:
             UserError, WorkerError: from a worker.
         """
         if not self._workers:
-            handler = load_handler(self._target, self._setup)
+            handler = self._make_handler(self._setup)
             for number in self._numbers:
                 yield frame_to_batch(*handler({"number": number}), pin=self._pin)
             return

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megam3.config.schema import DataConfig, DatasetConfig
 from megam3.data.catalog import duplicate_lines, finish_dataset
-from megam3.data.process import Worker
+from megam3.data.process import Worker, run_worker
 from megam3.data.shard import TextRules, build_shard, input_digest, write_checked
 from megam3.data.source import Unit, find_files, split_file
 from megam3.data.store import FORMAT, dataset_folder, read_json
@@ -35,6 +36,18 @@ class Progress:
     records: int
     tokens: int
     rejected: int
+    seconds: float
+    """Since the first unit was begun."""
+
+    @property
+    def records_per_second(self) -> float:
+        """Of this process and its workers."""
+        return self.records / max(self.seconds, 1e-9)
+
+    @property
+    def seconds_left(self) -> float:
+        """At the pace so far."""
+        return self.seconds / self.units_done * (self.units_total - self.units_done)
 
 
 @dataclass(frozen=True)
@@ -85,8 +98,8 @@ def _settings(config: DataConfig, dataset: DatasetConfig, tokenizer: Tokenizer) 
     return {"format": FORMAT, "tokenizer": tokenizer.fingerprint, **asdict(rules)}
 
 
-def _inputs(dataset: DatasetConfig) -> dict[str, list[int]]:
-    files = find_files(dataset.paths, f"data.train[{dataset.name}].paths")
+def _inputs(dataset: DatasetConfig, store_dir: str | Path) -> dict[str, list[int]]:
+    files = find_files(dataset.paths, f"data.train[{dataset.name}].paths", outside=Path(store_dir))
     return {path: [(status := os.stat(path)).st_size, status.st_mtime_ns] for path in files}
 
 
@@ -111,7 +124,7 @@ def _changed(name: str, changes: list[str]) -> DataError:
 def _spec(config: DataConfig, dataset: DatasetConfig, tokenizer: Tokenizer, store_dir: str | Path, unit_bytes: int) -> dict:
     """What this dataset's shards are made from: read from disk when it was begun before, and then it must match."""
     folder = dataset_folder(store_dir, dataset.name)
-    settings = _settings(config, dataset, tokenizer) | {"inputs": _inputs(dataset)}
+    settings = _settings(config, dataset, tokenizer) | {"inputs": _inputs(dataset, store_dir)}
     found = read_json(folder / "spec.json")
     if found is not None:
         changes = _changes(found, settings, lambda path: _redigest(folder, found, path))
@@ -121,7 +134,7 @@ def _spec(config: DataConfig, dataset: DatasetConfig, tokenizer: Tokenizer, stor
     units = [unit for path in settings["inputs"] for unit in split_file(path, unit_bytes)]
     spec = settings | {"unit_bytes": unit_bytes, "units": [[u.path, u.format, u.start, u.stop] for u in units]}
     _make_folder(folder / "shards")
-    write_checked(folder / "spec.json", json.dumps(spec, sort_keys=True).encode())
+    write_checked(folder / "spec.json", [json.dumps(spec, sort_keys=True).encode()])
     return spec
 
 
@@ -164,7 +177,7 @@ def _job_request(config: DataConfig, spec: dict, job: Job, store_dir: str | Path
 
 
 def make_handler(setup: dict) -> Callable[[dict], tuple[dict, list]]:
-    """Worker side: prepare the unit a request describes (target of process.Worker)."""
+    """Worker side: prepare the unit a request describes (worker side)."""
     tokenizer = Tokenizer.from_json(setup["tokenizer"])
 
     def handle(request: dict) -> tuple[dict, list]:
@@ -193,9 +206,10 @@ def _run_jobs(
 ) -> None:
     requests = [_job_request(config, specs[job.dataset], job, store_dir) for job in jobs]
     records = tokens = rejected = 0
+    started = time.monotonic()
     for done, (job, answer) in enumerate(zip(jobs, _answers(requests, tokenizer, num_processes)), start=1):
         records, tokens, rejected = records + answer["rows"], tokens + answer["tokens"], rejected + answer["rejected"]
-        on_progress(Progress(job.dataset, done, len(jobs), records, tokens, rejected))
+        on_progress(Progress(job.dataset, done, len(jobs), records, tokens, rejected, time.monotonic() - started))
         if rejected > config.max_bad_records:
             raise _too_many(config, rejected)
 
@@ -206,7 +220,7 @@ def _answers(requests: list[dict], tokenizer: Tokenizer, num_processes: int) -> 
         handle = make_handler(setup)
         yield from (handle(request)[0] for request in requests)
         return
-    workers = [Worker("megam3.data.prepare:make_handler", setup) for _ in range(min(num_processes, len(requests)))]
+    workers = [Worker(make_handler, setup) for _ in range(min(num_processes, len(requests)))]
     try:
         yield from _dispatch(workers, requests)
     finally:
@@ -266,3 +280,7 @@ def _drop_duplicates(
     handle = make_handler({"tokenizer": tokenizer.to_json()})
     for number, lines in duplicates.items():
         handle(_job_request(config, spec, Job(name, number, Unit(*spec["units"][number]), tuple(lines)), store_dir))
+
+
+if __name__ == "__main__":
+    run_worker(make_handler)

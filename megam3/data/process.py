@@ -1,19 +1,18 @@
 """Worker processes that answer requests: JSON lines in, frames of JSON and arrays out.
 
-A worker is a fresh interpreter that runs this module and imports one function, nothing else: no fork (unsafe once torch, gloo or CUDA
+A worker is a fresh interpreter that runs one module of ours, nothing else: no fork (unsafe once torch, gloo or CUDA
 threads run), no second import of the training script (what multiprocessing's spawn does), no pickle, no torch. It ends by itself when its
 parent is gone, because its standard input ends. Whatever it raises comes back as text and is raised again in the parent; a worker that dies
 without a word is an error too.
 
-    parent                                 worker: python -m megam3.data.process package.module:function
-    Worker(target, setup)        ──JSON──▶ handler = function(setup)
+    parent                                 worker: python -m MODULE, which ends with run_worker(make_handler)
+    Worker(make_handler, setup)  ──JSON──▶ handler = make_handler(setup)
     worker.send({"step": 3})     ──JSON──▶ answer, arrays = handler({"step": 3})
     worker.receive()             ◀─frame── header JSON line, then the bytes of each array
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -28,6 +27,7 @@ import numpy as np
 from megam3 import errors
 
 Handler = Callable[[dict], tuple[dict, list[np.ndarray]]]
+MakeHandler = Callable[[dict], Handler]
 
 
 class WorkerError(RuntimeError):
@@ -35,15 +35,20 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """One background process. `target` is `package.module:function`; the function takes `setup` and returns the handler of requests."""
+    """One background process.
 
-    def __init__(self, target: str, setup: dict):
-        self.target = target
+    Args:
+        make_handler: a function of a module that calls `run_worker` with it when run as a program; it gets `setup` and returns the handler.
+        setup: anything JSON can hold.
+    """
+
+    def __init__(self, make_handler: MakeHandler, setup: dict):
+        self.module = make_handler.__module__
         # one thread each: the workers themselves are the parallelism, and the training process needs the rest
         threads = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "ARROW_NUM_THREADS": "1"}
         path = os.pathsep.join(x or os.getcwd() for x in sys.path)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "megam3.data.process", target],
+            [sys.executable, "-m", self.module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **threads, "PYTHONPATH": path},
@@ -82,7 +87,7 @@ class Worker:
             name, arguments = header["user_error"]
             raise getattr(errors, name)(*arguments)
         if "traceback" in header:
-            raise WorkerError(f"worker {self.target} (pid {self.pid}) failed:\n{header['traceback']}")
+            raise WorkerError(f"worker {self.module} (pid {self.pid}) failed:\n{header['traceback']}")
         return header["answer"], [self._read_array(stream, *spec) for spec in header["arrays"]]
 
     def _read_array(self, stream: IO[bytes], kind: str, length: int) -> np.ndarray:
@@ -95,7 +100,7 @@ class Worker:
         code = self._process.wait()
         died = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         hint = "; the kernel kills processes this way when memory runs out" if code == -signal.SIGKILL else ""
-        return f"worker {self.target} (pid {self.pid}) {died} before it answered{hint}"
+        return f"worker {self.module} (pid {self.pid}) {died} before it answered{hint}"
 
     def kill(self) -> None:
         """End the process, whatever it is doing; a receive() that waits for it in another thread returns with an error."""
@@ -113,16 +118,10 @@ class Worker:
                 continue
 
 
-def load_handler(target: str, setup: dict) -> Handler:
-    """The handler that a worker for `target` would use, in this process."""
-    module, function = target.split(":")
-    return getattr(importlib.import_module(module), function)(setup)
-
-
-def serve(target: str, requests: IO[bytes], answers: IO[bytes]) -> None:
+def serve(make_handler: MakeHandler, requests: IO[bytes], answers: IO[bytes]) -> None:
     """Answer requests until there are no more (the worker's side)."""
     try:
-        handler = load_handler(target, json.loads(requests.readline()))
+        handler = make_handler(json.loads(requests.readline()))
         while line := requests.readline():
             answer, arrays = handler(json.loads(line))
             flat = [np.ascontiguousarray(array).reshape(-1) for array in arrays]
@@ -149,14 +148,10 @@ def _last_words(answers: IO[bytes], header: dict) -> None:
         return
 
 
-def main() -> None:
-    """Entry point of the worker process."""
+def run_worker(make_handler: MakeHandler) -> None:
+    """Be a worker process: what a module with a `make_handler` does when it is run as a program."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a stray print must not land in the middle of a frame
     # Ctrl-C reaches the whole process group; the parent decides when a worker ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    serve(sys.argv[1], sys.stdin.buffer, answers)
-
-
-if __name__ == "__main__":
-    main()
+    serve(make_handler, sys.stdin.buffer, answers)

@@ -26,7 +26,7 @@ class BadRecord(Exception):  # noqa: N818 - becomes a DataError once file and li
 
     def __init__(self, field: str, value: object, rule: str):
         self.field, self.value, self.rule = field, value, rule
-        super().__init__(f"{field} = {short(value)}: {rule}")
+        super().__init__(f"{field} = {short(value)!r}: {rule}")
 
     def at(self, place: str) -> DataError:
         """The same as an error for the user; `place` is `file:line`."""

@@ -23,7 +23,7 @@ import os
 import socket
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from megam3.data.record import BadRecord, Record, parse_line, parse_record
-from megam3.data.source import HugeLine, Unit, place, read_unit
+from megam3.data.source import READ_BYTES, HugeLine, Unit, place, read_unit
 from megam3.data.tokenizer import Tokenizer
 from megam3.errors import DataError
 
@@ -114,20 +114,15 @@ def build_shard(unit: Unit, rules: TextRules, tokenizer: Tokenizer, folder: Path
     rows = list(_encode_rows(unit, rules, tokenizer, rejects, drop))
     rows.sort(key=lambda row: (row.language, row.longest, row.line))
     payload = _to_arrow(rows)
-    summary = _summarise(rows, rejects, unit) | {"bytes": len(payload), "checksum": digest(payload)}
+    summary = _summarise(rows, rejects, unit) | {"bytes": len(payload), "checksum": hashlib.blake2b(payload, digest_size=16).hexdigest()}
     if rejects.lines:
-        write_checked(folder / f"{name}.rejects.jsonl", "".join(rejects.lines).encode())
-    write_checked(folder / f"{name}.arrow", payload)
-    write_checked(folder / f"{name}.json", json.dumps(summary, sort_keys=True).encode())
+        write_checked(folder / f"{name}.rejects.jsonl", ["".join(rejects.lines).encode()])
+    write_checked(folder / f"{name}.arrow", [payload])
+    write_checked(folder / f"{name}.json", [json.dumps(summary, sort_keys=True).encode()])
     return summary
 
 
-def digest(payload: bytes | memoryview) -> str:
-    """Checksum of a shard file."""
-    return hashlib.blake2b(payload, digest_size=16).hexdigest()
-
-
-def write_checked(path: Path, payload: bytes | memoryview) -> None:
+def write_checked(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
     """Write aside, read back, compare, rename: `path` is either absent or whole.
 
     Raises:
@@ -135,18 +130,29 @@ def write_checked(path: Path, payload: bytes | memoryview) -> None:
     """
     aside = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
+        written = hashlib.blake2b(digest_size=16)
         with open(aside, "wb") as file:
-            file.write(payload)
+            for block in blocks:
+                file.write(block)
+                written.update(block)
             file.flush()
             os.fsync(file.fileno())
-        with open(aside, "rb") as file:
-            if digest(file.read()) != digest(payload):
-                raise OSError("read back other bytes than were written")
+        if file_digest(aside) != written.hexdigest():
+            raise OSError("read back other bytes than were written")
         os.replace(aside, path)
     except OSError as error:
         aside.unlink(missing_ok=True)
         remedy = "make room or choose another data.store_dir; what is complete is kept, so start it again"
         raise DataError("store file", str(path), f"could not be written ({error})", remedy) from error
+
+
+def file_digest(path: Path) -> str:
+    """Checksum of a file's bytes, as kept for shards."""
+    hasher = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(READ_BYTES):
+            hasher.update(block)
+    return hasher.hexdigest()
 
 
 def line_bytes(line: bytes | dict | HugeLine) -> bytes:

@@ -13,7 +13,7 @@ from megam3.config.schema import DataConfig
 from megam3.data.assemble import Assembler, Shuffle, TextFrame, draft_to_frame
 from megam3.data.layout import DatasetRows
 from megam3.data.plan import Plan, build_plan
-from megam3.data.process import Handler
+from megam3.data.process import Handler, run_worker
 from megam3.data.store import StoredDataset, open_dataset
 from megam3.errors import ConfigError, DataError
 
@@ -43,7 +43,7 @@ def describe(config: DataConfig, opened: Sequence[StoredDataset]) -> list[Datase
 
 
 def fingerprint_of(tokenizer: str, opened: Sequence[StoredDataset], plan: Plan) -> str:
-    """What a checkpoint keeps: equal fingerprints serve equal batches. One hash each of tokenizer, data and plan, so that a change has a name.
+    """What a checkpoint keeps: equal fingerprints serve equal batches. A hash each of tokenizer, data and plan: a change has a name.
 
     >>> changed_parts("tokenizer:aa data:bb plan:cc", "tokenizer:aa data:b2 plan:c2")
     ['data']
@@ -53,7 +53,7 @@ def fingerprint_of(tokenizer: str, opened: Sequence[StoredDataset], plan: Plan) 
 
 
 def changed_parts(saved: str, now: str) -> list[str]:
-    """Names of the parts of two fingerprints that differ: tokenizer, data, plan. The plan follows from the others; alone it means itself."""
+    """Parts in which two fingerprints differ: tokenizer, data, plan. The plan follows from the others; alone it means itself."""
     before, after = (dict(part.partition(":")[::2] for part in text.split()) for text in (saved, now))
     changed = [name for name in after if before.get(name) != after[name]]
     return [name for name in changed if name != "plan"] or changed
@@ -66,7 +66,7 @@ def make_assembler(config: DataConfig, plan: Plan, opened: Sequence[StoredDatase
 
 
 def make_handler(setup: dict) -> Handler:
-    """Handler of {"number": n}: the share of the setup's rank in batch n (target of process.Worker).
+    """Handler of {"number": n}: the share of the setup's rank in batch n (worker side).
 
     Raises:
         DataError: the store changed between the parent's opening it and ours.
@@ -79,3 +79,7 @@ def make_handler(setup: dict) -> Handler:
     prefix, suffix, instruction_tokens = (tuple(ids) for ids in setup["frame"])
     assembler = make_assembler(config, plan, opened, TextFrame(prefix, suffix, instruction_tokens))
     return lambda request: draft_to_frame(assembler.draft(request["number"], setup["rank"], setup["world_size"]))
+
+
+if __name__ == "__main__":
+    run_worker(make_handler)

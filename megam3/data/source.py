@@ -60,8 +60,10 @@ class HugeLine:
     num_bytes: int
 
 
-def find_files(patterns: list[str], field: str) -> list[str]:
+def find_files(patterns: list[str], field: str, outside: Path | None = None) -> list[str]:
     """Files named by paths, directories (searched recursively) and globs, in a fixed order, each once. `field` names them in errors.
+
+    Directories are searched but for the folder `outside`: a store may lie beside its data, and its shards are no input.
 
     Raises:
         DataError: nothing matches a pattern, or a named file is of no known format.
@@ -70,7 +72,7 @@ def find_files(patterns: list[str], field: str) -> list[str]:
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            matches = sorted(str(p) for p in path.rglob("*") if p.is_file() and format_of(str(p)))
+            matches = sorted(str(p) for p in path.rglob("*") if p.is_file() and format_of(str(p)) and not _inside(p, outside))
         else:
             matches = [pattern] if path.is_file() else sorted(p for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
         if not matches:
@@ -80,6 +82,10 @@ def find_files(patterns: list[str], field: str) -> list[str]:
                 raise DataError(field, match, "has no known format", f"use one of {', '.join(SUFFIXES)}")
             found[match] = None
     return list(found)
+
+
+def _inside(path: Path, folder: Path | None) -> bool:
+    return folder is not None and path.resolve().is_relative_to(folder.resolve())
 
 
 def format_of(path: str) -> str | None:

@@ -24,11 +24,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
-from megam3.data.shard import digest, row_checksum
+from megam3.data.shard import INDEX_FIELDS, file_digest, row_checksum
 from megam3.errors import DataError
 
 FORMAT = 1
-INDEX_DTYPE = np.dtype([(name, "<u2") for name in ("query_tokens", "positive_tokens", "negative_tokens", "num_negatives")])
+INDEX_DTYPE = np.dtype([(name, "<u2") for name in INDEX_FIELDS])
 RUN_DTYPE = np.dtype([("first_row", "<i8"), ("num_rows", "<i8"), ("tokens", "<i8"), ("language", "<u2"), ("longest", "<u2")])
 MAX_OPEN_SHARDS = 256  # each holds a file descriptor; 1024 is a common limit and the training process needs some
 
@@ -71,7 +71,7 @@ class Shard:
         self._lists = {name: self._flat(batch.column(name)) for name in ("hashes", "truncated", "scores")}
         self.columns = {
             name: batch.column(name).to_numpy()
-            for name in ("num_positives", "only_one_negative", "line", "id_hash", "checksum", *(INDEX_DTYPE.names or ()))
+            for name in ("num_positives", "only_one_negative", "line", "id_hash", "checksum", *INDEX_FIELDS)
         }
         self.num_rows = batch.num_rows
 
@@ -179,7 +179,7 @@ def read_json(path: Path) -> dict | None:
     """
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise DataError("store file", str(path), f"cannot be read ({error})", "delete the dataset's folder and prepare it again") from error
@@ -217,7 +217,7 @@ def verify_dataset(dataset: StoredDataset) -> None:
     for entry in dataset.manifest["shards"]:
         path = dataset.folder / "shards" / entry["file"]
         try:
-            found = digest(path.read_bytes())
+            found = file_digest(path)
         except OSError as error:
             raise corrupt(path, None, f"cannot be read ({error})") from error
         if found != entry["checksum"]:

@@ -61,7 +61,7 @@ class Tokenizer:
             arrays.append(ids)
         return arrays, cut_N
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
         """Text of `ids`, for people to read."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
@@ -101,7 +101,9 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
         backend = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
     except (OSError, ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
         remedy = "put tokenizer.json, or sentencepiece.bpe.model with tokenizer_config.json, into the folder"
-        raise ConfigError("model.path", str(path), f"holds no tokenizer that can be read ({error})", remedy) from error
+        raise ConfigError(
+            "model.path", str(path), f"holds no tokenizer that can be read ({str(error).partition(chr(10))[0]})", remedy
+        ) from error
     special = {role: getattr(loaded, f"{role}_token_id", None) for role in ("cls", "sep", "pad", "unk", "mask", "bos", "eos")}
     tokenizer = Tokenizer(backend, {role: int(token_id) for role, token_id in special.items() if token_id is not None})
     if vocab_size is not None:

@@ -17,6 +17,7 @@ import torch
 from deepspeed.runtime.activation_checkpointing.offload_activations import CheckpointHiddenStatesOffload
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from megam3.errors import ConfigError
 
@@ -57,7 +58,7 @@ class ActivationMemory:
 
 
 def _checkpoint_layers(module: nn.Module, function: Callable) -> None:
-    encoder = next((m for m in module.modules() if hasattr(m, "activation_checkpointing_enable")), None)
+    encoder = next((m for m in module.modules() if isinstance(m, PreTrainedModel)), None)
     layers = []
     if encoder is not None and encoder.supports_gradient_checkpointing:
         encoder.activation_checkpointing_enable()
@@ -75,4 +76,4 @@ def _checkpoint_layers(module: nn.Module, function: Callable) -> None:
             "set engine.activation_checkpointing=false",
         )
     for layer in layers:
-        layer._gradient_checkpointing_func = function
+        layer._gradient_checkpointing_func = function  # type: ignore[assignment]

@@ -1,8 +1,8 @@
 """More position rows for an encoder with learned absolute positions (XLM-R: 514 rows → 8194 for 8192 tokens).
 
-Rows already there stay as they are. New rows repeat them in a cycle, position p taking the row of position p mod (old number of positions): local
-order keeps its meaning everywhere from the start, as is usual for long variants of BERT-like encoders; arXiv 2402.03216 does not say how its
-rows began, only that RetroMAE training on long texts follows.
+Rows already there stay as they are. New rows repeat them in a cycle: position p takes the row of position p mod (old number of positions).
+Local order thus keeps its meaning everywhere from the start, as is usual for long variants of BERT-like encoders. arXiv 2402.03216 does not
+say how its rows began, only that RetroMAE training on long texts follows.
 
     offset 2, 3 old positions:  rows  – – a b c   →   – – a b c a b c a      (the first two rows belong to padding)
 """

@@ -10,7 +10,11 @@ from megam3.dist import comm
 from megam3.gradcache import cached_step
 from megam3.losses import LossTerms, TeacherGroups, resolve_weights, unified_loss
 from megam3.objectives.base import Encoder
-from megam3.scoring.combine import count_over_ranks, score_global, score_heads
+from megam3.scoring.combine import RankCounts, count_over_ranks, score_global, score_heads
+from megam3.tiled.loss import tiled_unified_loss
+
+WHOLE_MATRIX_SCORES = 1 << 26
+"""Scores of one head that are held at once before the loss goes over to tiles: 256 MB in fp32, and some ten such matrices live together."""
 
 
 class UnifiedObjective:
@@ -35,25 +39,27 @@ class UnifiedObjective:
         queries = representations.select(0, batch.num_queries)
         passages = representations.select(batch.num_queries, representations.num_texts)
         counts = count_over_ranks(queries, passages)
-        scoring = (queries, passages, settings.sum_weights, self._config.maxsim, settings.heads)
         # without in-batch negatives a query meets its own group alone: other ranks' passages would be scored only to be masked
-        scores = score_global(*scoring, counts) if batch.in_batch_negatives else score_heads(*scoring)
-        candidates = find_candidates(batch, self._config.mask_false_negatives, counts.passages if batch.in_batch_negatives else None).to(
-            device
-        )
+        columns = counts.passages if batch.in_batch_negatives else None
+        candidates = find_candidates(batch, self._config.mask_false_negatives, columns).to(device)
         teacher = None
         if settings.teacher is not None and batch.teacher_scores_P is not None:
             columns_QG, exists_QG = candidates.group_columns()
             teacher = TeacherGroups(group_rows(batch.teacher_scores_P, batch.group_offsets_Q1, 0.0).to(device), columns_QG, exists_QG)
-        return unified_loss(
-            scores.by_name(),
-            candidates.positive_column_Q,
-            candidates.allowed(),
-            settings,
-            row_scale=comm.world_size() / sum(counts.queries),
-            distill=settings.distills(step),
-            teacher=teacher,
-        )
+        distill = settings.distills(step)
+        if self._tiles(counts):
+            return tiled_unified_loss(queries, passages, candidates, settings, counts, distill, self._config.maxsim, teacher)
+        scoring = (queries, passages, settings.sum_weights, self._config.maxsim, settings.heads)
+        scores = score_global(*scoring, counts) if batch.in_batch_negatives else score_heads(*scoring)
+        row_scale = comm.world_size() / sum(counts.queries)
+        positive_Q = candidates.positive_column_Q
+        return unified_loss(scores.by_name(), positive_Q, candidates.allowed(), settings, row_scale, distill, teacher)
+
+    def _tiles(self, counts: RankCounts) -> bool:
+        """Every rank decides by the same numbers, because the two losses talk differently."""
+        if self._config.loss_tiles == "auto":
+            return max(counts.queries) * sum(counts.passages) > WHOLE_MATRIX_SCORES
+        return self._config.loss_tiles == "always"
 
 
 def _figures(terms: LossTerms, representations: Representations, num_queries: int) -> dict[str, Tensor]:

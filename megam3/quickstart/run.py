@@ -113,9 +113,8 @@ def show(config: RunConfig, run_dir: Path, prepared: Prepared, export: Path, sec
     }
     for what, place in places.items():
         console.print(f"{what:15} {place}", soft_wrap=True)
-    console.print(
-        f"{result.num_queries} queries in {len(set(dataset.languages))} languages over {result.num_passages} passages; {seconds / 60:.1f} minutes before this table"
-    )
+    size = f"{result.num_queries} queries in {len(set(dataset.languages))} languages over {result.num_passages} passages"
+    console.print(f"{size}; {seconds / 60:.1f} minutes before this table")
 
 
 def answers(embedder: M3Embedder, dataset: BeirDataset, config: RunConfig) -> Table:

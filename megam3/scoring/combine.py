@@ -8,7 +8,7 @@ Counts travel in one round for all of it; a single rank sends nothing. Gradients
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -116,15 +116,14 @@ def gather_queries(queries: Representations, counts: RankCounts, heads: Collecti
     """Every rank's queries, in rank order, for the heads named; the other heads keep this rank's tensors."""
     replaced = queries
     if "dense" in heads:
-        replaced = replaced.with_floats(gather_rows(queries.dense_ND, counts.queries), replaced.lexical_weights_Z, replaced.multi_KC)
+        replaced = replace(replaced, dense_ND=gather_rows(queries.dense_ND, counts.queries))
     if "lexical" in heads:
         weights = gather_rows(queries.lexical_weights_Z, counts.query_pairs)
         ids, offsets = gather_rows(queries.lexical_ids_Z, counts.query_pairs), gather_offsets(queries.lexical_offsets_N1, counts.queries)
-        replaced = Representations(replaced.dense_ND, weights, ids, offsets, replaced.multi_KC, replaced.multi_offsets_N1)
+        replaced = replace(replaced, lexical_weights_Z=weights, lexical_ids_Z=ids, lexical_offsets_N1=offsets)
     if "multi_vector" in heads:
         rows, offsets = gather_rows(queries.multi_KC, counts.query_rows), gather_offsets(queries.multi_offsets_N1, counts.queries)
-        lexical = replaced.lexical_weights_Z, replaced.lexical_ids_Z, replaced.lexical_offsets_N1
-        replaced = Representations(replaced.dense_ND, *lexical, rows, offsets)
+        replaced = replace(replaced, multi_KC=rows, multi_offsets_N1=offsets)
     return replaced
 
 

@@ -51,11 +51,11 @@ def _product(left: Tensor, right_t: Tensor, dtype: torch.dtype) -> Tensor:
     return left.to(dtype) @ right_t.to(dtype)
 
 
-def _chunks(lengths: list[int], max_rows: int) -> Iterator[_Chunk]:
-    """Cut texts into runs of at most `max_rows` rows (a longer text is a run of its own)."""
+def _chunks(lengths: list[int], max_rows: int, max_texts: int) -> Iterator[_Chunk]:
+    """Cut texts into runs of at most `max_rows` rows and `max_texts` texts (a longer text is a run of its own)."""
     start = first = rows = 0
     for text, length in enumerate(lengths):
-        if text > start and rows + length > max_rows:
+        if text > start and (rows + length > max_rows or text - start == max_texts):
             yield _Chunk(slice(start, text), slice(first, first + rows))
             start, first, rows = text, first + rows, 0
         rows += length
@@ -72,17 +72,19 @@ def _equal_runs(lengths: list[int]) -> Iterator[tuple[int, int]]:
             start = text
 
 
-def _segment_max(products_KX: Tensor, lengths: list[int], best_KP: Tensor, winner_KP: Tensor, first_row: int) -> None:
-    """Write the maximum over each passage's columns, and the passage row that reached it, texts of equal length together."""
+def _segment_max(products_KX: Tensor, lengths: list[int], best_KP: Tensor, winner_KP: Tensor | None, first_row: int) -> None:
+    """Write the maximum over each passage's columns, and (unless None) the row that reached it, texts of equal length together."""
     column = 0
     for start, count in _equal_runs(lengths):
         length = lengths[start]
         view = products_KX[:, column : column + count * length].unflatten(1, (count, length))
-        best, winner = view.max(dim=2)
-        best_KP[:, start : start + count] = best
-        begins = first_row + column + length * torch.arange(count, device=winner.device)
-        winner_KP[:, start : start + count] = winner + begins
         column += count * length
+        if winner_KP is None:
+            best_KP[:, start : start + count] = view.amax(dim=2)
+            continue
+        best_KP[:, start : start + count], winner = view.max(dim=2)
+        begins = first_row + column + length * torch.arange(-count, 0, device=winner.device)
+        winner_KP[:, start : start + count] = winner + begins
 
 
 def _pooling(query_lengths: list[int], reduction: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -104,15 +106,18 @@ class _MaxSim(torch.autograd.Function):
         dtype, device = _accumulation_dtype(query_KC, passage_KC), query_KC.device
         query_K, weight_K = _pooling(query_lengths, reduction, dtype, device)
         scores_QP = torch.empty(len(query_lengths), len(passage_lengths), dtype=dtype, device=device)
-        winner_KP = torch.empty(query_KC.shape[0], len(passage_lengths), dtype=torch.int32, device=device)
+        # winners are kept only for a backward pass to come
+        kept = len(passage_lengths) if any(ctx.needs_input_grad[:2]) else 0
+        winner_KP = torch.empty(query_KC.shape[0], kept, dtype=torch.int32, device=device)
         side = max(1, int(chunk**0.5))
-        for passages in _chunks(passage_lengths, max(1, chunk // min(max(query_KC.shape[0], 1), side))):
+        for passages in _chunks(passage_lengths, max(1, chunk // min(max(query_KC.shape[0], 1), side)), len(passage_lengths)):
             block_t = passage_KC[passages.rows].T
             lengths = passage_lengths[passages.texts]
-            for queries in _chunks(query_lengths, max(1, chunk // block_t.shape[1])):
+            for queries in _chunks(query_lengths, max(1, chunk // block_t.shape[1]), len(query_lengths)):
                 products = _product(query_KC[queries.rows], block_t, dtype)
                 best = products.new_empty(products.shape[0], len(lengths))
-                _segment_max(products, lengths, best, winner_KP[queries.rows, passages.texts], passages.rows.start)
+                winner = winner_KP[queries.rows, passages.texts] if kept else None
+                _segment_max(products, lengths, best, winner, passages.rows.start)
                 best *= weight_K[queries.rows, None]
                 sums = best.new_zeros(queries.texts.stop - queries.texts.start, len(lengths))
                 scores_QP[queries.texts, passages.texts] = sums.index_add_(0, query_K[queries.rows] - queries.texts.start, best)
@@ -128,8 +133,9 @@ class _MaxSim(torch.autograd.Function):
         query_rows = query_KC.to(dtype)
         grad_query = torch.zeros_like(query_rows)
         grad_passage = torch.empty_like(passage_KC)
-        # per passage chunk: a float copy of its rows, and one coefficient per (query row, passage)
-        for passages in _chunks(ctx.passage_lengths, max(1, 4 * ctx.chunk // max(width, 1))):
+        # per passage chunk: a float copy of its rows, and a coefficient and its place per (query row, passage)
+        max_rows, max_texts = max(1, 4 * ctx.chunk // max(width, 1)), max(1, ctx.chunk // max(query_KC.shape[0], 1))
+        for passages in _chunks(ctx.passage_lengths, max_rows, max_texts):
             columns = (winner_KP[:, passages.texts] - passages.rows.start).contiguous()
             coefficients = grad_QP[:, passages.texts].index_select(0, query_K) * weight_K[:, None]
             num_rows = passages.rows.stop - passages.rows.start

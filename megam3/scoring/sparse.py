@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 
-# torch says once per process, at the first CSR tensor, that the layout is in beta; spend that notice here, or every rank of every run prints it
+# torch says once per process, at its first CSR tensor, that the layout is in beta: spend that notice here, or every rank prints it
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))

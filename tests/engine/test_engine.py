@@ -83,10 +83,8 @@ def torch_reference(folder: str, accumulation: int = 1) -> tuple[list[float], li
 
     for step in range(STEPS):
         optimizer.zero_grad()
-        figures = [
-            objective.run(Plain(), batch_of(make_groups(4, seed=step * accumulation + index)), Progress(step))
-            for index in range(accumulation)
-        ]
+        batches = [batch_of(make_groups(4, seed=step * accumulation + index)) for index in range(accumulation)]
+        figures = [objective.run(Plain(), batch, Progress(step)) for batch in batches]
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)))
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate_factor(step, STEPS + 1, OPTIM.warmup_ratio, "linear")
@@ -132,9 +130,8 @@ def test_two_ranks_under_every_stage_equal_torch_on_one(folder, every_stage):
             # a softmax does not see the key bias: its gradient is rounding noise, which Adam scales up to full steps
             if name.endswith("key.bias"):
                 continue
-            torch.testing.assert_close(
-                merged[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda m, n=name, f=result["folder"]: f"{f} {n}: {m}"
-            )
+            where = f"{result['folder']} {name}"
+            torch.testing.assert_close(merged[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda m, w=where: f"{w}: {m}")
         assert result["resumed_next"] == result["next"], "the step after a resume must be the very step that would have come"
 
 

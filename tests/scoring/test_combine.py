@@ -4,6 +4,7 @@ import torch
 from megam3.batch import join_representations
 from megam3.config.schema import HeadWeights
 from megam3.dist import comm
+from megam3.scoring import combine
 from megam3.scoring.combine import HEADS, count_over_ranks, score_global, score_heads
 from tests.ranks import run_ranks
 from tests.representations import naive_scores, random_representations
@@ -31,6 +32,27 @@ def _grads(total, leaves):
     return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads)]
 
 
+def _numbers_received(rank, world):
+    """How many numbers reach this rank in one scoring of all heads, besides counts and offsets."""
+    received = []
+
+    def counting(function):
+        def wrapped(*args):
+            result = function(*args)
+            received.append(result.numel())
+            return result
+
+        return wrapped
+
+    original = combine.gather_rows, combine.exchange_columns
+    combine.gather_rows, combine.exchange_columns = map(counting, original)
+    try:
+        score_global(*_texts(rank), WEIGHTS)
+    finally:
+        combine.gather_rows, combine.exchange_columns = original
+    return sum(received)
+
+
 def _score_on_a_rank():
     """Scores of this rank, and gradients of the sum over ALL ranks of ⟨scores, upstream⟩ to this rank's leaves, per case."""
     rank, world = comm.rank(), comm.world_size()
@@ -44,7 +66,7 @@ def _score_on_a_rank():
         total = sum((own * (index + 1) * matrix).sum() for index, matrix in enumerate(scores.values()))
         results.append([{name: matrix.detach() for name, matrix in scores.items()}, _grads(total, _leaves(queries, passages))])
     counts = count_over_ranks(*_texts(rank))
-    return [results, list(counts.queries), list(counts.passages), counts.first_passage]
+    return [results, list(counts.queries), list(counts.passages), counts.first_passage, _numbers_received(rank, world)]
 
 
 @pytest.mark.ranks
@@ -67,7 +89,10 @@ def test_ranks_score_what_one_rank_scores(world):
                 torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
             first += NUM_QUERIES[rank]
     for rank in range(world):
-        assert outcomes[rank][1:] == [list(NUM_QUERIES[:world]), list(NUM_PASSAGES[:world]), sum(NUM_PASSAGES[:rank])]
+        assert outcomes[rank][1:4] == [list(NUM_QUERIES[:world]), list(NUM_PASSAGES[:world]), sum(NUM_PASSAGES[:rank])]
+        # dense passage vectors, the queries' pairs (id and weight) and rows, two heads' score columns: nothing per passage token
+        of_queries = 2 * queries.lexical_ids_Z.numel() + queries.multi_KC.numel()
+        assert outcomes[rank][4] == passages.dense_ND.numel() + of_queries + 2 * NUM_QUERIES[rank] * passages.num_texts
 
 
 def _grads_of(total, sides):

@@ -1,0 +1,109 @@
+"""`megam3 prepare RECIPE [key=value…]`: tokenise a recipe's training data into its store, ahead of the run or on other machines.
+
+    megam3 prepare unified                        # all of it, one process per core
+    megam3 prepare unified --shard 3/16           # task 3 of a job array of 16 (slurm/prepare.sh); the last one to end finishes the store
+    megam3 prepare unified --verify               # read a finished store through and compare every checksum
+
+Killed and started again, it continues; finished, it does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megam3.config.load import load_config
+from megam3.config.schema import RunConfig
+from megam3.data.prepare import UNIT_BYTES, prepare_data
+from megam3.data.prepare import Progress as Standing
+from megam3.data.report import draw_histogram, store_report
+from megam3.data.store import open_dataset, verify_dataset
+from megam3.data.tokenizer import load_tokenizer
+from megam3.errors import ConfigError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prepare, or verify; prints the report of every finished dataset.
+
+    Raises:
+        UserError: bad input, a store made from other settings, a full disk.
+    """
+    parser = argparse.ArgumentParser(prog="megam3 prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a YAML file, or the name of a packaged recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields that win over the recipe")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="background processes (default: one per core)")
+    parser.add_argument(
+        "--shard", type=parse_shard, default=(0, 1), metavar="I/N", help="prepare every N-th unit, beginning with I (from 0)"
+    )
+    parser.add_argument("--unit-mb", type=int, default=UNIT_BYTES >> 20, help="text per shard, fixed when a store is begun (default: 64)")
+    parser.add_argument("--verify", action="store_true", help="check a finished store instead")
+    arguments = parser.parse_intermixed_args(argv)
+    config = load_config(arguments.recipe, arguments.overrides)
+    store_dir = store_folder(config)
+    if arguments.verify:
+        return _verify(config, store_dir)
+    tokenizer = load_tokenizer(config.model.path)
+    with _bar() as bar:
+        on_progress = _reporter(bar)
+        size = arguments.unit_mb << 20
+        manifests = prepare_data(config.data, tokenizer, store_dir, arguments.processes, arguments.shard, on_progress, size)
+    for manifest in manifests:
+        print(store_report(manifest))
+    if len(manifests) == len(config.data.train):
+        picture = store_dir / "lengths.png"
+        print(f"store: {store_dir}" + (f", picture: {picture}" if draw_histogram(manifests, picture) else ""))
+    else:
+        print(f"store: {store_dir}: {len(config.data.train) - len(manifests)} datasets wait for units of other tasks")
+    return 0
+
+
+def store_folder(config: RunConfig) -> Path:
+    """Where the run of a recipe looks for its store."""
+    return Path(config.data.store_dir or Path(config.output_dir) / config.name / "store")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """(i, n) of `i/n`.
+
+    Raises:
+        ConfigError: not two numbers, or i not below n.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    index, count = (int(found[1]), int(found[2])) if found else (0, 0)
+    if index >= count:
+        raise ConfigError("--shard", text, "must be I/N with I below N, from 0", "write --shard 0/4 for the first task of four")
+    return index, count
+
+
+def _verify(config: RunConfig, store_dir: Path) -> int:
+    for dataset in config.data.train:
+        opened = open_dataset(store_dir, dataset.name)
+        verify_dataset(opened)
+        print(f"{dataset.name}: {len(opened.manifest['shards'])} shards, all checksums match")
+    return 0
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.fields[rate]}"))
+    return Progress(*columns, TimeRemainingColumn(), console=Console(file=sys.stderr))
+
+
+def _reporter(bar: Progress) -> Callable[[Standing], None]:
+    """A bar on a terminal, a line per unit elsewhere."""
+    task = bar.add_task("preparing", total=None, rate="")
+
+    def report(standing: Standing) -> None:
+        rate = f"{standing.records:,} records, {standing.records_per_second:,.0f}/s, {standing.rejected:,} rejected"
+        bar.update(task, description=standing.dataset, completed=standing.units_done, total=standing.units_total, rate=rate)
+        if not bar.console.is_terminal:
+            rest = f"{standing.seconds_left:,.0f} s left"
+            print(f"{standing.dataset}: unit {standing.units_done} of {standing.units_total}, {rate}, {rest}", file=sys.stderr)
+
+    return report

@@ -1,0 +1,134 @@
+"""The unified objective on one and two ranks against the formulas written out with torch on padded score matrices."""
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+
+from megam3.batch import Progress
+from megam3.config.schema import ModelConfig, UnifiedConfig
+from megam3.dist import comm
+from megam3.model.m3 import represent
+from megam3.model.pretrained import load_m3
+from megam3.objectives.unified import UnifiedObjective, spread
+from tests.batches import batch_of, make_groups
+from tests.factory import make_tiny_model_folder
+from tests.ranks import run_ranks
+
+CONFIG = UnifiedConfig(temperature=0.1, self_distill_start_step=5, mask_false_negatives=False)
+
+
+class PlainEngine:
+    """What an objective needs, without DeepSpeed; averages gradients over ranks as DeepSpeed does."""
+
+    def __init__(self, folder: str):
+        self.model = load_m3(folder, ModelConfig(path=folder)).double()
+
+    def encode(self, texts):
+        return represent(self.model, texts)
+
+    def backward(self, loss, is_last):
+        loss.backward()
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        named = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        return {n: comm.all_reduce_sum(g) / comm.world_size() for n, g in named.items()}
+
+
+def written_out(model, groups, in_batch: bool, distill: bool) -> torch.Tensor:
+    """DESIGN's formulas, one query at a time."""
+    texts = [t for g in groups for t in g]
+    heads = []
+    for ids in texts:
+        hidden = model.encoder(
+            torch.tensor([ids]), cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32), lengths=(len(ids),), max_length=len(ids)
+        )
+        hidden = hidden.last_hidden_state[0]
+        weights = torch.relu(model.lexical_head(hidden)).squeeze(-1)
+        lexical = {}
+        for token, weight in zip(ids, weights):
+            if token not in (0, 1, 2, 3):
+                lexical[token] = torch.maximum(lexical[token], weight) if token in lexical else weight
+        multi = torch.nn.functional.normalize(model.multi_vector_head(hidden[1:]), dim=-1)
+        heads.append((torch.nn.functional.normalize(hidden[0], dim=0), lexical, multi))
+    starts = [sum(len(g) for g in groups[:i]) for i in range(len(groups))]
+    passages = [(i, starts[i] + j) for i, g in enumerate(groups) for j in range(1, len(g))]
+    losses = []
+    for i, start in enumerate(starts):
+        dense_q, lexical_q, multi_q = heads[start]
+        seen = [(group, p) for group, p in passages if in_batch or group == i]
+        target = next(c for c, (group, _) in enumerate(seen) if group == i)
+        rows = {"dense": [], "lexical": [], "multi": []}
+        for _, p in seen:
+            dense_p, lexical_p, multi_p = heads[p]
+            rows["dense"].append(dense_q @ dense_p)
+            rows["lexical"].append(sum((lexical_q[t] * lexical_p[t] for t in lexical_q if t in lexical_p), torch.zeros(()).double()))
+            rows["multi"].append((multi_q @ multi_p.T).max(1).values.mean())
+        s = {name: torch.stack(values) for name, values in rows.items()}
+        s["sum"] = s["dense"] + 0.3 * s["lexical"] + s["multi"]
+        log_p = {name: log_softmax(values / 0.1, 0) for name, values in s.items()}
+        loss = -(log_p["dense"] + log_p["sum"] + 0.1 * log_p["lexical"] + log_p["multi"])[target] / 4
+        if distill:
+            t = log_p["sum"].detach().exp()
+            taught = -(t * (log_p["dense"] + 0.1 * log_p["lexical"] + log_p["multi"])).sum() / 3
+            loss = (loss + taught) / 2
+        losses.append(loss)
+    return torch.stack(losses).mean()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return str(make_tiny_model_folder(tmp_path_factory.mktemp("model") / "tiny"))
+
+
+def _run(folder: str, in_batch: bool, step: int, chunk_tokens: int | None, tiles: str = "auto") -> dict:
+    engine, groups = PlainEngine(folder), make_groups(5, 2)
+    # ragged over ranks: 3 queries on the first, 2 on the second
+    cut = [0, 5] if comm.world_size() == 1 else [0, 3, 5]
+    batch = batch_of(groups[cut[comm.rank()] : cut[comm.rank() + 1]], in_batch_negatives=in_batch)
+    figures = UnifiedObjective(CONFIG.model_copy(update={"loss_tiles": tiles}), chunk_tokens).run(engine, batch, Progress(step))
+    total = float(comm.all_reduce_sum(figures["loss/total"])) / comm.world_size()
+    return {"total": total, "names": sorted(figures), "gradients": engine.gradients()}
+
+
+CASES = [(True, 0, None), (True, 5, 30), (False, 0, None), (False, 5, None), (True, 5, None, "always"), (False, 5, 30, "always")]
+
+
+def _every_case(folder: str) -> list[dict]:
+    return [_run(folder, *case) for case in CASES]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_loss_and_gradients_are_those_of_the_formulas(folder, world_size):
+    results = run_ranks(_every_case, world_size, folder)[-1]
+    for (in_batch, step, *_), result in zip(CASES, results):
+        model = load_m3(folder, ModelConfig(path=folder)).double()
+        expected = written_out(model, make_groups(5, 2), in_batch, distill=step >= CONFIG.self_distill_start_step)
+        expected.backward()
+        assert result["total"] == pytest.approx(float(expected), rel=1e-5)
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None and name in result["gradients"]:
+                torch.testing.assert_close(
+                    result["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+                )
+
+
+def test_figures_name_every_loss_and_the_vital_signs(folder):
+    result = _run(folder, True, 5, None)
+    assert result["names"] == [
+        *[f"accuracy/{n}" for n in ("dense", "lexical", "multi_vector", "sum")],
+        "dense/spread",
+        "lexical/mean_weight",
+        "lexical/nonzero_share",
+        *[
+            f"loss/{n}"
+            for n in ("dense", "distill_dense", "distill_lexical", "distill_multi_vector", "lexical", "multi_vector", "sum", "total")
+        ],
+        "multi_vector/spread",
+    ]
+
+
+def test_spread_is_zero_for_equal_vectors_and_one_for_opposite_ones():
+    one = torch.nn.functional.normalize(torch.randn(8), dim=0)
+    assert float(spread(one.expand(5, 8))) == pytest.approx(0.0, abs=1e-6)
+    assert float(spread(torch.stack([one, -one]))) == pytest.approx(1.0, abs=1e-6)

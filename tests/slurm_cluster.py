@@ -1,0 +1,157 @@
+"""A real two-node Slurm on this machine, for tests marked `slurm`: slurmctld and two slurmd on loopback, one core each."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+NODES = ("n0", "n1")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "munge", "munged")
+CONFIG = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+SlurmctldPort={controller_port}
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=1,bf_interval=1
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+ReturnToService=2
+JobRequeue=1
+KillWait=20
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def missing_for_slurm() -> str:
+    """What this machine lacks for a Slurm of its own; empty when nothing."""
+    programs = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
+    if programs:
+        return f"{', '.join(programs)} not found (Debian: apt-get install slurm-wlm munge)"
+    return "" if os.getuid() == 0 else "only root can start slurmd"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running cluster; `environ` reaches it."""
+
+    folder: Path
+    environ: Mapping[str, str]
+
+    def run(self, *command: str, **environ: str) -> str:
+        """Standard output of a command; raises with its error output."""
+        done = subprocess.run(command, env={**self.environ, **environ}, capture_output=True, text=True, cwd=self.folder, timeout=60)
+        assert done.returncode == 0, f"{command}: {done.stderr}{done.stdout}"
+        return done.stdout
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """Fields of `scontrol show job`."""
+        return dict(part.split("=", 1) for part in self.run("scontrol", "show", "job", job_id).split() if "=" in part)
+
+    def wait_for(self, job_id: str, *states: str, seconds: float = 90) -> dict[str, str]:
+        """Wait until the job is in one of `states`; returns its fields."""
+        end = time.monotonic() + seconds
+        while (job := self.job(job_id))["JobState"] not in states:
+            logs = "\n".join(path.read_text() for path in self.folder.glob("*.log"))
+            assert time.monotonic() < end, f"job is {job['JobState']} ({job['Reason']}), not {states}\n{logs[-4000:]}"
+            time.sleep(0.3)
+        return job
+
+
+@contextmanager
+def slurm_cluster(folder: Path) -> Iterator[Cluster]:
+    """Start nodes n0 and n1 with their files in `folder`; everything started here is stopped at the end."""
+    ports = _free_ports(3)
+    for name in ("state", *(f"spool.{node}" for node in NODES)):
+        (folder / name).mkdir()
+    host = socket.gethostname().split(".")[0]
+    nodes = "\n".join(
+        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 RealMemory=100 State=UNKNOWN"
+        for node, port in zip(NODES, ports[1:], strict=True)
+    )
+    conf = folder / "slurm.conf"
+    conf.write_text(CONFIG.format(host=host, folder=folder, controller_port=ports[0], nodes=nodes))
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+    cluster = Cluster(folder, {**inherited, "PATH": _path(), "SLURM_CONF": str(conf)})
+    with ExitStack() as stack:
+        _start_munge(stack)
+        # every daemon stays a child of the test, so that it can be ended by its id
+        for command in (["slurmctld", "-D", "-c"], *(["slurmd", "-D", "-N", node] for node in NODES)):
+            _start(stack, command, cluster.environ, folder)
+        _wait_until_idle(cluster)
+        yield cluster
+
+
+def _path() -> str:
+    return f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _start_munge(stack: ExitStack) -> None:
+    if _munge_answers():
+        return
+    run_dir = Path("/run/munge")
+    run_dir.mkdir(exist_ok=True)
+    shutil.chown(run_dir, "munge")
+    _start(stack, ["su", "munge", "-s", "/bin/sh", "-c", "exec munged --foreground"], dict(os.environ, PATH=_path()), run_dir)
+    end = time.monotonic() + 20
+    while not _munge_answers():
+        assert time.monotonic() < end, "munged does not answer"
+        time.sleep(0.2)
+
+
+def _munge_answers() -> bool:
+    return subprocess.run(["munge", "-n"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def _start(stack: ExitStack, command: list[str], environ: Mapping[str, str], folder: Path) -> None:
+    daemon = subprocess.Popen(
+        command, env=dict(environ), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder, start_new_session=True
+    )
+    stack.callback(_stop, daemon)
+
+
+def _stop(daemon: subprocess.Popen) -> None:
+    daemon.send_signal(signal.SIGTERM)
+    try:
+        daemon.wait(15)
+    except subprocess.TimeoutExpired:
+        daemon.kill()
+        daemon.wait()
+
+
+def _wait_until_idle(cluster: Cluster) -> None:
+    end = time.monotonic() + 60
+    while True:
+        done = subprocess.run(["sinfo", "-h", "-N", "-o", "%t"], env=dict(cluster.environ), capture_output=True, text=True, check=False)
+        if done.stdout.split() == ["idle"] * len(NODES):
+            return
+        logs = "\n".join(path.read_text()[-2000:] for path in cluster.folder.glob("*.log"))
+        assert time.monotonic() < end, f"nodes are not idle: {done.stdout}{done.stderr}\n{logs}"
+        time.sleep(0.3)

@@ -1,0 +1,9 @@
+"""Show any step's batches as text (megam3/inspect_batch.py)."""
+
+import sys
+
+from megam3.cli import report_user_errors
+from megam3.inspect_batch import main
+
+if __name__ == "__main__":
+    sys.exit(report_user_errors(main, sys.argv[1:]))
