@@ -1,6 +1,7 @@
 """Start the sides of a comparison, alternate between them, and reduce what they answer to medians, spreads and ratios."""
 
 import contextlib
+import functools
 import json
 import os
 import statistics
@@ -106,7 +107,13 @@ class _Process:
 
 
 def run_interleaved(
-    name: str, sides: Sequence[Side], repeats: int, warmups: int = 1, *, one_at_a_time: bool = False, say: Callable[[str], None] = print
+    name: str,
+    sides: Sequence[Side],
+    repeats: int,
+    warmups: int = 1,
+    *,
+    one_at_a_time: bool = False,
+    say: Callable[[str], None] = functools.partial(print, flush=True),
 ) -> list[Measured]:
     """Steps in the order A B A B …; the first `warmups` rounds only warm up (and count for peak memory).
 
