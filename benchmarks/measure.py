@@ -1,7 +1,6 @@
 """Start the sides of a comparison, alternate between them, and reduce what they answer to medians, spreads and ratios."""
 
 import contextlib
-import functools
 import json
 import os
 import statistics
@@ -106,6 +105,11 @@ class _Process:
             self._process.wait()
 
 
+def say_at_once(line: str) -> None:
+    """Print without buffering: a comparison takes minutes."""
+    print(line, flush=True)
+
+
 def run_interleaved(
     name: str,
     sides: Sequence[Side],
@@ -113,7 +117,7 @@ def run_interleaved(
     warmups: int = 1,
     *,
     one_at_a_time: bool = False,
-    say: Callable[[str], None] = functools.partial(print, flush=True),
+    say: Callable[[str], None] = say_at_once,
 ) -> list[Measured]:
     """Steps in the order A B A B …; the first `warmups` rounds only warm up (and count for peak memory).
 
