@@ -7,9 +7,11 @@ python -m benchmarks long_step              8192-token passages at XLM-R's width
 
 import argparse
 import os
+import subprocess
 import time
 
 from benchmarks.comparisons import COMPARISONS, DEFAULT
+from benchmarks.environments import python_of
 from benchmarks.measure import RESULTS, machine
 from benchmarks.report import write_report
 
@@ -38,6 +40,10 @@ def main() -> None:
         where = f"{machine()} (load average {load:.1f} before the run, {(time.time() - started) / 60:.1f} minutes)"
         page = write_report(RESULTS, results, where)
     print(page)
+    try:
+        subprocess.run([python_of("plot"), "-m", "benchmarks.plot", str(RESULTS)], check=True)
+    except (RuntimeError, subprocess.CalledProcessError) as error:
+        print(f"no plot: {error}")
     print(f"written to {RESULTS}")
 
 

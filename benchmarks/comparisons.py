@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.environments import peer_python
+from benchmarks.environments import python_of
 from benchmarks.measure import RESULTS, Measured, Ratio, Side, ratio, run_interleaved
 from benchmarks.models import ModelSize, make_model_folder
 from benchmarks.texts import Texts, equal_lengths, lognormal_lengths, long_tailed_lengths, xquad_like_lengths
@@ -105,7 +105,7 @@ def loss_finding(what: str, first: Measured, second: Measured) -> list[Finding]:
 
 def flagembedding(repeats: int) -> list[Setting]:
     """(a) the unified step against FlagEmbedding 1.4.2."""
-    python = peer_python("flagembedding")
+    python = python_of("flagembedding")
     at_16k, at_250k, small, larger = Budget(">=", 8), Budget(">=", 30), (2, 128), (4, 256)
     equal = Texts(equal_lengths(4, 64), equal_lengths(16, 512), 0)
     mixed = Texts(questions(8), passages_to_512(32), 0)
@@ -139,7 +139,7 @@ def flagembedding(repeats: int) -> list[Setting]:
 
 def sentence_transformers(repeats: int) -> list[Setting]:
     """(b) the unified step (three heads) against sentence-transformers 6.2 training one head, both with a gradient cache of 2048 tokens."""
-    python = peer_python("sentence-transformers")
+    python = python_of("sentence-transformers")
     size = ModelSize(SMALL_VOCABULARY, 4, 256)
     texts = Texts(*xquad_like_lengths(16, 32), size.vocab_size)
     spec = spec_of(size, texts, mini_batch_tokens=2048)
@@ -248,7 +248,7 @@ def long_step(repeats: int) -> list[Setting]:
     limit = {"address_space_bytes": 20 << 30}
     sides = [
         ours("megam3", "megam3_step", {**spec, **limit, "chunk_tokens": 8192, "checkpointing": True}),
-        Side("FlagEmbedding", "flagembedding_step", {**spec, **limit, "checkpointing": True}, peer_python("flagembedding")),
+        Side("FlagEmbedding", "flagembedding_step", {**spec, **limit, "checkpointing": True}, python_of("flagembedding")),
     ]
     megam3, _ = measured = run_interleaved("long-step", sides, 1, warmups=0, one_at_a_time=True)
     peak = megam3.peak_rss_bytes / 2**30

@@ -1,4 +1,4 @@
-"""An environment of its own for each peer, made on first use under benchmarks/.venv-NAME.
+"""An environment of its own for each peer (and one that draws), made on first use under benchmarks/.venv-NAME.
 
 MEGAM3_BENCH_PYTHON_NAME (upper case, `-` as `_`) names an interpreter to use instead; PIP_FLAGS holds options for pip, as in the Makefile.
 """
@@ -10,24 +10,28 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PEERS = {
-    "flagembedding": ("FlagEmbedding==1.4.2", "transformers==4.57.6", "sentencepiece"),
-    "sentence-transformers": ("sentence-transformers==6.2.0", "transformers>=5,<6"),
+TORCH = "torch"
+"""Stands for the torch that megam3 itself is tested with, so that no side has faster kernels."""
+ENVIRONMENTS = {
+    "flagembedding": (TORCH, "FlagEmbedding==1.4.2", "transformers==4.57.6", "sentencepiece"),
+    "sentence-transformers": (TORCH, "sentence-transformers==6.2.0", "transformers>=5,<6"),
+    "plot": ("matplotlib",),
 }
-"""Requirements beside torch. FlagEmbedding 1.4.2 runs with transformers 4 only."""
+"""Requirements. FlagEmbedding 1.4.2 runs with transformers 4 only."""
 
 
-def peer_python(name: str) -> str:
-    """The interpreter of peer `name`; its environment is made, or made anew, unless a complete one is there.
+def python_of(name: str) -> str:
+    """The interpreter of environment `name`, which is made, or made anew, unless a complete one is there.
 
     Raises:
-        RuntimeError: pip could not install the peer; the message ends in pip's own.
+        RuntimeError: pip could not install it; the message ends in pip's own.
     """
     chosen = os.environ.get("MEGAM3_BENCH_PYTHON_" + name.upper().replace("-", "_"))
     if chosen:
         return chosen
     folder = HERE / f".venv-{name}"
-    python, wanted = folder / "bin" / "python", "\n".join((_torch_pin(), *PEERS[name]))
+    wanted = "\n".join(_torch_pin() if item == TORCH else item for item in ENVIRONMENTS[name])
+    python = folder / "bin" / "python"
     stamp = folder / "installed"
     if stamp.exists() and stamp.read_text() == wanted:
         return str(python)
@@ -43,6 +47,5 @@ def peer_python(name: str) -> str:
 
 
 def _torch_pin() -> str:
-    """The torch that megam3 itself is tested with, so that no side has faster kernels."""
     lines = (HERE.parent / "constraints.txt").read_text().splitlines()
     return next(line for line in lines if line.startswith("torch=="))

@@ -105,8 +105,19 @@ class _Process:
             self._process.wait()
 
 
+def say_at_once(line: str) -> None:
+    """Print without buffering: a comparison takes minutes."""
+    print(line, flush=True)
+
+
 def run_interleaved(
-    name: str, sides: Sequence[Side], repeats: int, warmups: int = 1, *, one_at_a_time: bool = False, say: Callable[[str], None] = print
+    name: str,
+    sides: Sequence[Side],
+    repeats: int,
+    warmups: int = 1,
+    *,
+    one_at_a_time: bool = False,
+    say: Callable[[str], None] = say_at_once,
 ) -> list[Measured]:
     """Steps in the order A B A B …; the first `warmups` rounds only warm up (and count for peak memory).
 

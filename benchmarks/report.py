@@ -1,4 +1,4 @@
-"""Write what was measured: a Markdown page (summary first, then every side's figures), the raw samples as JSON, and a plot."""
+"""Write what was measured: a Markdown page (summary first, then every side's figures) and the raw samples as JSON, which plot.py draws."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from benchmarks.measure import Measured
 
 
 def write_report(folder: Path, results: dict[str, list[Setting]], machine: str) -> str:
-    """results.md, results.json and, where matplotlib is there, results.png in `folder`; returns the Markdown."""
+    """results.md and results.json in `folder`; returns the Markdown."""
     findings = [finding for settings in results.values() for setting in settings for finding in setting.findings]
     lines = [
         "# Benchmarks",
@@ -27,7 +27,6 @@ def write_report(folder: Path, results: dict[str, list[Setting]], machine: str) 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.md").write_text(text, encoding="utf-8")
     (folder / "results.json").write_text(json.dumps(_raw(results, machine), indent=1), encoding="utf-8")
-    _plot(folder / "results.png", findings)
     return text
 
 
@@ -70,7 +69,10 @@ def _raw(results: dict[str, list[Setting]], machine: str) -> dict:
                 {
                     "setting": setting.name,
                     "num_tokens": setting.num_tokens,
-                    "findings": [{"what": f.what, "value": f.value, "budget": str(f.budget or "")} for f in setting.findings],
+                    "findings": [
+                        {"what": f.what, "value": None if math.isnan(f.value) else f.value, "budget": str(f.budget or "")}
+                        for f in setting.findings
+                    ],
                     "sides": [side(measured) for measured in setting.measured],
                 }
                 for setting in settings
@@ -78,28 +80,3 @@ def _raw(results: dict[str, list[Setting]], machine: str) -> dict:
             for name, settings in results.items()
         },
     }
-
-
-def _plot(file: Path, findings: list[Finding]) -> None:
-    """Each finding with a budget as value / bound, on a log scale: bars that reach the line on the right side keep it."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    drawn = [f for f in findings if f.budget is not None and not math.isnan(f.value) and f.value > 0]
-    figure, axes = pyplot.subplots(figsize=(11, 0.34 * len(drawn) + 1.2))
-    # above 1 is better for both kinds of budget
-    goodness = [f.value / f.budget.bound if f.budget.sign == ">=" else f.budget.bound / f.value for f in drawn]
-    axes.barh([f.what for f in drawn], goodness, color=["tab:green" if g >= 1 else "tab:red" for g in goodness])
-    axes.axvline(1.0, color="black", linewidth=1)
-    axes.set_xscale("log")
-    axes.invert_yaxis()
-    axes.set_xlabel("how far the budget is kept (1 = exactly; more is better)")
-    axes.tick_params(axis="y", labelsize=7)
-    figure.tight_layout()
-    figure.savefig(file, dpi=130)
-    pyplot.close(figure)
