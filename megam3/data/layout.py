@@ -14,6 +14,7 @@ such groups.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -148,6 +149,8 @@ def _ranges(dataset: DatasetRows, edges: list[int]) -> dict[tuple[int, int], tup
         for value in np.unique(cell[heads]).tolist():
             chosen = cell[heads] == value
             parts.setdefault(divmod(value, len(edges)), []).append((first[chosen], counts[chosen]))
+        if isinstance(dataset.runs.base, mmap.mmap):
+            dataset.runs.base.madvise(mmap.MADV_DONTNEED)  # read once: its pages need not stay in this process
     return {key: (np.concatenate([f for f, _ in found]), np.concatenate([c for _, c in found])) for key, found in parts.items()}
 
 

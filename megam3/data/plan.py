@@ -53,6 +53,10 @@ class Plan:
     def _cell_ends(self) -> np.ndarray:
         return np.cumsum([cell.num_batches for cell in self.cells])
 
+    @cached_property
+    def _flat(self) -> _Flat:
+        return _Flat(self.strata)
+
     @property
     def num_batches(self) -> int:
         """Batches of one epoch."""
@@ -80,31 +84,46 @@ class Plan:
         """Rows, passes and strata at positions of a cell."""
         cell = self.cells[number]
         places = permute(positions, cell.size, key_of(self.seed, epoch, "cell", number))
+        own = np.flatnonzero(places < cell.num_own)
         rows, passes, strata = np.empty_like(places), np.empty_like(places), np.empty_like(places)
-        member = np.searchsorted(cell.stratum_ends, places, side="right")
-        for index in np.unique(member).tolist():
-            chosen = member == index
-            if index == len(cell.strata):
-                assert cell.carried is not None
-                carried = places[chosen] - cell.num_own + cell.carried.start
-                rows[chosen], passes[chosen], strata[chosen] = self._resolve(cell.carried.cell, epoch, carried)
-            else:
-                start = int(cell.stratum_ends[index - 1]) if index else 0
-                strata[chosen] = cell.strata[index]
-                rows[chosen], passes[chosen] = self._stratum_rows(cell.strata[index], epoch, places[chosen] - start)
+        if len(own):
+            member = np.searchsorted(cell.stratum_ends, places[own], side="right")
+            starts = cell.stratum_ends[member] - self._flat.served[list(cell.strata)][member]
+            strata[own] = np.asarray(cell.strata)[member]
+            rows[own], passes[own] = self._stratum_rows(strata[own], epoch, places[own] - starts)
+        if len(own) < len(places):
+            assert cell.carried is not None
+            rest = np.flatnonzero(places >= cell.num_own)
+            found = self._resolve(cell.carried.cell, epoch, places[rest] - cell.num_own + cell.carried.start)
+            rows[rest], passes[rest], strata[rest] = found
         return rows, passes, strata
 
-    def _stratum_rows(self, number: int, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        stratum = self.strata[number]
-        passes, inside = np.divmod(positions, stratum.num_rows)
-        if stratum.num_served % stratum.num_rows:
+    def _stratum_rows(self, strata: np.ndarray, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and passes at positions of several strata at once."""
+        flat = self._flat
+        passes, inside = np.divmod(positions, flat.num_rows[strata])
+        for number in np.unique(strata[flat.is_partial[strata]]).tolist():
             # the last pass takes part of the rows: another part every epoch
-            for turn in np.unique(passes).tolist():
-                chosen = passes == turn
-                inside[chosen] = permute(inside[chosen], stratum.num_rows, key_of(self.seed, epoch, "stratum", number, turn))
-        span = np.searchsorted(stratum.ends, inside, side="right")
-        before = np.where(span > 0, stratum.ends[np.maximum(span - 1, 0)], 0)
-        return stratum.first_rows[span] + inside - before, passes
+            for turn in np.unique(passes[strata == number]).tolist():
+                chosen = (strata == number) & (passes == turn)
+                inside[chosen] = permute(inside[chosen], int(flat.num_rows[number]), key_of(self.seed, epoch, "stratum", number, turn))
+        inside += flat.row_starts[strata]
+        span = np.searchsorted(flat.range_ends, inside, side="right")
+        return flat.range_lasts[span] - (flat.range_ends[span] - inside), passes
+
+
+class _Flat:
+    """The row ranges of all strata, one after the other, so that one search finds the rows of a whole batch."""
+
+    def __init__(self, strata: Sequence[Stratum]):
+        self.num_rows = np.asarray([stratum.num_rows for stratum in strata])
+        self.served = np.asarray([stratum.num_served for stratum in strata])
+        self.is_partial = self.served % self.num_rows != 0
+        self.row_starts = np.cumsum(self.num_rows) - self.num_rows
+        self.range_ends = np.concatenate([stratum.ends + start for stratum, start in zip(strata, self.row_starts)])
+        counts = np.concatenate([np.diff(stratum.ends, prepend=0) for stratum in strata])
+        self.range_lasts = np.concatenate([stratum.first_rows for stratum in strata]) + counts
+        """First row after each range."""
 
 
 def build_plan(config: DataConfig, datasets: Sequence[DatasetRows], seed: int) -> Plan:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from megam3.errors import DataError
 
 RECORD_TYPES = ("normal", "only_1neg", "symmetric_sts", "symmetric_clustering", "symmetric_class")
-"""FlagEmbedding's values of `type`; `only_1neg` limits a group to one negative, the others are labels."""
+"""FlagEmbedding's values of `type`: `only_1neg` limits a group to one negative; passages of `symmetric_sts` and `symmetric_clustering` are
+queries too and get the query's instruction; the others are labels."""
 MAX_SCORE = 3.4e38
 MAX_PASSAGES = 65535
 
@@ -47,6 +48,7 @@ class Record:
     prompt: str | None = None
     """Takes the place of the dataset's query instruction."""
     only_one_negative: bool = False
+    passages_are_queries: bool = False
     language: str | None = None
     record_id: str | None = None
 
@@ -94,7 +96,8 @@ def parse_record(parsed: object) -> Record:
     scores = _scores(parsed, len(positives), len(negatives))
     prompt = _text_or_none(parsed, "prompt") or None
     passages = positives + negatives
-    return Record(query, passages, len(positives), scores, prompt, kind == "only_1neg", language, record_id)
+    symmetric = kind in ("symmetric_sts", "symmetric_clustering")
+    return Record(query, passages, len(positives), scores, prompt, kind == "only_1neg", symmetric, language, record_id)
 
 
 def _required_text(parsed: dict, key: str) -> str:
@@ -108,8 +111,10 @@ def _required_text(parsed: dict, key: str) -> str:
 
 def _encodable(key: str, value: str) -> str:
     # "\ud800" is valid JSON but no text: half of a surrogate pair
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise BadRecord(key, value.encode("utf-8", "backslashreplace").decode(), "holds half of a surrogate pair")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRecord(key, value.encode("utf-8", "backslashreplace").decode(), "holds half of a surrogate pair") from error
     return value
 
 

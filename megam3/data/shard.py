@@ -174,7 +174,7 @@ def _encode_rows(unit: Unit, rules: TextRules, tokenizer: Tokenizer, rejects: Re
     records = _checked_records(unit, rejects, drop)
     while block := list(islice(records, RECORDS_PER_CALL)):
         queries = [_instruct(record.prompt or rules.query_instruction, record.query) for _, record in block if record.query is not None]
-        passages = [_instruct(rules.passage_instruction, text) for _, record in block for text in record.passages]
+        passages = [_instruct(_passage_instruction(record, rules), text) for _, record in block for text in record.passages]
         query_ids = iter(zip(*tokenizer.encode_marking(queries, rules.query_max_tokens), strict=True))
         passage_ids = iter(zip(*tokenizer.encode_marking(passages, rules.passage_max_tokens), strict=True))
         for number, record in block:
@@ -183,6 +183,10 @@ def _encode_rows(unit: Unit, rules: TextRules, tokenizer: Tokenizer, rejects: Re
             raw = ([] if record.query is None else [record.query]) + list(record.passages)
             texts, truncated = [ids for ids, _ in own], [cut for _, cut in own]
             yield EncodedRow(texts, truncated, [text_hash(t) for t in raw], record, number, record.language or rules.language)
+
+
+def _passage_instruction(record: Record, rules: TextRules) -> str:
+    return (record.prompt or rules.query_instruction) if record.passages_are_queries else rules.passage_instruction
 
 
 def _instruct(instruction: str | None, text: str | None) -> str:

@@ -68,6 +68,15 @@ def test_prompt_takes_the_place_of_the_instruction_and_none_is_no_word(tmp_path,
         assert found == {"dodo ba", first}
 
 
+def test_symmetric_types_instruct_both_sides(tmp_path, tokenizer):
+    records = [{"query": "ba", "pos": ["ki"], "type": kind} for kind in ("symmetric_sts", "normal")]
+    options = {"query_instruction": "dodo ", "passage_instruction": "lala "}
+    prepare(data_config(write_jsonl(tmp_path / "d.jsonl", records), dataset=options), tokenizer, tmp_path / "s")
+    dataset = open_dataset(tmp_path / "s", "d")
+    found = {tokenizer.decode(dataset.row(row).text(1), skip_special_tokens=True) for row in range(2)}
+    assert found == {"dodo ki", "lala ki"}
+
+
 def test_parallel_and_by_shards_give_identical_bytes(tmp_path, corpus, tokenizer):
     config = data_config(corpus)
     prepare(config, tokenizer, tmp_path / "one")
