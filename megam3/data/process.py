@@ -153,8 +153,10 @@ def main() -> None:
     """Entry point of the worker process."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a stray print must not land in the middle of a frame
-    # Ctrl-C reaches the whole process group; the parent decides when a worker ends
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # these reach the whole process group or tree (Ctrl-C, a launcher, Slurm): the parent still needs batches to end its step, and it
+    # decides when a worker ends
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     serve(sys.argv[1], sys.stdin.buffer, answers)
 
 

@@ -72,7 +72,8 @@ def train(config: RunConfig, prepared: Prepared, overrides: Sequence[str]) -> No
         TrainingError: training ended with another exit code than 0.
     """
     launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "--quiet", "--num_accelerators", str(NUM_RANKS), "--module", "megam3.train", RECIPE, *overrides]
+    command = [str(launcher), "--quiet", "--num_accelerators", str(NUM_RANKS), "--master_port", str(free_port())]
+    command += ["--module", "megam3.train", RECIPE, *overrides]
     command += [
         f"model.path={prepared.encoder_folder}",
         f"data.train.0.paths=[{prepared.train_file}]",
