@@ -85,7 +85,7 @@ def train(run: Run, stop: "StopSignal") -> int:
         for batches in run.data.batches(comm.rank(), comm.world_size(), progress.step, run.total_steps):
             report = run_step(run, batches, progress, stop.requested)
             result = run.engine.update(progress.step, drop=bool(report.nonfinite))
-            _check_finite(run, report, result, progress.step)
+            check_finite(run.config.engine.on_nonfinite, report, result, progress.step)
             progress = _advance(run, progress, report)
             clock.add(report.num_tokens, run.encoder_shape.training_flops([n for b in batches for n in b.texts.lengths]))
             is_last = progress.step == run.total_steps
@@ -132,7 +132,7 @@ def run_step(run: Run, batches: Sequence[Batch], progress: Progress, stop_reques
         int(stop_requested),
     ]
     row_F = torch.cat([means.cpu(), torch.tensor(counts, dtype=torch.float64)])
-    return _join_ranks(names, gather_rows(row_F[None], (1,) * comm.world_size()))
+    return join_ranks(names, gather_rows(row_F[None], (1,) * comm.world_size()))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -152,7 +152,8 @@ def _is_due(step: int, every_steps: int | None, is_last: bool) -> bool:
     return is_last or (every_steps is not None and step % every_steps == 0)
 
 
-def _join_ranks(names: list[str], rows_WF: torch.Tensor) -> StepReport:
+def join_ranks(names: list[str], rows_WF: torch.Tensor) -> StepReport:
+    """The report of a step from every rank's row: its figures in the order of `names`, then the five counts of `run_step`."""
     figures_WF, counts = rows_WF[:, : len(names)], rows_WF[:, len(names) :].sum(0).long().tolist()
     # scores are global, so one rank's bad vector spoils every rank's loss; its own figures are bad only where it came from
     bad_WF = ~torch.isfinite(figures_WF)
@@ -163,11 +164,16 @@ def _join_ranks(names: list[str], rows_WF: torch.Tensor) -> StepReport:
     return StepReport(means, samples, tokens, padded, truncated, stops > 0, nonfinite)
 
 
-def _check_finite(run: Run, report: StepReport, result: StepResult, step: int) -> None:
+def check_finite(policy: str, report: StepReport, result: StepResult, step: int) -> None:
+    """Act on a step that was not taken; `step` counts from 0.
+
+    Raises:
+        TrainingError: engine.on_nonfinite is "stop"; names step, rank and figures.
+    """
     if not result.skipped:
         return
     what = report.nonfinite or "gradient norm"
-    if run.config.engine.on_nonfinite == "skip":
+    if policy == "skip":
         if comm.is_main():
             logger.warning("step %d skipped: %s is not finite; weights unchanged", step + 1, what)
         return

@@ -26,6 +26,7 @@ from megam3.batch import pack_texts
 from megam3.checkpoint import consolidated_weights, newest_complete
 from megam3.config.load import load_config
 from megam3.config.schema import RunConfig
+from megam3.dist.env import free_port
 from megam3.embedder import M3Embedder
 from megam3.errors import TrainingError
 from megam3.export.hf_folder import export_hf_folder
