@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from megam3.batch import Progress, Representations, pack_texts
-from megam3.checkpoint import RunState, check_resumable, newest_complete, read_state
+from megam3.checkpoint import RunState, check_resumable, newest_complete, read_state, set_aside
+from megam3.config.check import read_encoder_config
 from megam3.config.deepspeed import build_deepspeed_config
 from megam3.config.load import dump_config
 from megam3.config.schema import RunConfig
@@ -31,7 +32,7 @@ from megam3.model.pretrained import load_m3
 from megam3.objectives.unified import UnifiedObjective
 from megam3.obs.clock import EncoderShape, measure_matmul_peak
 from megam3.obs.log import setup_logging
-from megam3.retrieval.beir import read_beir
+from megam3.retrieval.beir import BeirDataset, read_beir
 from megam3.retrieval.evaluate import evaluate
 from megam3.trainer import Run
 
@@ -57,14 +58,13 @@ def build(config: RunConfig, device: torch.device) -> Run:
     Raises:
         UserError: of the layer that found it; nothing has been trained or overwritten by then.
     """
-    # 1. the run folder and its log
+    # 1. the run folder's log
     run_dir = os.path.join(config.output_dir, config.name)
     setup_logging(run_dir, comm.is_main(), comm.rank())
     ds_config = build_deepspeed_config(config, comm.world_size(), has_gpu=device.type == "cuda")
-    if comm.is_main():
-        _write_run_files(run_dir, config, ds_config, device)
-    # 2. tokenizer and data: the main rank tokenises what is not in the store yet, the others wait
-    tokenizer = load_tokenizer(config.model.path)
+    # 2. tokenizer, data and test sets: the main rank tokenises what is not in the store yet, the others wait
+    tokenizer = load_tokenizer(config.model.path, read_encoder_config(config.model).get("vocab_size"))
+    test_sets = [read_beir(folder, config.evaluation.split) for folder in config.evaluation.folders]
     data = open_data(config, tokenizer, run_dir)
     total_steps = config.train.steps or data.num_steps(config.train.epochs or 0.0)
     # 3. the model; a fixed seed, so that heads from scratch are equal on every rank
@@ -73,29 +73,28 @@ def build(config: RunConfig, device: torch.device) -> Run:
     dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
     with model_construction(ds_config):
         module = load_m3(config.model.path, config.model, dtype=dtype)
-    signature = model_signature(module)
-    activations = ActivationMemory(module, config.engine.activation_checkpointing, config.engine.activation_offload)
-    shape = encoder_shape(module)
+    signature, shape = model_signature(module), encoder_shape(module)
     # 4. the engine
+    activations = ActivationMemory(module, config.engine.activation_checkpointing, config.engine.activation_offload)
     engine = Engine(module, config.optim, ds_config, device, total_steps, activations)
-    # 5. where to start
+    # 5. where to start; only then is the run folder described anew
     state = RunState(Progress(), comm.world_size(), engine.stage, signature, data.fingerprint, config.model_dump(mode="json"))
-    if config.train.resume == "auto":
-        state = _resume(run_dir, engine, data, state)
-    _report_start(config, state, total_steps, data)
-    peak = measure_matmul_peak(device, dtype)
+    state = _start_state(config, run_dir, engine, data, state)
+    if comm.is_main():
+        _write_run_files(run_dir, config, ds_config, device)
+        _report_start(config, state, total_steps, data)
     return Run(
-        config,
-        run_dir,
-        engine,
-        UnifiedObjective(config.objective, config.data.batch.chunk_tokens),
-        data,
-        total_steps,
-        state,
-        os.path.join(run_dir, "model"),
-        shape,
-        peak,
-        evaluation(config, engine, tokenizer, run_dir),
+        config=config,
+        run_dir=run_dir,
+        engine=engine,
+        objective=UnifiedObjective(config.objective, config.data.batch.chunk_tokens),
+        data=data,
+        total_steps=total_steps,
+        state=state,
+        model_files=os.path.join(run_dir, "model"),
+        encoder_shape=shape,
+        matmul_peak=measure_matmul_peak(device, dtype),
+        evaluate=evaluation(config, engine, tokenizer, test_sets, run_dir) if test_sets else None,
     )
 
 
@@ -136,9 +135,10 @@ def open_data(config: RunConfig, tokenizer: Tokenizer, run_dir: str) -> Training
     return open_here()
 
 
-def evaluation(config: RunConfig, engine: Engine, tokenizer: Tokenizer, run_dir: str) -> Callable[[int], dict[str, float]] | None:
-    """Five-mode evaluation of the model in training, on all ranks together; None when the recipe names no test set."""
-    datasets = [read_beir(folder, config.evaluation.split) for folder in config.evaluation.folders]
+def evaluation(
+    config: RunConfig, engine: Engine, tokenizer: Tokenizer, test_sets: Sequence[BeirDataset], run_dir: str
+) -> Callable[[int], dict[str, float]]:
+    """Five-mode evaluation of the model in training, on all ranks together; the files go to run_dir/eval."""
 
     def tokenize(texts: Sequence[str], max_tokens: int) -> list[list[int]]:
         return [ids.tolist() for ids in tokenizer.encode(texts, max_tokens)[0]]
@@ -149,21 +149,27 @@ def evaluation(config: RunConfig, engine: Engine, tokenizer: Tokenizer, run_dir:
     def run(step: int) -> dict[str, float]:
         figures: dict[str, float] = {}
         with engine.inference():
-            for dataset in datasets:
+            for dataset in test_sets:
                 result = evaluate(dataset, tokenize, encode_ids, config.evaluation)
                 figures |= result.scalars()
                 if comm.is_main():
                     result.write(os.path.join(run_dir, "eval", f"step-{step:06d}-{result.dataset}.json"))
         return figures
 
-    return run if datasets else None
+    return run
 
 
-def _resume(run_dir: str, engine: Engine, data: TrainingData, state: RunState) -> RunState:
+def _start_state(config: RunConfig, run_dir: str, engine: Engine, data: TrainingData, state: RunState) -> RunState:
+    """`state`, or with the progress of the checkpoint that was loaded."""
+    if config.train.resume == "never":
+        earlier = set_aside(run_dir) if comm.is_main() else None
+        if earlier is not None:
+            logger.info("train.resume=never: the checkpoints of an earlier run are now in %s", earlier)
+        return state
     folder = newest_complete(run_dir, logger.warning)
     if folder is None:
         return state
-    saved = read_state(folder)
+    saved = read_state(folder, verify=False)
     check_resumable(folder, saved, state)
     data.check_fingerprint(saved.data_fingerprint)
     engine.load(folder)
@@ -204,3 +210,9 @@ def _report_start(config: RunConfig, state: RunState, total_steps: int, data: Tr
         data.num_steps_per_epoch,
         state.progress.step,
     )
+    for dataset, stored in zip(config.data.train, data.datasets, strict=True):
+        cut, texts, rejected = (stored.manifest["totals"][name] for name in ("truncated", "texts", "rejected"))
+        if cut:
+            logger.warning("%s: %d of %d texts were longer than their limit and are cut", dataset.name, cut, texts)
+        if rejected:
+            logger.warning("%s: %d bad records are left out; see %s", dataset.name, rejected, stored.folder / "rejected.jsonl")

@@ -72,18 +72,22 @@ def save_checkpoint(run_dir: str, state: RunState, write: Callable[[str], None],
 
 
 def newest_complete(run_dir: str, report: Callable[[str], None]) -> str | None:
-    """The newest checkpoint folder that is whole, or None; each broken one that is passed over is reported.
+    """The newest checkpoint folder that is whole, or None; each broken one that is passed over is reported (by the main rank).
+
+    Collective: every rank reads its share of the files, and all get the same answer.
 
     Raises:
         CheckpointError: there are checkpoints, and not one is whole.
     """
     root = os.path.join(run_dir, "checkpoints")
-    names = sorted(_step_names(root), key=_step_of, reverse=True)
+    names = comm.gather_objects_json(sorted(_step_names(root), key=_step_of, reverse=True))[0]
     for name in names:
-        problem = find_problem(os.path.join(root, name))
+        found = comm.gather_objects_json(find_problem(os.path.join(root, name), comm.rank(), comm.world_size()))
+        problem = next((each for each in found if each is not None), None)
         if problem is None:
             return os.path.join(root, name)
-        report(f"checkpoint {name} is not usable ({problem}); trying the one before")
+        if comm.is_main():
+            report(f"checkpoint {name} is not usable ({problem}); trying the one before")
     if names:
         raise CheckpointError(
             root, names, "must hold at least one complete checkpoint", "restore one of them, or start anew with train.resume=never"
@@ -91,8 +95,11 @@ def newest_complete(run_dir: str, report: Callable[[str], None]) -> str | None:
     return None
 
 
-def find_problem(folder: str) -> str | None:
-    """What is wrong with a checkpoint folder, in words; None when every file is there with its size and checksum."""
+def find_problem(folder: str, share: int = 0, num_shares: int = 1) -> str | None:
+    """What is wrong with a checkpoint folder, in words; None when every file is there with its size and checksum.
+
+    Of `num_shares` callers that divide the reading, each looks at every num_shares-th file.
+    """
     marker, manifest = os.path.join(folder, "COMPLETE"), os.path.join(folder, "manifest.json")
     if not os.path.isfile(marker) or not os.path.isfile(manifest):
         return "never completed"
@@ -101,7 +108,7 @@ def find_problem(folder: str) -> str | None:
             return "manifest.json was changed"
     with open(manifest) as stream:
         entries = json.load(stream)
-    for file, entry in entries.items():
+    for file, entry in list(entries.items())[share::num_shares]:
         path = os.path.join(folder, file)
         if not os.path.isfile(path):
             return f"{file} is missing"
@@ -110,13 +117,28 @@ def find_problem(folder: str) -> str | None:
     return None
 
 
-def read_state(folder: str) -> RunState:
-    """The run state of a complete checkpoint.
+def set_aside(run_dir: str) -> str | None:
+    """Rename the checkpoints of an earlier run, so that a new one in the same folder neither prunes nor resumes them; returns their place.
+
+    Main rank only. None: there are none.
+    """
+    root = os.path.join(run_dir, "checkpoints")
+    if not _step_names(root):
+        return None
+    number = 1
+    while os.path.exists(f"{root}.before-{number}"):
+        number += 1
+    os.rename(root, f"{root}.before-{number}")
+    return f"{root}.before-{number}"
+
+
+def read_state(folder: str, *, verify: bool = True) -> RunState:
+    """The run state of a complete checkpoint; `verify=False` for what `newest_complete` has just read.
 
     Raises:
         CheckpointError: `folder` is no checkpoint, or a damaged one.
     """
-    problem = find_problem(folder)
+    problem = find_problem(folder) if verify else None
     if problem is not None:
         raise CheckpointError("checkpoint", folder, f"must be a complete checkpoint ({problem})", "name a folder checkpoints/step-NNNNNN")
     with open(os.path.join(folder, "state.json")) as stream:

@@ -55,5 +55,10 @@ def report_user_errors(function: Callable[[Sequence[str]], int | None], argv: Se
     try:
         return function(argv) or 0
     except UserError as error:
-        print(f"megam3: error: {error}", file=sys.stderr)
-        return USER_ERROR_CODE
+        return print_user_error(error)
+
+
+def print_user_error(error: UserError, speaker: str = "") -> int:
+    """One message on stderr, after the name of the rank that says it; returns the exit code for bad input."""
+    print(f"megam3: {speaker}error: {error}", file=sys.stderr, flush=True)
+    return USER_ERROR_CODE

@@ -15,18 +15,19 @@ prepare_environment(os.environ)  # DeepSpeed picks its accelerator and its build
 import torch
 
 from megam3.build import build
+from megam3.cli import USER_ERROR_CODE, print_user_error
 from megam3.config.check import check_config
 from megam3.config.load import load_config
 from megam3.dist import comm
 from megam3.errors import UserError
-from megam3.trainer import train
+from megam3.trainer import StopSignal, train
 
-EXIT_USER_ERROR = 2
-"""Exit code for bad input; the message is on stderr."""
+EXIT_LOST_PEER = 1
+"""Exit code of a rank that had to end because another one did."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train one run on this rank; returns the exit code (0, 2 for bad input, 85 to be started again)."""
+    """Train one run on this rank; returns the exit code (0, 2 for bad input, 85 to be started again, 1 when another rank has ended)."""
     arguments = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")]
     rank = int(os.environ.get("RANK", "0"))
     try:
@@ -39,17 +40,20 @@ def main(argv: list[str] | None = None) -> int:
         check_config(config, ranks.world_size)
     except UserError as error:
         # found from the command line and the disk alone, so every rank finds the same: one of them says it
-        if rank == 0:
-            print(f"megam3: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return print_user_error(error) if rank == 0 else USER_ERROR_CODE
     try:
-        device = start_device(ranks.local_rank)
-        comm.start(ranks, "nccl" if device.type == "cuda" else "gloo")
-        share_threads(device)
-        return train(build(config, device))
+        with StopSignal() as stop:
+            device = start_device(ranks.local_rank)
+            comm.start(ranks, "nccl" if device.type == "cuda" else "gloo")
+            share_threads(device)
+            return train(build(config, device), stop)
     except UserError as error:
-        print(f"megam3: rank {rank}: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return print_user_error(error, f"rank {rank}: " if ranks.world_size > 1 else "")
+    except RuntimeError as error:
+        if not comm.is_lost_peer(error):
+            raise
+        print(f"megam3: rank {rank}: another rank has ended; its own message says why", file=sys.stderr)
+        return EXIT_LOST_PEER
     finally:
         comm.stop()
 

@@ -3,6 +3,7 @@
 Everything random in a step is a function of (seed, step, rank), so a resumed run draws what the uninterrupted one would have drawn.
 """
 
+import contextlib
 import logging
 import math
 import signal
@@ -66,52 +67,51 @@ class StepReport:
     num_truncated: int
     stop_requested: bool
     nonfinite: str
-    """Rank and name of the first figure that is not finite; empty when all are."""
+    """Rank with the most figures that are not finite, and their names; empty when all are finite."""
 
 
-def train(run: Run) -> int:
+def train(run: Run, stop: "StopSignal") -> int:
     """Train to the last step, or until asked to stop; returns the process' exit code.
 
     Raises:
         TrainingError: a loss or gradient was not finite and engine.on_nonfinite is "stop"; weights are those before that step.
     """
-    train_config, progress, stop = run.config.train, run.state.progress, _StopSignal()
-    metrics = MetricsWriter(run.run_dir, progress.step) if comm.is_main() else None
-    clock, saved_step, exit_code = StepClock(run.matmul_peak), progress.step, 0
-    with stop, TrainingProgress(run.total_steps, progress.step, train_config.log_every_steps) as bar:
+    settings, progress, saved_step = run.config.train, run.state.progress, run.state.progress.step
+    with contextlib.ExitStack() as stack:
+        # files and bar belong to the main rank; log lines of the others are warnings only
+        metrics = stack.enter_context(MetricsWriter(run.run_dir, progress.step)) if comm.is_main() else None
+        bar = stack.enter_context(TrainingProgress(run.total_steps, progress.step, settings.log_every_steps)) if comm.is_main() else None
+        clock, is_stopped = StepClock(run.matmul_peak), False
         for batches in run.data.batches(comm.rank(), comm.world_size(), progress.step, run.total_steps):
             report = run_step(run, batches, progress, stop.requested)
             result = run.engine.update(progress.step, drop=bool(report.nonfinite))
-            _check_finite(run, report, result, progress.step)
+            check_finite(run.config.engine.on_nonfinite, report, result, progress.step)
             progress = _advance(run, progress, report)
             clock.add(report.num_tokens, run.encoder_shape.training_flops([n for b in batches for n in b.texts.lengths]))
             is_last = progress.step == run.total_steps
-            if progress.step % train_config.log_every_steps == 0 or is_last:
+            is_stopped = report.stop_requested and not is_last
+            if metrics is not None and _is_due(progress.step, settings.log_every_steps, is_last):
                 values = _log_values(run, report, result, clock)
-                _warn_of_dead_heads(values, train_config.dead_head_share, progress.step)
-                if metrics is not None:
-                    metrics.write(progress.step, values)
-            if comm.is_main():
-                bar.update(
-                    progress.step,
-                    {n.removeprefix("loss/"): v for n, v in report.figures.items() if n.startswith("loss/")},
-                    report.num_tokens,
-                )
-            if run.evaluate and train_config.evaluate_every_steps and (progress.step % train_config.evaluate_every_steps == 0 or is_last):
+                metrics.write(progress.step, values)
+                _warn_of_dead_heads(values, settings.dead_head_share, progress.step)
+            if bar is not None:
+                losses = {name.removeprefix("loss/"): value for name, value in report.figures.items() if name.startswith("loss/")}
+                bar.update(progress.step, losses, report.num_tokens)
+            every = settings.evaluate_every_steps
+            # whoever asks a run to stop does not wait for an evaluation
+            if run.evaluate and every and not is_stopped and _is_due(progress.step, every, is_last):
                 scores = run.evaluate(progress.step)
                 if metrics is not None:
                     metrics.write(progress.step, scores)
-            due = train_config.save_every_steps and progress.step % train_config.save_every_steps == 0
-            if due or is_last or report.stop_requested:
+            if _is_due(progress.step, settings.save_every_steps, is_last or is_stopped):
+                if metrics is not None:
+                    metrics.flush()
                 save(run, progress)
                 saved_step = progress.step
-            if report.stop_requested and not is_last:
-                exit_code = EXIT_REQUEUE
+            if is_stopped:
                 break
-    if metrics is not None:
-        metrics.close()
     logger.info("stopped at step %d of %d; newest checkpoint: step %d", progress.step, run.total_steps, saved_step)
-    return exit_code
+    return EXIT_REQUEUE if is_stopped else 0
 
 
 def run_step(run: Run, batches: Sequence[Batch], progress: Progress, stop_requested: bool) -> StepReport:
@@ -132,7 +132,7 @@ def run_step(run: Run, batches: Sequence[Batch], progress: Progress, stop_reques
         int(stop_requested),
     ]
     row_F = torch.cat([means.cpu(), torch.tensor(counts, dtype=torch.float64)])
-    return _join_ranks(names, gather_rows(row_F[None], (1,) * comm.world_size()))
+    return join_ranks(names, gather_rows(row_F[None], (1,) * comm.world_size()))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -148,21 +148,34 @@ def save(run: Run, progress: Progress) -> None:
     logger.info("saved %s", folder)
 
 
-def _join_ranks(names: list[str], rows_WF: torch.Tensor) -> StepReport:
+def _is_due(step: int, every_steps: int | None, is_last: bool) -> bool:
+    return is_last or (every_steps is not None and step % every_steps == 0)
+
+
+def join_ranks(names: list[str], rows_WF: torch.Tensor) -> StepReport:
+    """The report of a step from every rank's row: its figures in the order of `names`, then the five counts of `run_step`."""
     figures_WF, counts = rows_WF[:, : len(names)], rows_WF[:, len(names) :].sum(0).long().tolist()
-    bad = (~torch.isfinite(figures_WF)).nonzero()
-    nonfinite = f"rank {int(bad[0, 0])}: {names[int(bad[0, 1])]}" if len(bad) else ""
+    # scores are global, so one rank's bad vector spoils every rank's loss; its own figures are bad only where it came from
+    bad_WF = ~torch.isfinite(figures_WF)
+    worst = int(bad_WF.sum(1).argmax())
+    nonfinite = f"rank {worst}: {', '.join(name for name, bad in zip(names, bad_WF[worst]) if bad)}" if bad_WF.any() else ""
     means = dict(zip(names, figures_WF.mean(0).tolist(), strict=True))
     samples, tokens, padded, truncated, stops = counts
     return StepReport(means, samples, tokens, padded, truncated, stops > 0, nonfinite)
 
 
-def _check_finite(run: Run, report: StepReport, result: StepResult, step: int) -> None:
+def check_finite(policy: str, report: StepReport, result: StepResult, step: int) -> None:
+    """Act on a step that was not taken; `step` counts from 0.
+
+    Raises:
+        TrainingError: engine.on_nonfinite is "stop"; names step, rank and figures.
+    """
     if not result.skipped:
         return
     what = report.nonfinite or "gradient norm"
-    if run.config.engine.on_nonfinite == "skip":
-        logger.warning("step %d skipped: %s is not finite; weights unchanged", step + 1, what)
+    if policy == "skip":
+        if comm.is_main():
+            logger.warning("step %d skipped: %s is not finite; weights unchanged", step + 1, what)
         return
     raise TrainingError(
         f"step {step + 1}, {what}",
@@ -209,14 +222,18 @@ def _warn_of_dead_heads(values: dict[str, float], floor: float, step: int) -> No
             )
 
 
-class _StopSignal:
-    """Remembers SIGTERM and SIGUSR1; the loop reads it at the end of a step. The old handlers come back on exit."""
+class StopSignal:
+    """Remembers SIGTERM and SIGUSR1; the loop reads it at each step and ends after that step. The old handlers come back on exit.
+
+    Entered before anything is built, so that a signal during a long start is not lost and does not kill.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        """A signal came."""
         self._before: dict[signal.Signals, object] = {}
 
-    def __enter__(self) -> "_StopSignal":
+    def __enter__(self) -> "StopSignal":
         for number in (signal.SIGTERM, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._remember)
         return self

@@ -28,7 +28,7 @@ def finish_dataset(folder: Path, name: str, spec: dict, summaries: list[dict]) -
     Raises:
         DataError: no usable record; pairs and texts mixed; teacher scores in some pairs only; a full disk.
     """
-    kind = _check_kind(name, summaries)
+    kind = _check_kind(folder, name, summaries)
     _check_scores(name, summaries)
     languages = sorted({run[0] for summary in summaries for run in summary["runs"]})
     _write_index(folder, summaries)
@@ -78,7 +78,7 @@ def _ids(folder: Path, summaries: list[dict], part: int, num_parts: int) -> Iter
             yield columns["id_hash"][chosen], np.full(len(chosen), unit), columns["line"][chosen]
 
 
-def _check_kind(name: str, summaries: list[dict]) -> str:
+def _check_kind(folder: Path, name: str, summaries: list[dict]) -> str:
     firsts: dict[str, str] = {}
     for summary in summaries:
         for kind in ("pair", "text"):
@@ -86,9 +86,8 @@ def _check_kind(name: str, summaries: list[dict]) -> str:
                 firsts.setdefault(kind, summary["first"][kind])
     if not firsts:
         rejected = sum(summary["rejected"] for summary in summaries)
-        raise DataError(
-            f"dataset {name}", f"{rejected} rejected", "holds no usable record", "see rejected.jsonl beside its shards, or its files"
-        )
+        remedy = f"see {folder}/shards/*.rejects.jsonl for the reasons" if rejected else "its files are empty; correct the paths"
+        raise DataError(f"dataset {name}", f"{rejected} records rejected", "holds no usable record", remedy)
     if len(firsts) == 2:
         rule = f"mixes pairs (first at {firsts['pair']}) and texts (first at {firsts['text']})"
         raise DataError(f"dataset {name}", "pairs and texts", rule, "make two datasets of it")

@@ -152,6 +152,8 @@ def run_worker(make_handler: MakeHandler) -> None:
     """Be a worker process: what a module with a `make_handler` does when it is run as a program."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a stray print must not land in the middle of a frame
-    # Ctrl-C reaches the whole process group; the parent decides when a worker ends
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # these reach the whole process group or tree (Ctrl-C, a launcher, Slurm): the parent still needs batches to end its step, and it
+    # decides when a worker ends
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     serve(make_handler, sys.stdin.buffer, answers)

@@ -13,6 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megam3.errors import ConfigError
+
+
+LOST_PEER_PHRASES = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+"""What gloo and NCCL say when another rank is gone."""
+
 
 class RankAddress(Protocol):
     """What `start` needs to know of a rank; `megam3.dist.env.RankInfo` has it."""
@@ -39,22 +45,38 @@ class RankAddress(Protocol):
 
 
 def start(rank_info: RankAddress, backend: str, timeout_seconds: float = 1800.0) -> None:
-    """Join the process group of this run. Does nothing for a world of one, or when a group is already there."""
+    """Join the process group of this run. Does nothing for a world of one, or when a group is already there.
+
+    Raises:
+        ConfigError: rank 0 cannot listen on the port, usually because another run on its machine does.
+    """
     if rank_info.world_size == 1 or dist.is_initialized():
         return
-    dist.init_process_group(
-        backend,
-        init_method=f"tcp://{rank_info.master_addr}:{rank_info.master_port}",
-        rank=rank_info.rank,
-        world_size=rank_info.world_size,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
+    try:
+        dist.init_process_group(
+            backend,
+            init_method=f"tcp://{rank_info.master_addr}:{rank_info.master_port}",
+            rank=rank_info.rank,
+            world_size=rank_info.world_size,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        rule = f"another process on {rank_info.master_addr} listens on this port"
+        remedy = "choose a free one: `deepspeed --master_port N …`, or MASTER_PORT"
+        raise ConfigError("MASTER_PORT", rank_info.master_port, rule, remedy) from None
 
 
 def stop() -> None:
     """Leave the process group, when there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective call failed because another rank has ended, whose own message tells why."""
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in LOST_PEER_PHRASES)
 
 
 def is_grouped() -> bool:

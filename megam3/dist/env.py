@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -93,6 +94,13 @@ def slurm_port(environ: Mapping[str, str]) -> int:
     """A port that all tasks of a step agree on and that other steps on the node avoid; below the ephemeral range of Linux (32768)."""
     job, step = (int(value) if (value := environ.get(name, "0")).isdigit() else 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     return 12_000 + (job * 10 + step) % 20_000
+
+
+def free_port() -> int:
+    """A port on which nobody on this machine listens now, so that runs started side by side do not meet each other's ranks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def first_host(nodelist: str) -> str:

@@ -100,18 +100,22 @@ def read_pooler(source: Path) -> dict[str, Tensor]:
 def source_of_checkpoint(checkpoint: str | Path) -> str:
     """The folder a run's model came from: `model.path` in the recipe of the run that `checkpoint` (RUN/checkpoints/STEP) belongs to.
 
+    When that folder is gone, or the checkpoint was moved out of its run, the checkpoint's own `model/`: config and tokenizer, no pooler.
+
     Raises:
-        CheckpointError: no recipe there, or its folder is gone.
+        CheckpointError: there is neither.
     """
-    remedy = "name the folder with --model"
-    for parent in Path(checkpoint).resolve().parents[:2]:
+    folder = Path(checkpoint).resolve()
+    for parent in folder.parents[:2]:
         recipe = parent / "recipe.yaml"
         if recipe.exists():
             path = str(yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]["path"])
-            if not Path(path).is_dir():
-                raise CheckpointError("model.path", path, f"the folder named in {recipe} does not exist", remedy)
-            return path
-    raise CheckpointError("checkpoint", str(checkpoint), "is not inside a run folder with a recipe.yaml", remedy)
+            if Path(path).is_dir():
+                return path
+    if (folder / "model" / "config.json").is_file():
+        return str(folder / "model")
+    rule = "no folder of the model it was trained from: neither model.path of its run nor a model/ of its own"
+    raise CheckpointError("checkpoint", str(checkpoint), rule, "name a checkpoint folder, or the model's folder with --model")
 
 
 def _write_json(file: Path, content: dict) -> None:

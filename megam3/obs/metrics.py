@@ -71,6 +71,11 @@ class MetricsWriter:
         for name, value in values.items():
             self._tensorboard.add_scalar(name, float(value), step)
 
+    def flush(self) -> None:
+        """Bring everything written so far to the disk, so that a killed run can continue from here without a gap."""
+        self._file.flush()
+        self._tensorboard.flush()
+
     def close(self) -> None:
         """Flush and close both."""
         self._file.close()

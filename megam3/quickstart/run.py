@@ -31,6 +31,7 @@ from megam3.batch import pack_texts
 from megam3.checkpoint import consolidated_weights, newest_complete
 from megam3.config.load import load_config
 from megam3.config.schema import RunConfig
+from megam3.dist.env import free_port
 from megam3.embedder import M3Embedder
 from megam3.errors import TrainingError
 from megam3.export.hf_folder import export_hf_folder
@@ -78,7 +79,8 @@ def train(config: RunConfig, prepared: Prepared, overrides: Sequence[str]) -> No
         TrainingError: training ended with another exit code than 0.
     """
     launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "--quiet", "--num_accelerators", str(NUM_RANKS), "--module", "megam3.train", RECIPE, *overrides]
+    command = [str(launcher), "--quiet", "--num_accelerators", str(NUM_RANKS), "--master_port", str(free_port())]
+    command += ["--module", "megam3.train", RECIPE, *overrides]
     command += [
         f"model.path={prepared.encoder_folder}",
         f"data.train.0.paths=[{prepared.train_file}]",

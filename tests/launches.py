@@ -1,0 +1,156 @@
+"""Calls of `megam3.train` as a user makes them, and small runs to call it with.
+
+    run_ranks(train_calls, 2, [{"name": "first", "arguments": ["recipe.yaml", "train.steps=2"]}])[0]["first"]["code"] == 0
+
+Several calls share one process (or one set of ranks), since starting one costs more than a tiny run; `launch` starts DeepSpeed's launcher.
+"""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from megam3.dist.env import free_port
+from megam3.obs.metrics import read_metrics
+from tests.factory import make_sentences, make_tiny_model_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+NUM_RECORDS = 40
+STEPS_PER_EPOCH = NUM_RECORDS // 8
+
+RECIPE = """\
+name: run
+output_dir: {folder}/runs
+model:
+  path: {folder}/model
+data:
+  train: [{{name: pairs, paths: ["{folder}/pairs.jsonl"]}}]
+  batch: {{global_queries: 8}}
+  query_max_tokens: 24
+  passage_max_tokens: 40
+  passages_per_query: 3
+  store_dir: {folder}/store
+optim: {{lr: 1.0e-3}}
+train: {{steps: 4, log_every_steps: 1}}
+evaluation: {{query_max_tokens: 24, passage_max_tokens: 40}}
+"""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A folder with a tiny model with dropout, pairs (some without negatives, some too long), a test set, and a recipe for them."""
+
+    folder: Path
+
+    @property
+    def recipe(self) -> str:
+        return str(self.folder / "recipe.yaml")
+
+    def run(self, name: str) -> Path:
+        """Folder of a run."""
+        return self.folder / "runs" / name
+
+    def rows(self, name: str) -> list[dict]:
+        """Logged training steps of a run."""
+        return [row for row in read_metrics(self.run(name) / "metrics.jsonl") if "loss/total" in row]
+
+    def figures(self, name: str) -> list[dict]:
+        """Those figures of a run that do not depend on the machine's speed."""
+        unlike = ("speed/", "memory/")
+        return [{key: value for key, value in row.items() if not key.startswith(unlike)} for row in self.rows(name)]
+
+
+def make_workplace(folder: Path) -> Workplace:
+    """See Workplace."""
+    make_tiny_model_folder(folder / "model", dropout=0.1)
+    short = make_sentences(5 * NUM_RECORDS)
+    long = make_sentences(NUM_RECORDS, seed=1, min_words=20, max_words=30)
+    records = []
+    for row in range(NUM_RECORDS):
+        negatives = short[2 * NUM_RECORDS + row :: NUM_RECORDS][: row % 3]
+        positive = long[row] if row % 5 == 0 else short[NUM_RECORDS + row]
+        records.append({"query": short[row], "pos": [f"{short[row]} {positive}"], "neg": negatives})
+    write_jsonl(folder / "pairs.jsonl", records)
+    write_jsonl(folder / "beir" / "corpus.jsonl", [{"_id": f"d{i}", "title": "", "text": records[i]["pos"][0]} for i in range(12)])
+    write_jsonl(folder / "beir" / "queries.jsonl", [{"_id": f"q{i}", "text": records[i]["query"]} for i in range(5)])
+    (folder / "beir" / "qrels").mkdir()
+    lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in range(5))]
+    (folder / "beir" / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
+    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    return Workplace(folder)
+
+
+def write_jsonl(path: Path, records: Sequence[Any]) -> Path:
+    """One JSON line per record; a string is written as it stands."""
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records))
+    return path
+
+
+def train_calls(calls: Sequence[Mapping[str, Any]]) -> dict[str, dict]:
+    """Run on a rank of `run_ranks`: `megam3.train.main(arguments)` per call; by the call's name its exit `code` and all it `said`.
+
+    A call may name a `signal` = (rank, step, signal name) that the rank sends itself before it takes the step, and a file to `damage`
+    beforehand.
+    """
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # never used: the group is there already
+    from megam3 import train  # a fresh process picks its accelerator while this is imported
+
+    # DeepSpeed remembers the groups of its first engine: all calls of a process share them
+    with mock.patch.object(train.comm, "stop"):
+        return {call["name"]: _call(train.main, call) for call in calls}
+
+
+def _call(main: Any, call: Mapping[str, Any]) -> dict:
+    said = io.StringIO()
+    if call.get("damage"):
+        Path(call["damage"]).write_bytes(b"damaged")
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), _disturbed(call):
+        try:
+            code = main([str(argument) for argument in call["arguments"]])
+        except Exception:
+            code = 1
+            traceback.print_exc()
+    return {"code": code, "said": said.getvalue()}
+
+
+@contextlib.contextmanager
+def _disturbed(call: Mapping[str, Any]) -> Iterator[None]:
+    from megam3 import trainer
+
+    original = trainer.run_step
+
+    def run_step(run: Any, batches: Any, progress: Any, stop_requested: bool) -> Any:
+        rank, step, name = call.get("signal", (None, None, "SIGTERM"))
+        if (rank, step) == (trainer.comm.rank(), progress.step):
+            os.kill(os.getpid(), signal.Signals[name])
+            stop_requested = True  # Python runs the handler a moment later, the loop would see it at the next step
+        return original(run, batches, progress, stop_requested)
+
+    with mock.patch.object(trainer, "run_step", run_step):
+        yield
+
+
+def launch(*arguments: str, flag: str = "--num_accelerators", module: str = "megam3.train", **environ: str) -> subprocess.Popen:
+    """Start two ranks with DeepSpeed's launcher, in a process group of their own; standard output and error together."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", flag, "2", "--master_port", str(free_port())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environ}
+    return subprocess.Popen(
+        [*command, "--module", module, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
