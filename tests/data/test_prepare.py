@@ -232,10 +232,10 @@ def test_duplicate_ids(tmp_path, tokenizer):
 
 def test_no_usable_record(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "d.jsonl", [b"{"])
-    with pytest.raises(DataError, match="dataset d = '1 rejected': holds no usable record"):
+    with pytest.raises(DataError, match="dataset d = '1 records rejected': holds no usable record"):
         prepare(data_config(path, on_bad_record="skip"), tokenizer, tmp_path / "s")
     (tmp_path / "e.jsonl").touch()
-    with pytest.raises(DataError, match="dataset d = '0 rejected': holds no usable record"):
+    with pytest.raises(DataError, match="dataset d = '0 records rejected': holds no usable record"):
         prepare(data_config(tmp_path / "e.jsonl"), tokenizer, tmp_path / "t")
 
 

@@ -27,5 +27,5 @@ def test_it_prints_the_largest_difference_of_every_head(source, tmp_path, capsys
 def test_a_user_error_is_one_line_and_exit_code_2(source, tmp_path, capsys):
     assert convert_to_hf.main([str(tmp_path / "step"), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert "is not inside a run folder with a recipe.yaml; name the folder with --model" in error
+    assert "name a checkpoint folder, or the model's folder with --model" in error
     assert len(error.splitlines()) == 1
