@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megam3.batch import Progress
-from megam3.checkpoint import RunState, check_resumable, find_problem, newest_complete, read_state, save_checkpoint
+from megam3.checkpoint import RunState, check_resumable, find_problem, newest_complete, read_state, save_checkpoint, set_aside
 from megam3.errors import CheckpointError
 
 STATE = RunState(Progress(step=3, tokens=50), 2, 3, "model-a", "plan:a", {"name": "x"})
@@ -103,3 +103,24 @@ def test_reading_a_folder_that_is_no_checkpoint_says_so(tmp_path):
     (tmp_path / "state.json").write_text(json.dumps({}))
     with pytest.raises(CheckpointError, match=r"must be a complete checkpoint \(never completed\); name a folder checkpoints/step-NNNNNN"):
         read_state(str(tmp_path))
+
+
+def test_every_damage_is_in_exactly_one_rank_s_share(tmp_path, model_files):
+    folder = _save(tmp_path, model_files, 1)
+    for file in ("engine/weights.bin", "model/config.json", "state.json"):
+        path, intact = Path(folder, file), Path(folder, file).read_bytes()
+        path.write_bytes(intact + b" ")
+        found = [find_problem(folder, share, 2) for share in range(2)]
+        assert sorted(found, key=str) == [None, f"{file} was changed after writing"]
+        path.write_bytes(intact)
+    assert [find_problem(folder, share, 2) for share in range(2)] == [None, None]
+
+
+def test_checkpoints_of_an_earlier_run_are_set_aside_and_not_lost(tmp_path, model_files):
+    assert set_aside(str(tmp_path)) is None
+    for number in (1, 2):
+        _save(tmp_path, model_files, 1000)
+        assert set_aside(str(tmp_path)) == f"{tmp_path}/checkpoints.before-{number}"
+        assert find_problem(f"{tmp_path}/checkpoints.before-{number}/step-001000") is None
+    # without this, the older run's higher step numbers would make the new checkpoint the one that is pruned
+    assert find_problem(_save(tmp_path, model_files, 5, keep=1)) is None

@@ -9,7 +9,7 @@ import torch
 
 from megam3.checkpoint import consolidated_weights
 from megam3.config.load import load_config
-from tests.factory import make_tiny_model_folder, write_tiny_tokenizer
+from tests.factory import make_tiny_model_folder
 from tests.launches import Workplace, make_workplace, train_calls, write_jsonl
 from tests.ranks import run_ranks
 
@@ -24,11 +24,9 @@ def poisoned(source: Path, folder: Path, value: float, where: str) -> Path:
 
 
 def bad_models(folder: Path) -> dict[str, list[str]]:
-    model = folder / "model"
-    foreign = Path(shutil.copytree(model, folder / "foreign"))
+    foreign = make_tiny_model_folder(folder / "foreign", vocab_size=300)
     for name in ("tokenizer.json", "sentencepiece.bpe.model"):
-        (foreign / name).unlink()
-    write_tiny_tokenizer(foreign, vocab_size=300)
+        shutil.copy(folder / "model" / name, foreign)
     make_tiny_model_folder(folder / "headless", heads=False)
     make_tiny_model_folder(folder / "narrow", hidden_size=16)
     return {
@@ -143,7 +141,7 @@ def test_skipping_leaves_the_weights_as_they_were(place: Workplace, calls: dict[
     assert "step 2 skipped: rank 0: loss/total" in calls["skip"]["said"]
     before, after = (
         consolidated_weights(str(place.run(name) / "checkpoints" / step))
-        for name, step in (("skip", "step-000002"), ("anew", "step-000001"))
+        for name, step in (("skip", "step-000002"), ("healthy", "step-000001"))
     )
     source = torch.load(place.folder / "model" / "colbert_linear.pt", weights_only=True)
     torch.testing.assert_close(before["multi_vector_head.weight"], source["weight"], rtol=0, atol=0)

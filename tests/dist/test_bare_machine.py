@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megam3.dist.env import free_port
+from tests.launches import make_workplace
+
 ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = """
@@ -38,21 +41,34 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.ranks
-def test_training_needs_no_compiler_and_no_home(tmp_path: Path) -> None:
-    programs = tmp_path / "bin"
+def run_bare(folder: Path, *program: str) -> None:
+    """Start two ranks of a program where PATH holds a few shell commands and nothing else."""
+    programs = folder / "bin"
     programs.mkdir()
     for name in ("sh", "bash", "env", "uname"):
         found = shutil.which(name)
         assert found
         (programs / name).symlink_to(found)
+    environ = {"PATH": str(programs), "HOME": "/dev/null", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PROBE_OUT": str(folder)}
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(free_port()), *program]
+    done = subprocess.run(launcher, env=environ, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.ranks
+def test_deepspeed_needs_no_compiler_and_no_home(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    environ = {"PATH": str(programs), "HOME": "/dev/null", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PROBE_OUT": str(tmp_path)}
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29731", str(program)]
-    done = subprocess.run(launcher, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_bare(tmp_path, str(program))
     for template in ("zero1", "zero3_offload"):
         first, second = ((tmp_path / f"{template}.{rank}").read_text().split() for rank in range(2))
         assert (first[:2], second[:2]) == (["launcher", "0"], ["launcher", "1"])
         assert first[2] == second[2]
+
+
+@pytest.mark.ranks
+def test_a_whole_run_needs_no_compiler_and_no_home(tmp_path: Path) -> None:
+    place = make_workplace(tmp_path / "place")
+    run_bare(tmp_path, "--module", "megam3.train", place.recipe, "engine.template=zero3", "train.steps=2")
+    assert [row["step"] for row in place.rows("run")] == [1, 2]
+    assert (place.run("run") / "checkpoints" / "latest").read_text() == "step-000002"

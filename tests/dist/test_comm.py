@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megam3.dist import comm
+from megam3.errors import ConfigError
 from tests.ranks import run_ranks
 
 
@@ -83,3 +84,19 @@ def test_without_a_group():
         comm.gather_objects_json({1, 2})
     comm.barrier()
     comm.stop()
+
+
+def test_a_port_in_use_is_told_before_anything_hangs():
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        address = _Address(0, 2, "127.0.0.1", port)
+        with pytest.raises(ConfigError, match=rf"MASTER_PORT = {port}: another process on 127.0.0.1 listens.*deepspeed --master_port N"):
+            comm.start(address, "gloo")
+
+
+def test_a_lost_peer_is_told_from_our_own_faults():
+    assert comm.is_lost_peer(RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711"))
+    assert not comm.is_lost_peer(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"))
+    assert not comm.is_lost_peer(ValueError("Connection closed by peer"))

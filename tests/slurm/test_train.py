@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.launches import make_workplace
 from tests.slurm_cluster import Cluster, missing_for_slurm, slurm_cluster
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,6 +142,34 @@ def test_the_number_of_restarts_is_limited(cluster: Cluster, tmp_path: Path) -> 
 def test_a_failure_is_the_jobs_failure(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path, "fail")
     assert cluster.wait_for(job, "FAILED", "COMPLETED")["ExitCode"] == "7:0"
+
+
+@needs_slurm
+@pytest.mark.slurm
+def test_a_real_run_on_two_nodes_is_interrupted_requeued_and_ends(cluster: Cluster, tmp_path: Path) -> None:
+    place = make_workplace(tmp_path / "place")
+    arguments = [place.recipe, "train.steps=200", "engine.template=zero3", "train.keep_checkpoints=2"]
+    job = submit(cluster, tmp_path, *arguments, MEGAM3_MODULE="megam3.train", MASTER_ADDR="127.0.0.1")
+    log, run = tmp_path / "job.log", place.run("run")
+    wait_for_text(log, "step 3/200")
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    wait_for_text(log, "back to the queue (restart 1)")
+    stopped = int((run / "checkpoints" / "latest").read_text().removeprefix("step-"))
+    assert 3 <= stopped < 200
+    cluster.wait_for(job, "PENDING")
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+3seconds")
+    fields = cluster.wait_for(job, "COMPLETED", "FAILED", seconds=240)
+    assert (fields["Restarts"], fields["ExitCode"]) == ("1", "0:0"), log.read_text()[-4000:]
+    assert f"2 ranks, ZeRO stage 3, 200 steps (40.00 epochs of 5), starting at step {stopped}" in log.read_text()
+    assert [row["step"] for row in place.rows("run")] == list(range(1, 201))
+    assert (run / "checkpoints" / "latest").read_text() == "step-000200"
+
+
+def wait_for_text(path: Path, text: str) -> None:
+    end = time.monotonic() + 120
+    while not path.exists() or text not in path.read_text():
+        assert time.monotonic() < end, f"no {text!r} in {path.read_text() if path.exists() else path}"
+        time.sleep(0.05)
 
 
 def run_script(*arguments: str, **environ: str) -> subprocess.CompletedProcess:
