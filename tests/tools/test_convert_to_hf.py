@@ -3,6 +3,7 @@
 import pytest
 
 import tools.convert_to_hf as convert_to_hf
+from megam3.cli import report_user_errors
 from megam3.config.schema import ModelConfig
 from megam3.model.pretrained import load_m3
 from tests.factory import make_tiny_model_folder
@@ -25,7 +26,7 @@ def test_it_prints_the_largest_difference_of_every_head(source, tmp_path, capsys
 
 
 def test_a_user_error_is_one_line_and_exit_code_2(source, tmp_path, capsys):
-    assert convert_to_hf.main([str(tmp_path / "step"), str(tmp_path / "out")]) == 2
+    assert report_user_errors(convert_to_hf.main, [str(tmp_path / "step"), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert "name a checkpoint folder, or the model's folder with --model" in error
     assert len(error.splitlines()) == 1
