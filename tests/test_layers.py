@@ -38,6 +38,7 @@ ONLY_IN = {
     "mpi4py": {"dist/env.py"},
     "tensorboard": {"obs/metrics.py"},
     "torch.utils.tensorboard": {"obs/metrics.py"},
+    "triton": {"scoring/maxsim_triton.py"},
     # the engine, the activation offload it hands out, and reading its checkpoints without an engine
     "deepspeed": {"engine/deepspeed.py", "engine/activations.py", "engine/consolidate.py"},
 }

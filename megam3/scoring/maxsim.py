@@ -7,13 +7,13 @@ per (query row, passage): which row won. With A the sparse [query rows, passage 
 
     ∂E_q = A · E_p          ∂E_p = Aᵀ · E_q
 
-two sparse-dense products, 1/L of the forward product's work each. Worked example, one query row e and passages of 2 and 1 rows: products
+two sparse-dense products, 1/L of the forward product's work each. On CUDA a Triton kernel finds the winners, where triton is installed; the
+torch path is its reference and serves everything else. Worked example, one query row e and passages of 2 and 1 rows: products
 [0.1, 0.7 | 0.3] → scores [0.7, 0.3], winners [1, 2], and A has the two gradients at columns 1 and 2.
 
 A text without rows (only `<s>` was in it) scores 0 with everything and receives no gradient.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,69 +22,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megam3.scoring.sparse import csr_product, transposed_csr
+from megam3.scoring.winners import Chunk, accumulation_dtype, best_by_kernel, best_by_torch, cut_texts, prefers_kernel
 
 CHUNK_ELEMENTS_CPU = 1 << 20
 """Entries of the product held at a time on a CPU: 4 MB in fp32, which stays in cache until the max has read it."""
 CHUNK_ELEMENTS_CUDA = 1 << 26
 """The same on CUDA: 256 MB, large enough to fill the device."""
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Consecutive texts and their rows."""
-
-    texts: slice
-    rows: slice
-
-
-def _accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
-def _product(left: Tensor, right_t: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right_t with the result and its accumulation in `dtype`."""
-    if left.is_cuda and left.dtype == right_t.dtype and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left, right_t, out_dtype=dtype)
-    return left.to(dtype) @ right_t.to(dtype)
-
-
-def _chunks(lengths: list[int], max_rows: int, max_texts: int) -> Iterator[_Chunk]:
-    """Cut texts into runs of at most `max_rows` rows and `max_texts` texts (a longer text is a run of its own)."""
-    start = first = rows = 0
-    for text, length in enumerate(lengths):
-        if text > start and (rows + length > max_rows or text - start == max_texts):
-            yield _Chunk(slice(start, text), slice(first, first + rows))
-            start, first, rows = text, first + rows, 0
-        rows += length
-    if start < len(lengths):
-        yield _Chunk(slice(start, len(lengths)), slice(first, first + rows))
-
-
-def _equal_runs(lengths: list[int]) -> Iterator[tuple[int, int]]:
-    """(first text, texts) of consecutive texts of one length."""
-    start = 0
-    for text in range(1, len(lengths) + 1):
-        if text == len(lengths) or lengths[text] != lengths[start]:
-            yield start, text - start
-            start = text
-
-
-def _segment_max(products_KX: Tensor, lengths: list[int], best_KP: Tensor, winner_KP: Tensor | None, first_row: int) -> None:
-    """Write the maximum over each passage's columns, and (unless None) the row that reached it, texts of equal length together."""
-    column = 0
-    for start, count in _equal_runs(lengths):
-        length = lengths[start]
-        view = products_KX[:, column : column + count * length].unflatten(1, (count, length))
-        column += count * length
-        if winner_KP is None:
-            best_KP[:, start : start + count] = view.amax(dim=2)
-            continue
-        best_KP[:, start : start + count], winner = view.max(dim=2)
-        begins = first_row + column + length * torch.arange(-count, 0, device=winner.device)
-        winner_KP[:, start : start + count] = winner + begins
 
 
 def _pooling(query_lengths: list[int], reduction: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -96,31 +39,74 @@ def _pooling(query_lengths: list[int], reduction: str, dtype: torch.dtype, devic
     return query_K, lengths.to(dtype).reciprocal()[query_K]
 
 
+@dataclass(frozen=True)
+class _Pairs:
+    """The sparse matrix A of the backward pass, and the rows on both of its sides."""
+
+    query_KC: Tensor
+    passage_KC: Tensor
+    winner_KP: Tensor
+    query_K: Tensor
+    weight_K: Tensor
+    grad_QP: Tensor
+
+    def entries(self, rows: slice, passages: Chunk) -> tuple[Tensor, Tensor]:
+        """Of some query rows and passages: the winner within the passages' rows, and its coefficient."""
+        columns = (self.winner_KP[rows, passages.texts] - passages.rows.start).contiguous()
+        coefficients = self.grad_QP[:, passages.texts].index_select(0, self.query_K[rows]) * self.weight_K[rows, None]
+        return columns, coefficients
+
+
+def _query_gradients(pairs: _Pairs, blocks: list[slice], chunks: list[Chunk]) -> Tensor:
+    """A · E_p, one block of query rows at a time: what is accumulated in fp32 is that block."""
+    grad_KC = torch.empty_like(pairs.query_KC)
+    for rows in blocks:
+        total = torch.zeros_like(pairs.query_KC[rows], dtype=pairs.grad_QP.dtype)
+        for passages in chunks:
+            columns, coefficients = pairs.entries(rows, passages)
+            crow = torch.arange(columns.shape[0] + 1, dtype=torch.int32, device=columns.device) * columns.shape[1]
+            total += csr_product(crow, columns.flatten(), coefficients.flatten(), pairs.passage_KC[passages.rows].to(total.dtype))
+        grad_KC[rows] = total
+    return grad_KC
+
+
+def _passage_gradients(pairs: _Pairs, blocks: list[slice], chunks: list[Chunk]) -> Tensor:
+    """Aᵀ · E_q, one chunk of passages at a time."""
+    grad_KC = torch.empty_like(pairs.passage_KC)
+    for passages in chunks:
+        total = torch.zeros_like(pairs.passage_KC[passages.rows], dtype=pairs.grad_QP.dtype)
+        for rows in blocks:
+            transposed = transposed_csr(*pairs.entries(rows, passages), total.shape[0])
+            total += csr_product(*transposed, pairs.query_KC[rows].to(total.dtype))
+        grad_KC[passages.rows] = total
+    return grad_KC
+
+
 class _MaxSim(torch.autograd.Function):
     """Scores of texts that all have rows; `maxsim_scores` sets the others aside."""
 
     @staticmethod
     def forward(
-        ctx: Any, query_KC: Tensor, passage_KC: Tensor, query_lengths: list[int], passage_lengths: list[int], reduction: str, chunk: int
+        ctx: Any,
+        query_KC: Tensor,
+        passage_KC: Tensor,
+        query_lengths: list[int],
+        passage_lengths: list[int],
+        reduction: str,
+        chunk: int,
+        use_kernel: bool,
     ) -> Tensor:
-        dtype, device = _accumulation_dtype(query_KC, passage_KC), query_KC.device
+        dtype, device = accumulation_dtype(query_KC, passage_KC), query_KC.device
         query_K, weight_K = _pooling(query_lengths, reduction, dtype, device)
         scores_QP = torch.empty(len(query_lengths), len(passage_lengths), dtype=dtype, device=device)
         # winners are kept only for a backward pass to come
         kept = len(passage_lengths) if any(ctx.needs_input_grad[:2]) else 0
         winner_KP = torch.empty(query_KC.shape[0], kept, dtype=torch.int32, device=device)
-        side = max(1, int(chunk**0.5))
-        for passages in _chunks(passage_lengths, max(1, chunk // min(max(query_KC.shape[0], 1), side)), len(passage_lengths)):
-            block_t = passage_KC[passages.rows].T
-            lengths = passage_lengths[passages.texts]
-            for queries in _chunks(query_lengths, max(1, chunk // block_t.shape[1]), len(query_lengths)):
-                products = _product(query_KC[queries.rows], block_t, dtype)
-                best = products.new_empty(products.shape[0], len(lengths))
-                winner = winner_KP[queries.rows, passages.texts] if kept else None
-                _segment_max(products, lengths, best, winner, passages.rows.start)
-                best *= weight_K[queries.rows, None]
-                sums = best.new_zeros(queries.texts.stop - queries.texts.start, len(lengths))
-                scores_QP[queries.texts, passages.texts] = sums.index_add_(0, query_K[queries.rows] - queries.texts.start, best)
+        find = best_by_kernel if use_kernel else best_by_torch
+        for queries, passages, best in find(query_KC, passage_KC, query_lengths, passage_lengths, winner_KP, chunk):
+            best *= weight_K[queries.rows, None]
+            sums = best.new_zeros(queries.texts.stop - queries.texts.start, best.shape[1])
+            scores_QP[queries.texts, passages.texts] = sums.index_add_(0, query_K[queries.rows] - queries.texts.start, best)
         ctx.save_for_backward(query_KC, passage_KC, winner_KP, query_K, weight_K)
         ctx.passage_lengths, ctx.chunk = passage_lengths, chunk
         return scores_QP
@@ -129,23 +115,18 @@ class _MaxSim(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_QP: Tensor) -> tuple[Tensor | None, ...]:
         query_KC, passage_KC, winner_KP, query_K, weight_K = ctx.saved_tensors
-        dtype, width = grad_QP.dtype, query_KC.shape[1]
-        query_rows = query_KC.to(dtype)
-        grad_query = torch.zeros_like(query_rows)
-        grad_passage = torch.empty_like(passage_KC)
-        # per passage chunk: a float copy of its rows, and a coefficient and its place per (query row, passage)
-        max_rows, max_texts = max(1, 4 * ctx.chunk // max(width, 1)), max(1, ctx.chunk // max(query_KC.shape[0], 1))
-        for passages in _chunks(ctx.passage_lengths, max_rows, max_texts):
-            columns = (winner_KP[:, passages.texts] - passages.rows.start).contiguous()
-            coefficients = grad_QP[:, passages.texts].index_select(0, query_K) * weight_K[:, None]
-            num_rows = passages.rows.stop - passages.rows.start
-            if ctx.needs_input_grad[0]:
-                crow = torch.arange(columns.shape[0] + 1, dtype=torch.int32, device=columns.device) * columns.shape[1]
-                grad_query += csr_product(crow, columns.flatten(), coefficients.flatten(), passage_KC[passages.rows].to(dtype))
-            if ctx.needs_input_grad[1]:
-                crow, rows, values = transposed_csr(columns, coefficients, num_rows)
-                grad_passage[passages.rows] = csr_product(crow, rows, values, query_rows).to(passage_KC.dtype)
-        return grad_query.to(query_KC.dtype), grad_passage, None, None, None, None
+        pairs = _Pairs(query_KC, passage_KC, winner_KP, query_K, weight_K, grad_QP)
+        num_rows, width = query_KC.shape
+        # on a CPU the copies may be larger than a product, which has to stay in cache
+        max_elements = ctx.chunk if query_KC.is_cuda else 4 * ctx.chunk
+        max_rows, max_texts = max(1, max_elements // max(width, 1)), max(1, ctx.chunk // max(num_rows, 1))
+        chunks = list(cut_texts(ctx.passage_lengths, max_rows, max_texts))
+        # rows narrower than the accumulation are widened a block at a time; others need no copy, and one block is fastest
+        step = max(1, num_rows if query_KC.dtype == grad_QP.dtype else min(num_rows, max_rows))
+        blocks = [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+        grad_query = _query_gradients(pairs, blocks, chunks) if ctx.needs_input_grad[0] else None
+        grad_passage = _passage_gradients(pairs, blocks, chunks) if ctx.needs_input_grad[1] else None
+        return grad_query, grad_passage, None, None, None, None, None
 
 
 def _with_rows(offsets_N1: Tensor) -> tuple[list[int], list[int]]:
@@ -162,6 +143,7 @@ def maxsim_scores(
     passage_offsets_P1: Tensor,
     reduction: Literal["mean", "sum"] = "mean",
     chunk_elements: int | None = None,
+    use_kernel: bool | None = None,
 ) -> Tensor:
     """Multi-vector scores of every query with every passage (arXiv 2402.03216, section 3.2; ColBERT, arXiv 2004.12832).
 
@@ -170,6 +152,7 @@ def maxsim_scores(
         query_offsets_Q1, passage_offsets_P1: int64; rows of text n are offsets[n] … offsets[n+1]-1.
         reduction: over a query's rows.
         chunk_elements: entries of the row product held at a time; None: by device.
+        use_kernel: find the winners with the Triton kernel; None: where it is installed and meant for the device.
 
     Returns:
         scores_QP, fp32 (fp64 for fp64 inputs).
@@ -177,7 +160,8 @@ def maxsim_scores(
     query_lengths, queries = _with_rows(query_offsets_Q1)
     passage_lengths, passages = _with_rows(passage_offsets_P1)
     chunk = chunk_elements or (CHUNK_ELEMENTS_CUDA if query_KC.is_cuda else CHUNK_ELEMENTS_CPU)
-    scores = _MaxSim.apply(query_KC, passage_KC, query_lengths, passage_lengths, reduction, chunk)
+    use_kernel = prefers_kernel(query_KC, passage_KC) if use_kernel is None else use_kernel
+    scores = _MaxSim.apply(query_KC, passage_KC, query_lengths, passage_lengths, reduction, chunk, use_kernel)
     if len(queries) < query_offsets_Q1.shape[0] - 1:
         rows = torch.tensor(queries, dtype=torch.int64, device=scores.device)
         scores = scores.new_zeros(query_offsets_Q1.shape[0] - 1, scores.shape[1]).index_copy(0, rows, scores)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megam3.scoring.maxsim import maxsim_scores
 from tests.representations import make_offsets, naive_maxsim, random_representations
@@ -62,6 +63,34 @@ def test_low_precision_accumulates_in_fp32():
     for ours, theirs in zip(torch.autograd.grad(scores.sum(), low), torch.autograd.grad(reference.sum(), wide)):
         assert ours.dtype == torch.bfloat16
         assert torch.equal(ours, theirs.bfloat16())
+
+
+class _LargestFloat(TorchDispatchMode):
+    """Most entries of any fp32 tensor that was made."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32 and tensor.layout == torch.strided:
+                self.entries = max(self.entries, tensor.numel())
+        return result
+
+
+def test_backward_widens_low_precision_rows_in_blocks_only():
+    generator = torch.Generator().manual_seed(3)
+    offsets, width, chunk = make_offsets([8] * 64), 32, 1024
+    rows = [torch.nn.functional.normalize(torch.randn(512, width, generator=generator), dim=1).bfloat16() for _ in range(2)]
+    low, wide = [x.clone().requires_grad_() for x in rows], [x.double().requires_grad_() for x in rows]
+    scores = maxsim_scores(low[0], offsets, low[1], offsets, "mean", chunk)
+    upstream = torch.randn(scores.shape, generator=generator)
+    with _LargestFloat() as largest:
+        scores.backward(upstream)
+    assert largest.entries <= 4 * chunk < 512 * width
+    reference = torch.autograd.grad(maxsim_scores(wide[0], offsets, wide[1], offsets), wide, upstream.double())
+    for ours, theirs in zip(low, reference):
+        torch.testing.assert_close(ours.grad, theirs.bfloat16())
 
 
 @pytest.mark.parametrize("chunk", [1, 64, 1 << 20])
