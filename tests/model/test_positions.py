@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from megam3.batch import pack_texts
+from megam3.cli import report_user_errors
 from megam3.config.schema import ModelConfig
 from megam3.errors import CheckpointError, ConfigError
 from megam3.model.m3 import represent
@@ -62,9 +63,9 @@ def test_a_bin_file_is_read_too(tmp_path):
 
 def test_the_tool_says_what_it_did_and_refuses_shrinking(tmp_path, capsys):
     source = make_tiny_model_folder(tmp_path / "short", max_tokens=64)
-    assert main([str(source), str(tmp_path / "long"), "--max-tokens", "128"]) == 0
+    assert report_user_errors(main, [str(source), str(tmp_path / "long"), "--max-tokens", "128"]) == 0
     assert "texts of up to 64 tokens → 128" in capsys.readouterr().out
-    assert main([str(source), str(tmp_path / "none"), "--max-tokens", "64"]) == 2
+    assert report_user_errors(main, [str(source), str(tmp_path / "none"), "--max-tokens", "64"]) == 2
     assert "--max-tokens = 64: must exceed the 64 tokens" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
