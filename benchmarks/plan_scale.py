@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megam3.balance import assign_ranks
 from megam3.config.schema import BatchConfig, DataConfig, DatasetConfig
 from megam3.data.assemble import Assembler, Shuffle, TextFrame
-from megam3.data.balance import assign_ranks
 from megam3.data.layout import DatasetRows
 from megam3.data.plan import build_plan
 from megam3.data.store import INDEX_DTYPE, RUN_DTYPE, StoredDataset

@@ -19,6 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from megam3.balance import plan_chunks
 from megam3.batch import PackedTexts, Representations, join_representations, pack_texts
 from megam3.dist import comm
 
@@ -44,20 +45,6 @@ class _RandomState:
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
-
-
-def plan_chunks(lengths: Sequence[int], chunk_tokens: int) -> list[tuple[int, int]]:
-    """Cut texts, in order, into (start, stop) runs of at most `chunk_tokens` tokens; a longer text is a run of its own."""
-    chunks: list[tuple[int, int]] = []
-    start = tokens = 0
-    for text, length in enumerate(lengths):
-        if text > start and tokens + length > chunk_tokens:
-            chunks.append((start, text))
-            start, tokens = text, 0
-        tokens += length
-    if start < len(lengths):
-        chunks.append((start, len(lengths)))
-    return chunks
 
 
 def _filler(device: torch.device) -> PackedTexts:

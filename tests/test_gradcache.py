@@ -1,13 +1,12 @@
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
+from megam3.balance import plan_chunks
 from megam3.batch import Representations, join_representations, pack_texts
 from megam3.config.schema import HeadWeights, UnifiedConfig
 from megam3.dist import comm
-from megam3.gradcache import cached_step, plan_chunks
+from megam3.gradcache import cached_step
 from megam3.losses import NAMES, resolve_weights, unified_loss
 from megam3.scoring.combine import HEADS, count_over_ranks, score_global
 from tests.ranks import run_ranks
@@ -184,14 +183,3 @@ def test_two_ranks_equal_one_rank_with_short_and_empty_ranks(kind):
 
 def _ids(texts):
     return [part.tolist() for part in texts.input_ids_T.split(list(texts.lengths))] if texts.num_texts else []
-
-
-@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 60))
-def test_plan_covers_texts_in_order_within_the_budget(lengths, budget):
-    chunks = plan_chunks(lengths, budget)
-    assert [text for start, stop in chunks for text in range(start, stop)] == list(range(len(lengths)))
-    for start, stop in chunks:
-        assert stop > start
-        assert sum(lengths[start:stop]) <= budget or stop - start == 1
-    for (start, stop), _ in zip(chunks, chunks[1:]):
-        assert sum(lengths[start : stop + 1]) > budget, "the next text would have fitted"

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "megam3"
 LAYERS = [
     {"config", "errors", "__init__"},
     {"batch", "dist"},
-    {"candidates", "teacher"},
+    {"balance", "candidates", "teacher"},
     {"obs", "data", "model", "scoring", "losses", "gradcache"},
     {"tiled"},
     {"objectives", "engine"},

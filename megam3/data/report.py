@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megam3.balance import assign_ranks
 from megam3.data.assemble import Assembler
-from megam3.data.balance import assign_ranks
 from megam3.data.plan import Plan, PlannedBatch
 
 BAR_WIDTH = 40

@@ -6,6 +6,7 @@ cost(L) = L · (1 + L / L0):   a layer costs 24·h² FLOPs a token for its matri
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def assign_ranks(costs: np.ndarray, world_size: int) -> list[np.ndarray]:
     return [np.sort(np.asarray(share, dtype=np.int64)) for share in shares]
 
 
-def chunk_bounds(lengths: list[int] | tuple[int, ...], chunk_tokens: int) -> list[tuple[int, int]]:
+def plan_chunks(lengths: Sequence[int], chunk_tokens: int) -> list[tuple[int, int]]:
     """Cut texts, in order, into the fewest spans of at most `chunk_tokens` tokens, as even in cost as that number allows.
 
     A text longer than `chunk_tokens` is a span of its own. Returns (start, stop) pairs.
@@ -62,7 +63,7 @@ def chunk_bounds(lengths: list[int] | tuple[int, ...], chunk_tokens: int) -> lis
     return best
 
 
-def _cut(lengths: list[int] | tuple[int, ...], costs: np.ndarray, max_tokens: int, max_cost: float) -> list[tuple[int, int]]:
+def _cut(lengths: Sequence[int], costs: np.ndarray, max_tokens: int, max_cost: float) -> list[tuple[int, int]]:
     spans, start, tokens, cost = [], 0, 0, 0.0
     for index, (length, price) in enumerate(zip(lengths, costs.tolist())):
         if index > start and (tokens + length > max_tokens or cost + price > max_cost):

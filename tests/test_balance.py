@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megam3.data.balance import assign_ranks, chunk_bounds, text_cost
+from megam3.balance import assign_ranks, plan_chunks, text_cost
 
 
 def test_cost_is_what_attention_and_matrices_take():
@@ -37,7 +37,7 @@ def test_too_few_rows():
 
 @given(st.lists(st.integers(1, 400), max_size=60), st.integers(50, 1000))
 def test_chunks_cover_in_order_within_budget_and_are_fewest(lengths, budget):
-    spans = chunk_bounds(lengths, budget)
+    spans = plan_chunks(lengths, budget)
     assert [index for start, stop in spans for index in range(start, stop)] == list(range(len(lengths)))
     assert all(stop == start + 1 or sum(lengths[start:stop]) <= budget for start, stop in spans)
     fewest, room = 0, 0
@@ -47,5 +47,5 @@ def test_chunks_cover_in_order_within_budget_and_are_fewest(lengths, budget):
 
 
 def test_chunks_are_even():
-    costs = [text_cost(np.array([100] * (stop - start))).sum() for start, stop in chunk_bounds([100] * 9, 800)]
+    costs = [text_cost(np.array([100] * (stop - start))).sum() for start, stop in plan_chunks([100] * 9, 800)]
     assert max(costs) / min(costs) == pytest.approx(5 / 4)
