@@ -6,6 +6,7 @@
 Nothing of the encoder is rewritten: its config selects `megam3_packed`, and `cu_seqlens` travels through the encoder's keyword arguments.
 """
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,6 +97,8 @@ def build_backbone(config: PretrainedConfig, *, dtype: torch.dtype = torch.float
         ConfigError: an encoder that cannot be served.
     """
     check_encoder_config(config, config.name_or_path or config.model_type)
+    # a copy: whoever builds a second model from the same object sets its attention, and so would change this encoder's
+    config = copy.deepcopy(config)
     return AutoModel.from_config(config, attn_implementation=PACKED_ATTENTION, dtype=dtype, **_without_pooler(config))
 
 
@@ -123,6 +126,8 @@ def encode_packed(
 
     A stream without texts gives [0, D] that still hangs on every parameter: a rank with nothing to encode takes part in the backward pass.
     """
+    # any other attention would run without complaint and let every text see all others
+    assert encoder.config._attn_implementation == PACKED_ATTENTION, "the encoder's attention was changed after it was loaded"
     if not lengths:
         one = input_ids_T.new_zeros(1)
         return encode_packed(encoder, one, one, torch.tensor([0, 1], dtype=torch.int32, device=one.device), (1,))[:0]

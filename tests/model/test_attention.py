@@ -225,3 +225,18 @@ def test_the_varlen_kernel_equals_the_padded_model_in_bf16(family):
     got = encode_packed(encoder, texts.input_ids_T, texts.position_ids_T, texts.cu_seqlens_N1, texts.lengths)
     # three layers in bf16 (8 bits of mantissa) on values of order 1
     assert (got.float().cpu() - expected).abs().mean() < 0.02
+
+
+def test_a_second_model_of_the_same_config_changes_nothing():
+    config = tiny("xlm-roberta")
+    encoder = build_backbone(config).eval()
+    token_ids = random_token_ids([9, 4])
+    before = packed_hidden(encoder, token_ids)
+    AutoModel.from_config(config, attn_implementation="sdpa")
+    assert torch.equal(packed_hidden(encoder, token_ids), before)
+
+
+def test_an_encoder_with_other_attention_is_never_run():
+    encoder = AutoModel.from_config(tiny("xlm-roberta"), attn_implementation="sdpa")
+    with pytest.raises(AssertionError, match="attention was changed"):
+        packed_hidden(encoder, random_token_ids([9, 4]))
