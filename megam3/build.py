@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from megam3.batch import Progress, Representations, pack_texts
-from megam3.checkpoint import RunState, check_resumable, newest_complete, read_state, set_aside
+from megam3.checkpoint import RunState, check_resumable, has_same_layout, newest_complete, read_state, set_aside
 from megam3.config.check import read_encoder_config
 from megam3.config.deepspeed import build_deepspeed_config
 from megam3.config.load import dump_config
@@ -32,6 +32,7 @@ from megam3.model.pretrained import load_m3
 from megam3.objectives.unified import UnifiedObjective
 from megam3.obs.clock import EncoderShape, measure_matmul_peak
 from megam3.obs.log import setup_logging
+from megam3.plan_memory import describe_run
 from megam3.retrieval.beir import BeirDataset, read_beir
 from megam3.retrieval.evaluate import evaluate
 from megam3.trainer import Run
@@ -78,11 +79,22 @@ def build(config: RunConfig, device: torch.device) -> Run:
     activations = ActivationMemory(module, config.engine.activation_checkpointing, config.engine.activation_offload)
     engine = Engine(module, config.optim, ds_config, device, total_steps, activations)
     # 5. where to start; only then is the run folder described anew
-    state = RunState(Progress(), comm.world_size(), engine.stage, signature, data.fingerprint, config.model_dump(mode="json"))
+    state = RunState(
+        Progress(),
+        comm.world_size(),
+        engine.stage,
+        signature,
+        data.fingerprint,
+        json.dumps([comm.world_size(), ds_config["zero_optimization"], ds_config["bf16"]], sort_keys=True),
+        config.model_dump(mode="json"),
+    )
     state = _start_state(config, run_dir, engine, data, state)
     if comm.is_main():
         _write_run_files(run_dir, config, ds_config, device)
         _report_start(config, state, total_steps, data)
+    memory_table, planned_bytes = describe_run(config, comm.world_size(), on_gpu=device.type == "cuda")
+    for line in memory_table:
+        logger.info(line)
     return Run(
         config=config,
         run_dir=run_dir,
@@ -95,6 +107,7 @@ def build(config: RunConfig, device: torch.device) -> Run:
         encoder_shape=shape,
         matmul_peak=measure_matmul_peak(device, dtype),
         evaluate=evaluation(config, engine, tokenizer, test_sets, run_dir) if test_sets else None,
+        planned_bytes=planned_bytes,
     )
 
 
@@ -171,8 +184,16 @@ def _start_state(config: RunConfig, run_dir: str, engine: Engine, data: Training
         return state
     saved = read_state(folder, verify=False)
     check_resumable(folder, saved, state)
-    data.check_fingerprint(saved.data_fingerprint)
-    engine.load(folder)
+    if not config.train.resume_with_other_data:
+        data.check_fingerprint(saved.data_fingerprint)
+    elif saved.data_fingerprint != state.data_fingerprint:
+        logger.warning("continuing at step %d on other data, as train.resume_with_other_data asks", saved.progress.step)
+    if has_same_layout(saved, state):
+        engine.load(folder)
+    else:
+        was, now = (f"{s.world_size} ranks at ZeRO stage {s.zero_stage}" for s in (saved, state))
+        logger.info("the checkpoint's files were cut otherwise (%s, now %s): joining them by parameter name", was, now)
+        engine.load_elastic(folder)
     logger.info("resumed from %s", folder)
     return replace(state, progress=saved.progress)
 

@@ -39,6 +39,8 @@ class RunState:
     """Hash of every parameter's name and shape."""
     data_fingerprint: str
     """Hashes of tokenizer, data and plan; equal fingerprints serve equal batches."""
+    layout: str = ""
+    """What decides how weights and moments are cut into files: ranks, DeepSpeed's ZeRO section, precision."""
     recipe: dict = field(default_factory=dict)
     """The resolved recipe that wrote it."""
 
@@ -147,20 +149,21 @@ def read_state(folder: str, *, verify: bool = True) -> RunState:
 
 
 def check_resumable(folder: str, saved: RunState, current: RunState) -> None:
-    """Refuse to continue another run's checkpoint.
+    """Refuse to continue another model's checkpoint; another world size or ZeRO stage is no obstacle (see `has_same_layout`).
 
     Raises:
-        CheckpointError: other model or layout; names which. (The data compares its own fingerprint.)
+        CheckpointError: the parameters differ. (The data compares its own fingerprint.)
     """
-    rules = [
-        ("model_signature", "parameters of another model", "use the recipe that wrote it, or start anew with train.resume=never"),
-        ("zero_stage", "another ZeRO stage", f"use a template of stage {saved.zero_stage}"),
-        ("world_size", "another number of ranks", f"start {saved.world_size} ranks"),
-    ]
-    for name, rule, remedy in rules:
-        was, now = getattr(saved, name), getattr(current, name)
-        if was != now:
-            raise CheckpointError(f"{folder}: {name}", was, f"the checkpoint belongs to {rule} (this run has {now!r})", remedy)
+    was, now = saved.model_signature, current.model_signature
+    if was != now:
+        rule = f"the checkpoint belongs to parameters of another model (this run has {now!r})"
+        remedy = "use the recipe that wrote it, or start anew with train.resume=never"
+        raise CheckpointError(f"{folder}: model_signature", was, rule, remedy)
+
+
+def has_same_layout(saved: RunState, current: RunState) -> bool:
+    """Whether each rank can read back the very files it would have written; otherwise states are joined and cut anew, by name."""
+    return saved.layout == current.layout
 
 
 def consolidated_weights(folder: str) -> dict[str, Tensor]:

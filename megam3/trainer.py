@@ -29,6 +29,9 @@ from megam3.obs.progress import TrainingProgress
 
 logger = logging.getLogger(__name__)
 
+MEMORY_STEPS = 3
+"""Steps after which the memory a run holds has been seen: AdamW's moments come in the first, the allocator settles in the next."""
+
 EXIT_REQUEUE = 85
 """Exit code of a run that saved itself on SIGTERM or SIGUSR1 and wants to be started again; slurm/train.sh turns it into a requeue."""
 
@@ -52,6 +55,8 @@ class Run:
     """FLOPs per second of this rank's device."""
     evaluate: Callable[[int], dict[str, float]] | None
     """Collective evaluation at a step; figures for the log."""
+    planned_bytes: int = 0
+    """Peak memory of this rank as counted beforehand; 0: not counted."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,8 @@ def train(run: Run, stop: "StopSignal") -> int:
             result = run.engine.update(progress.step, drop=bool(report.nonfinite))
             check_finite(run.config.engine.on_nonfinite, report, result, progress.step)
             progress = _advance(run, progress, report)
+            if progress.step == run.state.progress.step + MEMORY_STEPS:
+                _report_memory(run)
             clock.add(report.num_tokens, run.encoder_shape.training_flops([n for b in batches for n in b.texts.lengths]))
             is_last = progress.step == run.total_steps
             is_stopped = report.stop_requested and not is_last
@@ -183,6 +190,11 @@ def check_finite(policy: str, report: StepReport, result: StepResult, step: int)
         "losses and gradients must be finite; the weights are those before this step",
         "lower optim.lr, look at the batch with tools/inspect_batch.py, or set engine.on_nonfinite=skip",
     )
+
+
+def _report_memory(run: Run) -> None:
+    measured, what = peak_memory_bytes(run.engine.device) / 2**30, "tensors" if run.engine.device.type == "cuda" else "the whole process"
+    logger.info("peak memory after %d steps: %.2f GiB (%s); planned %.2f GiB", MEMORY_STEPS, measured, what, run.planned_bytes / 2**30)
 
 
 def _advance(run: Run, progress: Progress, report: StepReport) -> Progress:

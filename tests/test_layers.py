@@ -13,11 +13,11 @@ LAYERS = [
     {"config", "errors", "__init__"},
     {"batch", "dist"},
     {"balance", "candidates", "teacher"},
-    {"obs", "data", "model", "scoring", "losses", "gradcache"},
+    {"obs", "data", "model", "scoring", "losses", "memory", "gradcache"},
     {"tiled"},
     {"objectives", "engine"},
     {"checkpoint", "retrieval", "embedder", "export"},
-    {"trainer", "report"},
+    {"trainer", "report", "plan_memory"},
     {"build", "cli", "train", "show_config", "quickstart", "prepare", "plan_epochs", "inspect_batch"},
 ]
 """From the bottom; a name is a module or a package directly in megam3/."""
@@ -39,8 +39,8 @@ ONLY_IN = {
     "tensorboard": {"obs/metrics.py"},
     "torch.utils.tensorboard": {"obs/metrics.py"},
     "triton": {"scoring/maxsim_triton.py"},
-    # the engine, the activation offload it hands out, and reading its checkpoints without an engine
-    "deepspeed": {"engine/deepspeed.py", "engine/activations.py", "engine/consolidate.py"},
+    # the engine, the activation offload it hands out, and its checkpoints: read without an engine, written into any
+    "deepspeed": {"engine/deepspeed.py", "engine/activations.py", "engine/consolidate.py", "engine/elastic.py"},
 }
 """Third-party packages that one place wraps for everybody."""
 

@@ -220,7 +220,9 @@ class TrainConfig(Section):
     evaluate_every_steps: PositiveInt | None = None
     """Five-mode evaluation of `evaluation.folders`; None: only when asked for."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: continue from the run's newest complete checkpoint when there is one."""
+    """auto: continue from the run's newest complete checkpoint when there is one, on any number of ranks and at any ZeRO stage."""
+    resume_with_other_data: bool = False
+    """Continue at the checkpoint's step although tokenizer, data or plan changed; False: refuse, and name what changed."""
     dead_head_share: float = Field(default=0.001, ge=0, lt=1)
     """Warn when a smaller share of lexical weights than this is above zero."""
 

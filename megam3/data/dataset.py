@@ -82,7 +82,8 @@ class TrainingData:
         if changed:
             meaning = {"plan": "plan (seed, batch size, buckets, weights or draws)", "data": "data (contents of the store)"}
             what = " and ".join(meaning.get(name, name) for name in changed)
-            raise DataError("data fingerprint", self.fingerprint, f"is not the run's: the {what} changed", "restore it, or start a new run")
+            remedy = "restore it, start a new run, or continue all the same with train.resume_with_other_data=true"
+            raise DataError("data fingerprint", self.fingerprint, f"is not the run's: the {what} changed", remedy)
 
     def batches(self, rank: int, world_size: int, start_step: int, stop_step: int) -> Iterator[list[Batch]]:
         """This rank's batches of optimizer steps start_step … stop_step-1, each a list of `accumulation_steps`.

@@ -14,7 +14,6 @@ Gradients are averaged over ranks by DeepSpeed; `dist/gather.py` derives the con
 import contextlib
 import logging
 import math
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,24 +21,20 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from megam3.batch import PackedTexts, Representations
 from megam3.config.schema import OptimConfig
 from megam3.engine.activations import ActivationMemory
+from megam3.engine.consolidate import NAMES, TAG, SavedStates, weights_only_loads
+from megam3.engine.elastic import restore
 from megam3.engine.optim import build_adamw, parameter_groups
 from megam3.engine.schedule import learning_rate_factor
 from megam3.model.m3 import represent
 
 # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, once per call and rank
 warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
-
-TAG = "engine"
-"""Folder of DeepSpeed's own files inside a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -76,21 +71,6 @@ def model_construction(ds_config: dict) -> Iterator[None]:
     del alive
 
 
-@contextlib.contextmanager
-def weights_only_loads() -> Iterator[None]:
-    """Make every torch.load inside refuse pickled code. DeepSpeed asks for full pickles; its files need just these four types."""
-    name, before = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    os.environ[name] = "1"
-    try:
-        with torch.serialization.safe_globals([fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler]):
-            yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
 class Engine:
     """A model under DeepSpeed. Collective: every rank makes the same calls in the same order."""
 
@@ -104,6 +84,8 @@ class Engine:
         self._scale, self._is_last_batch, self._drop_update, self._skipped = 1.0, True, False, False
         self._norm, self._is_ready = math.nan, False
         groups = parameter_groups(module.named_parameters(), optim)
+        name_of = {id(parameter): name for name, parameter in module.named_parameters()}
+        self._names = [name_of[id(parameter)] for group in groups for parameter in group["params"]]
         self._peak_lrs = [group.pop("peak_lr") for group in groups]
         self._torch_optimizer = build_adamw(groups, optim, device)
         self._torch_optimizer.register_step_pre_hook(self._guard_update)
@@ -173,13 +155,17 @@ class Engine:
 
     def save(self, folder: str) -> None:
         """Write this rank's part of weights and optimizer state under folder/engine."""
-        self._engine.save_checkpoint(folder, tag=TAG, save_latest=False)
+        self._engine.save_checkpoint(folder, tag=TAG, save_latest=False, client_state={NAMES: self._names})
 
     def load(self, folder: str) -> None:
         """Read what `save` wrote at the same world size and ZeRO stage; nothing is unpickled but tensors and DeepSpeed's bookkeeping."""
         with weights_only_loads():
             path, _ = self._engine.load_checkpoint(folder, tag=TAG, load_lr_scheduler_states=False)
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}/{TAG}"
+
+    def load_elastic(self, folder: str) -> None:
+        """Read what an engine of any world size and ZeRO stage wrote: weights, moments and AdamW's step count, by parameter name."""
+        restore(SavedStates(folder), self._engine.module, self._engine.optimizer, self._torch_optimizer, self._names)
 
     def _plain_norm(self) -> float:
         # without ZeRO, DeepSpeed clips in place and keeps no norm: read it from the reduced gradients before the step

@@ -38,12 +38,12 @@ def ds_config(stage: int, *, bf16: bool = False) -> dict:
     }
 
 
-def make_engine(folder: str, stage: int, *, offload: bool = False, bf16: bool = False) -> Engine:
+def make_engine(folder: str, stage: int, *, offload: bool = False, bf16: bool = False, total_steps: int = STEPS + 1) -> Engine:
     join(CPU)
     config = ds_config(stage, bf16=bf16)
     with model_construction(config):
         module = load_m3(folder, ModelConfig(path=folder), dtype=torch.bfloat16 if bf16 else torch.float32)
-    return Engine(module, OPTIM, config, CPU, STEPS + 1, ActivationMemory(module, offload, offload))
+    return Engine(module, OPTIM, config, CPU, total_steps, ActivationMemory(module, offload, offload))
 
 
 def train_steps(engine: Engine, chunk_tokens: int | None, first: int = 0, count: int = STEPS, accumulation: int = 1) -> dict:
@@ -65,6 +65,12 @@ def train_steps(engine: Engine, chunk_tokens: int | None, first: int = 0, count:
 
 
 def torch_reference(folder: str, accumulation: int = 1) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Losses, gradient norms and final weights of `torch_run`."""
+    losses, norms, model, _ = torch_run(folder, STEPS, accumulation)
+    return losses, norms, model.state_dict()
+
+
+def torch_run(folder: str, steps: int, accumulation: int = 1, total_steps: int = STEPS + 1) -> tuple:
     """One process, no DeepSpeed, no engine code: torch's AdamW and clipping over the global batch."""
     model = load_m3(folder, ModelConfig(path=folder)).train()
     groups = [
@@ -81,16 +87,16 @@ def torch_reference(folder: str, accumulation: int = 1) -> tuple[list[float], li
         def backward(self, loss, is_last):
             (loss / accumulation).backward()
 
-    for step in range(STEPS):
+    for step in range(steps):
         optimizer.zero_grad()
         batches = [batch_of(make_groups(4, seed=step * accumulation + index)) for index in range(accumulation)]
         figures = [objective.run(Plain(), batch, Progress(step)) for batch in batches]
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)))
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * learning_rate_factor(step, STEPS + 1, OPTIM.warmup_ratio, "linear")
+            group["lr"] = group["peak"] * learning_rate_factor(step, total_steps, OPTIM.warmup_ratio, "linear")
         optimizer.step()
         losses.append(sum(float(f["loss/total"]) for f in figures) / accumulation)
-    return losses, norms, model.state_dict()
+    return losses, norms, model, optimizer
 
 
 def _all_stages(folder: str, out: str) -> list[dict]:

@@ -1,0 +1,184 @@
+"""`megam3 plan-memory RECIPE [key=value…] --gpus N --gpu-memory 80`: what a run holds in memory, before anything is started.
+
+Prints one rank's memory at the worst moment of a step, the largest `data.batch.chunk_tokens` that fits, or what to turn on. Counted from
+config.json and the recipe (megam3/memory.py); no weights are read, no device is touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from megam3.config.batch_size import BatchRow, batch_arithmetic
+from megam3.config.check import check_config, read_encoder_config
+from megam3.config.deepspeed import build_deepspeed_config
+from megam3.config.load import load_config
+from megam3.config.schema import RunConfig
+from megam3.errors import ConfigError
+from megam3.memory import MemoryPlan, ModelShape, StepShape, Strategy, largest_chunk, plan_memory, remedies
+
+GIB = 1 << 30
+COUNTED_FAMILIES = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
+"""`model_type` of encoders whose layers save what megam3/memory.py lists; others have gates or norms elsewhere."""
+
+DEFAULT_BUCKET, DEFAULT_LIVE = 500_000_000, 1_000_000_000
+"""DeepSpeed's own reduce_bucket_size and stage3_max_live_parameters, where a template is silent."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the plan; 1 when the step does not fit and nothing this command knows would make it fit.
+
+    Raises:
+        ConfigError: a recipe that would not start, or an encoder of a family that is not counted.
+    """
+    parser = argparse.ArgumentParser(prog="megam3 plan-memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a YAML file, or the name of a packaged recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields that win over the recipe")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks, over all nodes (default: 1)")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="memory of one GPU in GiB (default: 80)")
+    parser.add_argument("--reserve", type=float, default=2.0, metavar="GB", help="left to CUDA, NCCL and fragmentation (default: 2 GiB)")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.gpus < 1 or arguments.gpu_memory <= arguments.reserve:
+        parser.error("--gpus must be at least 1 and --gpu-memory more than --reserve")
+    config = load_config(arguments.recipe, arguments.overrides)
+    check_config(config, arguments.gpus, files=False)
+    model, strategy = read_model_shape(config), read_strategy(config, arguments.gpus, on_gpu=True)
+    edge, step = heaviest_step(config, model, strategy)
+    print("\n".join(table(config, edge, step, strategy, plan_memory(model, strategy, step))))
+    limit = int((arguments.gpu_memory - arguments.reserve) * GIB)
+    lines, fits = advice(model, strategy, step, limit)
+    print("\n".join(["", *lines]))
+    return 0 if fits else 1
+
+
+def read_model_shape(config: RunConfig) -> ModelShape:
+    """Sizes from the encoder's config.json and the recipe.
+
+    Raises:
+        ConfigError: no readable config.json, or a family whose layers are not counted.
+    """
+    encoder = read_encoder_config(config.model)
+    family = encoder.get("model_type")
+    if family not in COUNTED_FAMILIES:
+        rule = "is an encoder whose activations this command has not counted"
+        raise ConfigError("model.path", f"{config.model.path} ({family})", rule, f"use one of: {', '.join(COUNTED_FAMILIES)}")
+
+    def dropout(override: float | None, key: str) -> float:
+        return float(encoder.get(key, 0.0)) if override is None else override
+
+    def size(key: str) -> int:
+        value = encoder.get(key)
+        if not isinstance(value, int):
+            raise ConfigError(f"{config.model.path}/config.json: {key}", value, "must be a number", "use the encoder's own config.json")
+        return value
+
+    return ModelShape(
+        size("num_hidden_layers"),
+        size("hidden_size"),
+        size("intermediate_size"),
+        size("num_attention_heads"),
+        size("vocab_size"),
+        size("max_position_embeddings"),
+        int(encoder.get("type_vocab_size", 1)),
+        config.model.multi_vector_dim or 0,
+        dropout(config.model.hidden_dropout, "hidden_dropout_prob"),
+        dropout(config.model.attention_dropout, "attention_probs_dropout_prob"),
+    )
+
+
+def read_strategy(config: RunConfig, world_size: int, *, on_gpu: bool) -> Strategy:
+    """Sharing and saving from the DeepSpeed template and the engine section."""
+    final = build_deepspeed_config(config, world_size, has_gpu=on_gpu)
+    zero = final["zero_optimization"]
+
+    def offloads(key: str) -> bool:
+        return (zero.get(key) or {}).get("device", "none") != "none"
+
+    stage: int = zero["stage"]
+    return Strategy(
+        stage,
+        world_size,
+        2 if final["bf16"]["enabled"] else 4,
+        config.engine.activation_checkpointing,
+        config.engine.activation_offload,
+        offloads("offload_optimizer"),
+        offloads("offload_param"),
+        zero.get("reduce_bucket_size", DEFAULT_BUCKET) * (2 if zero.get("overlap_comm", stage == 3) and stage > 0 else 1),
+        zero.get("stage3_max_live_parameters", DEFAULT_LIVE),
+        on_gpu,
+    )
+
+
+def heaviest_step(config: RunConfig, model: ModelShape, strategy: Strategy) -> tuple[int, StepShape]:
+    """The length bucket (its upper edge) whose step needs most, when every text has the bucket's full length."""
+    steps = [(row.max_tokens, _step(config, row, strategy.world_size)) for row in batch_arithmetic(config.data, strategy.world_size)]
+    return max(steps, key=lambda step: plan_memory(model, strategy, step[1]).total_bytes)
+
+
+def table(config: RunConfig, edge: int, step: StepShape, strategy: Strategy, plan: MemoryPlan) -> list[str]:
+    """What one rank holds, line by line."""
+    what = "one pass" if step.chunk_tokens is None else f"chunks of {_spaced(step.pass_tokens)}"
+    width = max(len(name) for name in [*plan.states, *plan.step])
+    rows = [f"  {name.ljust(width)}  {value / GIB:9.2f}" for name, value in [*plan.states.items(), *plan.step.items()]]
+    return [
+        f"Memory of one of {strategy.world_size} ranks in GiB: {config.engine.template} (ZeRO {strategy.zero_stage}),"
+        f" {'bf16' if strategy.precision_bytes == 2 else 'fp32'}, checkpointing {_on(strategy.checkpointing)},"
+        f" offload {_on(strategy.activation_offload)}",
+        f"Heaviest step: texts up to {_spaced(edge)} tokens, {_spaced(step.num_queries)} queries and {_spaced(step.num_passages)} passages"
+        f" a rank, {_spaced(step.num_tokens)} tokens in {what}",
+        *rows,
+        f"  {'peak'.ljust(width)}  {plan.total_bytes / GIB:9.2f}",
+    ]
+
+
+def advice(model: ModelShape, strategy: Strategy, step: StepShape, limit_bytes: int) -> tuple[list[str], bool]:
+    """Sentences on what fits into `limit_bytes` and what to change, and whether anything fits at all."""
+    limit = f"{limit_bytes / GIB:.1f} GiB"
+    chunk = largest_chunk(model, strategy, step, limit_bytes)
+    whole = plan_memory(model, strategy, replace(step, chunk_tokens=None)).total_bytes
+    if whole <= limit_bytes:
+        return [f"Fits in {limit} without the gradient cache: data.batch.chunk_tokens may stay unset."], True
+    if chunk is not None:
+        share = -(-step.num_tokens // chunk)
+        return [
+            f"Largest that fits in {limit}: data.batch.chunk_tokens={chunk} ({share} passes for {_spaced(step.num_tokens)} tokens)."
+        ], True
+    settings = remedies(model, strategy, step, limit_bytes)
+    if settings:
+        names = " ".join(name for name, _ in settings)
+        return [f"Does not fit in {limit}. Turn on: {names} data.batch.chunk_tokens={settings[-1][1]}"], True
+    need = plan_memory(model, strategy, replace(step, chunk_tokens=step.longest_tokens)).total_bytes / GIB
+    reason = f"one text at a time needs {need:.1f}"
+    return [f"Does not fit in {limit} by any setting known here ({reason}): shorter texts, a smaller batch, or more ranks."], False
+
+
+def _step(config: RunConfig, row: BatchRow, world_size: int) -> StepShape:
+    data = config.data
+    query_tokens, passage_tokens = min(row.max_tokens, data.query_max_tokens), min(row.max_tokens, data.passage_max_tokens)
+    queries, passages = row.queries_per_rank, row.passages_per_rank
+    if queries is None or passages is None:
+        group = data.passages_per_query
+        queries = max(1, row.max_tokens_per_rank // (query_tokens + group * passage_tokens))
+        passages = queries * group
+    return StepShape(queries, passages, query_tokens, passage_tokens, data.batch.chunk_tokens, config.objective.loss_tiles != "never")
+
+
+def _on(flag: bool) -> str:
+    return "on" if flag else "off"
+
+
+def _spaced(number: int) -> str:
+    return f"{number:,}".replace(",", " ")
+
+
+def describe_run(config: RunConfig, world_size: int, *, on_gpu: bool) -> tuple[list[str], int]:
+    """The table for a run that starts, and its planned bytes; empty and 0 for encoders that are not counted."""
+    encoder: dict[str, Any] = read_encoder_config(config.model)
+    if encoder.get("model_type") not in COUNTED_FAMILIES:
+        return [], 0
+    model, strategy = read_model_shape(config), read_strategy(config, world_size, on_gpu=on_gpu)
+    edge, step = heaviest_step(config, model, strategy)
+    plan = plan_memory(model, strategy, step)
+    return table(config, edge, step, strategy, plan), plan.total_bytes

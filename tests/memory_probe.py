@@ -1,0 +1,102 @@
+"""Training steps in a process of their own, and the most memory they held: python -m tests.memory_probe '[{"hidden_size": 256, ...}]'.
+
+glibc keeps freed blocks for later; with a small mmap threshold it hands every tensor straight back, so that resident memory is what lives.
+"""
+
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from megam3.batch import Progress
+from megam3.config.schema import ModelConfig, OptimConfig, UnifiedConfig
+from megam3.engine.activations import ActivationMemory
+from megam3.engine.deepspeed import Engine, join
+from megam3.memory import ModelShape, StepShape, Strategy, plan_memory
+from megam3.model.pretrained import load_m3
+from megam3.objectives.unified import UnifiedObjective
+from tests.batches import batch_of
+from tests.factory import make_tiny_model_folder, random_token_ids
+
+DEFAULTS = {
+    "hidden_size": 256,
+    "num_layers": 4,
+    "num_queries": 4,
+    "passages_per_query": 4,
+    "query_tokens": 64,
+    "passage_tokens": 256,
+    "chunk_tokens": None,
+    "checkpointing": False,
+    "dropout": 0.0,
+    "zero_stage": 0,
+}
+
+
+def probe(changes: list[dict]) -> list[dict]:
+    """Run each case of `changes` to DEFAULTS in a fresh process; planned and measured bytes beyond what was resident before its model."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment |= {"DS_ACCELERATOR": "cpu", "MALLOC_ARENA_MAX": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    command = [sys.executable, "-m", "tests.memory_probe", json.dumps([{**DEFAULTS, **change} for change in changes])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).resolve().parents[1])
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _resident(key: str) -> int:
+    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024  # type: ignore[union-attr]
+
+
+def _groups(spec: dict, seed: int) -> list:
+    lengths = [spec["query_tokens"]] + [spec["passage_tokens"]] * spec["passages_per_query"]
+    return [random_token_ids(lengths, seed=seed + q) for q in range(spec["num_queries"])]
+
+
+def main(spec: dict) -> dict:
+    """Two steps (the second has AdamW's moments), measured from before the model is loaded."""
+    gc.collect()
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = {"hidden_size": spec["hidden_size"], "num_layers": spec["num_layers"], "num_heads": 4, "dropout": spec["dropout"]}
+        make_tiny_model_folder(Path(folder) / "tiny", **sizes)
+        torch.ones(256, 256) @ torch.ones(256, 256)  # the math library's own buffers
+        before = _resident("VmRSS")
+        model = load_m3(f"{folder}/tiny", ModelConfig(path=folder))
+    activations = ActivationMemory(model, spec["checkpointing"], False)
+    zero = {"stage": spec["zero_stage"], "reduce_bucket_size": 1000, "allgather_bucket_size": 1000}
+    ds_config = {"train_batch_size": 1, "zero_allow_untested_optimizer": True, "zero_optimization": zero, "bf16": {"enabled": False}}
+    engine = Engine(model, OptimConfig(lr=1e-4), {**ds_config, "gradient_clipping": 1.0}, torch.device("cpu"), 4, activations)
+    objective, peaks = UnifiedObjective(UnifiedConfig(), spec["chunk_tokens"]), []
+    for step in range(2):
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        with engine.step_scope(), engine.accumulation(0, 1):
+            objective.run(engine, batch_of(_groups(spec, 100 * step)), Progress(step))
+        peaks.append(_resident("VmHWM") - before)
+        engine.update(step)
+    config = model.encoder.config
+    shape = ModelShape(
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.vocab_size,
+        config.max_position_embeddings,
+        hidden_dropout=spec["dropout"],
+        attention_dropout=spec["dropout"],
+    )
+    assert shape.num_parameters == sum(p.numel() for p in model.parameters())
+    strategy = Strategy(spec["zero_stage"], 1, 4, spec["checkpointing"], bucket_elements=1000, on_gpu=False)
+    num_passages = spec["num_queries"] * spec["passages_per_query"]
+    work = StepShape(spec["num_queries"], num_passages, spec["query_tokens"], spec["passage_tokens"], spec["chunk_tokens"])
+    plan = plan_memory(shape, strategy, work)
+    return {"measured": max(peaks), "planned": plan.total_bytes, "states": plan.states, "step": plan.step, "peaks": peaks}
+
+
+if __name__ == "__main__":
+    join(torch.device("cpu"))
+    torch.set_num_threads(1)
+    print(json.dumps([main(spec) for spec in json.loads(sys.argv[1])]))

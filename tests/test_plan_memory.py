@@ -1,0 +1,101 @@
+"""The command: what it prints, recommends, and refuses."""
+
+import json
+
+import pytest
+
+from megam3.cli import main
+from megam3.config.load import load_config
+from megam3.memory import plan_memory
+from megam3.plan_memory import heaviest_step, read_model_shape, read_strategy
+from tests.memory_probe import probe
+
+BGE_M3 = {
+    "model_type": "xlm-roberta",
+    "num_hidden_layers": 24,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "vocab_size": 250_002,
+    "max_position_embeddings": 8194,
+    "pad_token_id": 1,
+}
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    def write(**changes) -> str:
+        (tmp_path / "config.json").write_text(json.dumps({**BGE_M3, **changes}))
+        return f"model.path={tmp_path}"
+
+    return write
+
+
+SMALL = ["data.batch.buckets=null", "data.batch.global_queries=16", "engine.template=zero1", "engine.activation_offload=false"]
+
+
+def _run(capsys, *arguments: str) -> tuple[int, str]:
+    code = main(["plan-memory", "unified", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+def test_the_table_adds_up_to_its_peak(capsys, encoder):
+    code, text = _run(capsys, encoder(), "--gpus", "8")
+    assert code == 0
+    rows = {line[:24].strip(): float(line.split()[-1]) for line in text.splitlines() if line.startswith("  ")}
+    assert rows["peak"] == pytest.approx(sum(v for k, v in rows.items() if k != "peak"), abs=0.05)
+    assert "Memory of one of 8 ranks in GiB: zero3_8k (ZeRO 3), bf16, checkpointing on, offload on" in text
+    assert {"weights", "gradients", "optimizer", "representations"} <= rows.keys()
+
+
+def test_it_recommends_a_chunk_that_the_arithmetic_accepts(capsys, encoder):
+    path = encoder()
+    code, text = _run(capsys, path, *SMALL, "--gpus", "8", "--gpu-memory", "16")
+    assert code == 0
+    chunk = int(text.split("data.batch.chunk_tokens=")[1].split()[0])
+    config = load_config("unified", [path, *SMALL, f"data.batch.chunk_tokens={chunk}"])
+    model, strategy = read_model_shape(config), read_strategy(config, 8, on_gpu=True)
+    total = plan_memory(model, strategy, heaviest_step(config, model, strategy)[1]).total_bytes
+    assert 0.99 * 14 < total / 2**30 <= 14
+
+
+def test_it_says_what_to_turn_on(capsys, encoder):
+    off = "engine.activation_checkpointing=false"
+    code, text = _run(capsys, encoder(), *SMALL, off, "--gpus", "8", "--gpu-memory", "12")
+    assert code == 0
+    assert "Does not fit in 10.0 GiB. Turn on: engine.activation_checkpointing=true" in text
+
+
+def test_what_cannot_fit_is_said_with_its_number_and_code_1(capsys, encoder):
+    code, text = _run(capsys, encoder(), "--gpu-memory", "3")
+    assert code == 1
+    assert "Does not fit in 1.0 GiB by any setting known here" in text
+    assert "shorter texts, a smaller batch, or more ranks" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "modernbert"}, "(modernbert)': is an encoder whose activations this command has not counted; use one of: bert"),
+        ({"num_hidden_layers": None}, "config.json: num_hidden_layers = None: must be a number; use the encoder's own config.json"),
+    ],
+)
+def test_encoders_that_are_not_counted_are_refused(capsys, encoder, changes, message):
+    code, text = _run(capsys, encoder(**changes))
+    assert code == 2
+    assert message in text
+
+
+@pytest.mark.slow
+def test_the_plan_is_within_15_percent_of_the_measured_peak():
+    cases = [
+        {},
+        {"checkpointing": True},
+        {"chunk_tokens": 1024},
+        {"passages_per_query": 12, "num_layers": 8, "checkpointing": True},
+        {"hidden_size": 512, "num_layers": 2},
+        {"dropout": 0.1},
+    ]
+    for case, result in zip(cases, probe(cases), strict=True):
+        assert result["planned"] == pytest.approx(result["measured"], rel=0.15), (case, result)
