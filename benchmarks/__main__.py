@@ -3,6 +3,8 @@
 python -m benchmarks                        all that fit into 20 minutes on two quiet cores
 python -m benchmarks packed maxsim          these two
 python -m benchmarks long_step              8192-token passages at XLM-R's width and vocabulary; minutes, 12 GB
+python -m benchmarks tiled_loss             tiles against whole matrices, and a loss over 65 536 × 65 536; minutes
+python -m benchmarks scaling                slopes of the loss's time and memory, with a plot of the curves; minutes
 """
 
 import argparse
@@ -10,10 +12,14 @@ import os
 import subprocess
 import time
 
-from benchmarks.comparisons import COMPARISONS, DEFAULT
+from benchmarks.comparisons import COMPARISONS as STEP_COMPARISONS
+from benchmarks.comparisons import DEFAULT
 from benchmarks.environments import python_of
+from benchmarks.loss_size import LOSS_COMPARISONS
 from benchmarks.measure import RESULTS, machine
 from benchmarks.report import write_report
+
+COMPARISONS = {**STEP_COMPARISONS, **LOSS_COMPARISONS}
 
 
 def main() -> None:

@@ -12,10 +12,14 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from benchmarks.plot_curves import draw_curves
+
 
 def draw(folder: Path) -> None:
     """Bars on a log scale: 1 means exactly kept, and more is better for lower and for upper bounds alike."""
     comparisons = json.loads((folder / "results.json").read_text(encoding="utf-8"))["comparisons"]
+    if comparisons.get("scaling"):
+        draw_curves(folder / "scaling.png", comparisons["scaling"])
     findings = [f for settings in comparisons.values() for setting in settings for f in setting["findings"]]
     bars = [(f["what"], _margin(f)) for f in findings if f["budget"] and f["value"] and f["value"] > 0 and "losses" not in f["what"]]
     figure, axes = pyplot.subplots(figsize=(11, 0.34 * len(bars) + 1.2))

@@ -5,14 +5,11 @@ one_core_a_rank (every rank has the same amount of work).
 """
 
 import os
-import subprocess
-import sys
-import tempfile
 
 import torch
-import torch.distributed as dist
 from transformers import AutoTokenizer
 
+from benchmarks.ranks import await_answer, meet, own_rank
 from benchmarks.worker import Step, serve
 from megam3.batch import Progress, RetrievalBatch, pack_texts
 from megam3.config.schema import ModelConfig, OptimConfig, UnifiedConfig
@@ -21,7 +18,6 @@ from megam3.engine.deepspeed import Engine, join, model_construction
 from megam3.model.pretrained import load_m3
 from megam3.objectives.unified import UnifiedObjective
 
-RANK, CORE, STORE = "BENCHMARK_RANK", "BENCHMARK_CORE", "BENCHMARK_STORE"
 OPTIM = OptimConfig(lr=1e-5, weight_decay=0.01, warmup_ratio=0.0, schedule="constant", clip_norm=1.0)
 
 
@@ -64,9 +60,9 @@ def make_engine(spec: dict, world_size: int) -> Engine:
 
 def build(spec: dict) -> Step:
     """See the module's docstring."""
-    rank, world_size = int(os.environ.get(RANK, "0")), spec.get("world_size", 1)
+    rank, world_size = own_rank(), spec.get("world_size", 1)
     os.environ.setdefault("LOCAL_RANK", "0")
-    other_ranks = _meet(spec, rank, world_size) if spec.get("one_core_a_rank") else []
+    other_ranks = meet("megam3_step", rank, world_size) if spec.get("one_core_a_rank") else []
     engine, batch = make_engine(spec, world_size), make_batch(spec["model_folder"], spec["texts"], rank)
     objective = UnifiedObjective(UnifiedConfig(), spec.get("chunk_tokens"))
     steps_done = 0
@@ -80,34 +76,12 @@ def build(spec: dict) -> Step:
         engine.update(steps_done)
         steps_done += 1
         for process in other_ranks:
-            _await_answer(process)
+            await_answer(process)
         return {"loss": float(figures["loss/total"])}
 
     for process in other_ranks:
-        _await_answer(process)
+        await_answer(process)
     return step
-
-
-def _await_answer(process: subprocess.Popen) -> None:
-    """The next answer of another rank; some libraries print while they are imported."""
-    assert any(line.startswith("{") for line in process.stdout), "a rank died"
-
-
-def _meet(spec: dict, rank: int, world_size: int) -> list[subprocess.Popen]:
-    """Join the group, each rank on a core of its own; rank 0 starts the others as copies of itself and steps them through their stdin."""
-    others = []
-    if rank == 0:
-        store = os.path.join(tempfile.mkdtemp(), "store")
-        cores = sorted(os.sched_getaffinity(0))
-        for other in range(world_size - 1, -1, -1):
-            os.environ.update({RANK: str(other), CORE: str(cores[other % len(cores)]), STORE: store})
-            if other:
-                command = [sys.executable, "-m", "benchmarks.sides.megam3_step", sys.argv[1]]
-                others.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1))
-    os.sched_setaffinity(0, {int(os.environ[CORE])})
-    os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group("gloo", init_method=f"file://{os.environ[STORE]}", rank=rank, world_size=world_size)
-    return others
 
 
 if __name__ == "__main__":

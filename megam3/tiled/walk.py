@@ -146,6 +146,14 @@ def _tile_gradients(walk: Walk, tile: Tile, lse: Tensor, on_lse: Tensor, on_mean
     return torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
 
 
+def _zero_gradients(tiles: list[Representations]) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
+    """One zero tensor per float of a whole side, and views of them per tile: tiles add into what is returned, with no copy at the end."""
+    columns = list(zip(*(tile.floats() for tile in tiles)))
+    rows = [[x.shape[0] for x in column] for column in columns]
+    wholes = [column[0].new_zeros(sum(sizes), *column[0].shape[1:]) for column, sizes in zip(columns, rows)]
+    return wholes, list(zip(*(whole.split(sizes) for whole, sizes in zip(wholes, rows))))
+
+
 class _OutsideGroup(torch.autograd.Function):
     """(lse [scores, own queries], mean [heads, own queries], highest [scores, own queries]) over columns outside each query's group."""
 
@@ -168,13 +176,13 @@ class _OutsideGroup(torch.autograd.Function):
         # the passages of every rank took part in every query's numbers: their gradients are everybody's to use
         upstream = gather_rows(torch.cat([grad_lse, grad_mean]).T.contiguous(), ctx.counts).T
         on_lse, on_mean = upstream[: lse.shape[0]], upstream[lse.shape[0] :]
-        grads = [[[torch.zeros_like(x) for x in tile.floats()] for tile in tiles] for tiles in (walk.query_tiles, walk.passage_tiles)]
+        (of_queries, query_parts), (of_passages, passage_parts) = map(_zero_gradients, (walk.query_tiles, walk.passage_tiles))
         for tile in walk.tiles():
             found = _tile_gradients(walk, tile, lse, on_lse, on_mean)
-            for total, grad in zip([*grads[0][tile.query_tile], *grads[1][tile.passage_tile]], found):
+            for total, grad in zip([*query_parts[tile.query_tile], *passage_parts[tile.passage_tile]], found):
                 if grad is not None:
                     total += grad
-        return None, None, None, *(torch.cat(column) for side in grads for column in zip(*side))
+        return None, None, None, *of_queries, *of_passages
 
 
 def outside_group(
