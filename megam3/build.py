@@ -27,12 +27,12 @@ from megam3.dist import comm
 from megam3.engine.activations import ActivationMemory
 from megam3.engine.deepspeed import Engine, join, model_construction
 from megam3.errors import DataError
+from megam3.memory_report import describe_run
 from megam3.model.m3 import M3Model
 from megam3.model.pretrained import load_m3
 from megam3.objectives.unified import UnifiedObjective
 from megam3.obs.clock import EncoderShape, measure_matmul_peak
 from megam3.obs.log import setup_logging
-from megam3.plan_memory import describe_run
 from megam3.retrieval.beir import BeirDataset, read_beir
 from megam3.retrieval.evaluate import evaluate
 from megam3.trainer import Run

@@ -28,12 +28,14 @@ class Subcommand:
 
 SUBCOMMANDS = {
     "quickstart": Subcommand("megam3.quickstart.run", "fetch text, train, evaluate, export and query a small model"),
-    "show-config": Subcommand("megam3.show_config", "a recipe resolved: every field, batch arithmetic, DeepSpeed dictionary"),
-    "prepare": Subcommand("megam3.prepare", "tokenise a recipe's training data into its store"),
-    "plan-epochs": Subcommand("megam3.plan_epochs", "steps, tokens, balance and languages of an epoch, before anything runs"),
-    "plan-memory": Subcommand("megam3.plan_memory", "memory of one rank, counted; the largest chunk that fits, or what to turn on"),
+    "show-config": Subcommand("megam3.commands.show_config", "a recipe resolved: every field, batch arithmetic, DeepSpeed dictionary"),
+    "prepare": Subcommand("megam3.commands.prepare", "tokenise a recipe's training data into its store"),
+    "plan-epochs": Subcommand("megam3.commands.plan_epochs", "steps, tokens, balance and languages of an epoch, before anything runs"),
+    "plan-memory": Subcommand(
+        "megam3.commands.plan_memory", "memory of one rank, counted; the chunk that fits, or what to turn on"
+    ),
     "train": Subcommand("megam3.train", "train on this process's rank (deepspeed and srun start several)"),
-    "evaluate": Subcommand("megam3.retrieval.command", "five retrieval modes and BM25 on test sets in BEIR format"),
+    "evaluate": Subcommand("megam3.commands.evaluate", "five retrieval modes and BM25 on test sets in BEIR format"),
 }
 
 

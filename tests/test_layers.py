@@ -17,8 +17,8 @@ LAYERS = [
     {"tiled"},
     {"objectives", "engine"},
     {"checkpoint", "retrieval", "embedder", "export"},
-    {"trainer", "report", "plan_memory"},
-    {"build", "cli", "train", "show_config", "quickstart", "prepare", "plan_epochs", "inspect_batch"},
+    {"trainer", "report", "memory_report"},
+    {"build", "cli", "train", "commands", "quickstart"},
 ]
 """From the bottom; a name is a module or a package directly in megam3/."""
 
@@ -29,8 +29,6 @@ SAME_LAYER = {
     ("train", "build"),
     ("train", "cli"),
     ("quickstart", "build"),
-    ("plan_epochs", "prepare"),
-    ("inspect_batch", "prepare"),
 }
 """(importer, imported) pairs of one layer that may meet."""
 

@@ -7,7 +7,7 @@ import pytest
 from megam3.cli import main
 from megam3.config.load import load_config
 from megam3.memory import plan_memory
-from megam3.plan_memory import heaviest_step, read_model_shape, read_strategy
+from megam3.memory_report import heaviest_step, read_model_shape, read_strategy
 from tests.memory_probe import probe
 
 BGE_M3 = {

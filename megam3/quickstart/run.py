@@ -39,7 +39,7 @@ from megam3.model.m3 import represent
 from megam3.obs.log import setup_logging
 from megam3.quickstart.prepare import Prepared, prepare
 from megam3.retrieval.beir import BeirDataset, read_beir
-from megam3.retrieval.command import embedder_encode, embedder_tokenize
+from megam3.retrieval.by_embedder import embedder_encode, embedder_tokenize
 from megam3.retrieval.evaluate import evaluate
 from megam3.retrieval.results import overall_table
 from megam3.scoring.combine import score_heads

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from megam3.commands.evaluate import main
 from megam3.embedder import M3Embedder
 from megam3.errors import ConfigError, DataError
-from megam3.retrieval.command import embedder_encode, embedder_tokenize, main
+from megam3.retrieval.by_embedder import embedder_encode, embedder_tokenize
 from megam3.retrieval.encode import encode_texts
 from megam3.retrieval.results import read_result
 from tests.factory import make_sentences, make_tiny_model_folder

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from megam3.commands.prepare import store_folder
 from megam3.config.load import load_config
 from megam3.data.dataset import open_training_data
 from megam3.data.report import estimate_plan, plan_report
 from megam3.data.tokenizer import load_tokenizer
-from megam3.prepare import store_folder
 
 
 def main(argv: Sequence[str]) -> int:

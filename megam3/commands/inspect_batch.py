@@ -7,13 +7,13 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
+from megam3.commands.prepare import store_folder
 from megam3.config.load import load_config
 from megam3.data.assemble import Draft
 from megam3.data.dataset import TrainingData, open_training_data
 from megam3.data.report import batch_text
 from megam3.data.source import Unit, place
 from megam3.data.tokenizer import Tokenizer, load_tokenizer
-from megam3.prepare import store_folder
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,35 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megam3.batch import Representations
 from megam3.config.schema import EvaluationConfig
 from megam3.embedder import M3Embedder
 from megam3.retrieval.beir import read_beir
-from megam3.retrieval.encode import EncodeIds
-from megam3.retrieval.evaluate import MODES, Tokenize, check_modes, evaluate
+from megam3.retrieval.by_embedder import embedder_encode, embedder_tokenize
+from megam3.retrieval.evaluate import MODES, check_modes, evaluate
 from megam3.retrieval.results import group_table, overall_table
-
-
-def embedder_tokenize(embedder: M3Embedder) -> Tokenize:
-    """The embedder's tokenizer in the form `evaluate` takes; a limit beyond the model's positions is lowered to them."""
-
-    def tokenize(texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-        return embedder.token_ids(texts, max_tokens=min(max_tokens, embedder.max_tokens))
-
-    return tokenize
-
-
-def embedder_encode(embedder: M3Embedder) -> EncodeIds:
-    """The embedder's model in the form `evaluate` takes: one batch, longest text first."""
-
-    def encode_ids(token_ids: Sequence[Sequence[int]]) -> Representations:
-        total = sum(len(ids) for ids in token_ids)
-        (order, representations), *more = embedder.represent_ids(token_ids, batch_tokens=total)
-        assert order == list(range(len(token_ids))), "one batch, sorted by length already"
-        assert not more
-        return representations
-
-    return encode_ids
 
 
 def _parser() -> argparse.ArgumentParser:

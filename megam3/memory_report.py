@@ -1,20 +1,16 @@
-"""`megam3 plan-memory RECIPE [key=value…] --gpus N --gpu-memory 80`: what a run holds in memory, before anything is started.
+"""From a recipe to the memory of one rank at the worst moment of a step, in words: for `megam3 plan-memory` and for the start of a run.
 
-Prints one rank's memory at the worst moment of a step, the largest `data.batch.chunk_tokens` that fits, or what to turn on. Counted from
-config.json and the recipe (megam3/memory.py); no weights are read, no device is touched.
+Counted from config.json and the recipe by megam3/memory.py; no weights are read, no device is touched.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from megam3.config.batch_size import BatchRow, batch_arithmetic
-from megam3.config.check import check_config, read_encoder_config
+from megam3.config.check import read_encoder_config
 from megam3.config.deepspeed import build_deepspeed_config
-from megam3.config.load import load_config
 from megam3.config.schema import RunConfig
 from megam3.errors import ConfigError
 from megam3.memory import MemoryPlan, ModelShape, StepShape, Strategy, largest_chunk, plan_memory, remedies
@@ -25,32 +21,6 @@ COUNTED_FAMILIES = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
 
 DEFAULT_BUCKET, DEFAULT_LIVE = 500_000_000, 1_000_000_000
 """DeepSpeed's own reduce_bucket_size and stage3_max_live_parameters, where a template is silent."""
-
-
-def main(argv: Sequence[str]) -> int:
-    """Print the plan; 1 when the step does not fit and nothing this command knows would make it fit.
-
-    Raises:
-        ConfigError: a recipe that would not start, or an encoder of a family that is not counted.
-    """
-    parser = argparse.ArgumentParser(prog="megam3 plan-memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="a YAML file, or the name of a packaged recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields that win over the recipe")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks, over all nodes (default: 1)")
-    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="memory of one GPU in GiB (default: 80)")
-    parser.add_argument("--reserve", type=float, default=2.0, metavar="GB", help="left to CUDA, NCCL and fragmentation (default: 2 GiB)")
-    arguments = parser.parse_intermixed_args(argv)
-    if arguments.gpus < 1 or arguments.gpu_memory <= arguments.reserve:
-        parser.error("--gpus must be at least 1 and --gpu-memory more than --reserve")
-    config = load_config(arguments.recipe, arguments.overrides)
-    check_config(config, arguments.gpus, files=False)
-    model, strategy = read_model_shape(config), read_strategy(config, arguments.gpus, on_gpu=True)
-    edge, step = heaviest_step(config, model, strategy)
-    print("\n".join(table(config, edge, step, strategy, plan_memory(model, strategy, step))))
-    limit = int((arguments.gpu_memory - arguments.reserve) * GIB)
-    lines, fits = advice(model, strategy, step, limit)
-    print("\n".join(["", *lines]))
-    return 0 if fits else 1
 
 
 def read_model_shape(config: RunConfig) -> ModelShape:
