@@ -102,8 +102,12 @@ def _equal_length_runs(
     runs = equal_length_runs(lengths)
     # split, not slices: its backward is one concatenation, where every slice would add a zero-filled gradient of the whole stream
     sizes = [length * count for length, count in runs]
+    if len(sizes) > 1:
+        queries, keys, values = query_THd.split(sizes), key_THd.split(sizes), value_THd.split(sizes)
+    else:
+        queries, keys, values = (query_THd,), (key_THd,), (value_THd,)
     outputs = []
-    for (length, count), *parts in zip(runs, query_THd.split(sizes), key_THd.split(sizes), value_THd.split(sizes)):
+    for (length, count), *parts in zip(runs, queries, keys, values):
         q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in parts)
         out = _attend(q, k, v, scale, dropout, half_window)
         outputs.append(out.transpose(1, 2).flatten(0, 1))

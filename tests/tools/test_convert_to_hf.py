@@ -1,4 +1,4 @@
-"""The command line of convert_to_hf: what it prints, and how it ends. Real checkpoints of each ZeRO stage are converted in tests/engine."""
+"""The command line of convert_to_hf: what it prints, and how it ends; the weights come from memory here."""
 
 import pytest
 
