@@ -93,3 +93,20 @@ def test_joined_weights_equal_deepspeeds_own_conversion(chain):
         merged = consolidate(f"{chain[0]}/{leg}")
         assert merged.keys() == wanted.keys()
         assert all(torch.equal(merged[name], wanted[name]) for name in wanted)
+
+
+def _before_the_first_step(model: str, root: str) -> list[bool]:
+    held = []
+    for stage in (1, 3, 0):
+        make_engine(model, stage).save(f"{root}/{stage}")
+        engine = make_engine(model, 2)
+        engine.load_elastic(f"{root}/{stage}")
+        loss = train_steps(engine, None, 0, 1)["losses"]
+        saved = SavedStates(f"{root}/{stage}")
+        held.append(saved.moments == () and saved.adam_steps == 0 and loss == train_steps(make_engine(model, 2), None, 0, 1)["losses"])
+    return held
+
+
+@pytest.mark.ranks
+def test_a_checkpoint_from_before_the_first_update_carries_no_moments_and_continues(model, tmp_path):
+    assert run_ranks(_before_the_first_step, 1, model, str(tmp_path)) == [[True, True, True]]
