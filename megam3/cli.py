@@ -31,9 +31,7 @@ SUBCOMMANDS = {
     "show-config": Subcommand("megam3.commands.show_config", "a recipe resolved: every field, batch arithmetic, DeepSpeed dictionary"),
     "prepare": Subcommand("megam3.commands.prepare", "tokenise a recipe's training data into its store"),
     "plan-epochs": Subcommand("megam3.commands.plan_epochs", "steps, tokens, balance and languages of an epoch, before anything runs"),
-    "plan-memory": Subcommand(
-        "megam3.commands.plan_memory", "memory of one rank, counted; the chunk that fits, or what to turn on"
-    ),
+    "plan-memory": Subcommand("megam3.commands.plan_memory", "memory of one rank, counted; the chunk that fits, or what to turn on"),
     "train": Subcommand("megam3.train", "train on this process's rank (deepspeed and srun start several)"),
     "evaluate": Subcommand("megam3.commands.evaluate", "five retrieval modes and BM25 on test sets in BEIR format"),
 }

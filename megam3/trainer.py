@@ -194,7 +194,8 @@ def check_finite(policy: str, report: StepReport, result: StepResult, step: int)
 
 def _report_memory(run: Run) -> None:
     measured, what = peak_memory_bytes(run.engine.device) / 2**30, "tensors" if run.engine.device.type == "cuda" else "the whole process"
-    logger.info("peak memory after %d steps: %.2f GiB (%s); planned %.2f GiB", MEMORY_STEPS, measured, what, run.planned_bytes / 2**30)
+    planned = f"; planned {run.planned_bytes / 2**30:.2f} GiB" if run.planned_bytes else ""
+    logger.info("peak memory after %d steps: %.2f GiB (%s)%s", MEMORY_STEPS, measured, what, planned)
 
 
 def _advance(run: Run, progress: Progress, report: StepReport) -> Progress:

@@ -11,6 +11,7 @@ from megam3.gradcache import cached_step
 from megam3.losses import LossTerms, TeacherGroups, resolve_weights, unified_loss
 from megam3.objectives.base import Encoder
 from megam3.scoring.combine import RankCounts, count_over_ranks, score_global, score_heads
+from megam3.scoring.split import split_texts
 from megam3.tiled.loss import tiled_unified_loss
 
 WHOLE_MATRIX_SCORES = 1 << 26
@@ -36,8 +37,7 @@ class UnifiedObjective:
 
     def _loss(self, representations: Representations, batch: RetrievalBatch, step: int) -> LossTerms:
         settings, device = self._settings, representations.dense_ND.device
-        queries = representations.select(0, batch.num_queries)
-        passages = representations.select(batch.num_queries, representations.num_texts)
+        queries, passages = split_texts(representations, [batch.num_queries, batch.num_passages])
         counts = count_over_ranks(queries, passages)
         # without in-batch negatives a query meets its own group alone: other ranks' passages would be scored only to be masked
         columns = counts.passages if batch.in_batch_negatives else None

@@ -1,0 +1,68 @@
+"""Kill -9 at random moments of training, start again, and end with the losses of a run that was never disturbed.
+
+MEGAM3_KILL_DATA=pairs.jsonl trains on that file instead of made-up pairs.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launches import ROOT, Workplace, make_workplace
+
+STEPS = 60
+ARGUMENTS = (f"train.steps={STEPS}", "train.save_every_steps=10", "train.keep_checkpoints=2", "data.num_workers=2")
+
+
+def start(place: Workplace, name: str) -> subprocess.Popen:
+    """One process on one rank, in a session of its own, so that its data workers can be killed with it."""
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "megam3.train", place.recipe, f"name={name}", *ARGUMENTS]
+    data = os.environ.get("MEGAM3_KILL_DATA")
+    if data:
+        command += [f"data.train.0.paths={json.dumps([str(Path(data).resolve())])}", f"data.store_dir={place.folder}/real"]
+    return subprocess.Popen(command, env=environ, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> None:
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_kills", [20])
+def test_killed_training_ends_with_the_losses_of_an_undisturbed_run(tmp_path: Path, num_kills: int) -> None:
+    place, rng = make_workplace(tmp_path), random.Random(0)
+    finish(start(place, "store"))  # tokenises; from here on a start costs every run the same
+    before = time.monotonic()
+    finish(start(place, "whole"))
+    whole_seconds = time.monotonic() - before
+    killed_after, run = [], 0
+    while len(killed_after) < num_kills:
+        name = f"killed-{run}"
+        process = start(place, name)
+        try:
+            process.communicate(timeout=rng.uniform(0.3, 1.0) * whole_seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            metrics = place.run(name) / "metrics.jsonl"
+            killed_after.append(len(place.rows(name)) if metrics.exists() else 0)
+            continue
+        check_equal(place, name)
+        run += 1
+    finish(start(place, f"killed-{run}"))
+    check_equal(place, f"killed-{run}")
+    print(f"{num_kills} kills over {run + 1} runs of {STEPS} steps, after these steps were logged: {killed_after}")
+    assert len(set(killed_after)) > 2, "kills at different points of the run"
+
+
+def check_equal(place: Workplace, name: str) -> None:
+    assert place.figures(name) == place.figures("whole")
+    assert [row["step"] for row in place.rows(name)] == list(range(1, STEPS + 1))
