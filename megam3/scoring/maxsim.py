@@ -14,6 +14,7 @@ torch path is its reference and serves everything else. Worked example, one quer
 A text without rows (only `<s>` was in it) scores 0 with everything and receives no gradient.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,28 +58,39 @@ class _Pairs:
         return columns, coefficients
 
 
+def _sum(products: Iterator[Tensor]) -> Tensor:
+    """Of one or more; added up in the first, because one more pass over these rows would cost as much as their product."""
+    total = next(products)
+    for product in products:
+        total += product
+    return total
+
+
 def _query_gradients(pairs: _Pairs, blocks: list[slice], chunks: list[Chunk]) -> Tensor:
     """A · E_p, one block of query rows at a time: what is accumulated in fp32 is that block."""
-    grad_KC = torch.empty_like(pairs.query_KC)
-    for rows in blocks:
-        total = torch.zeros_like(pairs.query_KC[rows], dtype=pairs.grad_QP.dtype)
-        for passages in chunks:
-            columns, coefficients = pairs.entries(rows, passages)
-            crow = torch.arange(columns.shape[0] + 1, dtype=torch.int32, device=columns.device) * columns.shape[1]
-            total += csr_product(crow, columns.flatten(), coefficients.flatten(), pairs.passage_KC[passages.rows].to(total.dtype))
-        grad_KC[rows] = total
+
+    def product(rows: slice, passages: Chunk) -> Tensor:
+        columns, coefficients = pairs.entries(rows, passages)
+        crow = torch.arange(columns.shape[0] + 1, dtype=torch.int32, device=columns.device) * columns.shape[1]
+        return csr_product(crow, columns.flatten(), coefficients.flatten(), pairs.passage_KC[passages.rows].to(coefficients.dtype))
+
+    grad_KC = torch.zeros_like(pairs.query_KC)
+    for rows in blocks if chunks else []:
+        grad_KC[rows] = _sum(product(rows, passages) for passages in chunks)
     return grad_KC
 
 
 def _passage_gradients(pairs: _Pairs, blocks: list[slice], chunks: list[Chunk]) -> Tensor:
     """Aᵀ · E_q, one chunk of passages at a time."""
-    grad_KC = torch.empty_like(pairs.passage_KC)
-    for passages in chunks:
-        total = torch.zeros_like(pairs.passage_KC[passages.rows], dtype=pairs.grad_QP.dtype)
-        for rows in blocks:
-            transposed = transposed_csr(*pairs.entries(rows, passages), total.shape[0])
-            total += csr_product(*transposed, pairs.query_KC[rows].to(total.dtype))
-        grad_KC[passages.rows] = total
+
+    def product(rows: slice, passages: Chunk) -> Tensor:
+        columns, coefficients = pairs.entries(rows, passages)
+        transposed = transposed_csr(columns, coefficients, passages.rows.stop - passages.rows.start)
+        return csr_product(*transposed, pairs.query_KC[rows].to(coefficients.dtype))
+
+    grad_KC = torch.empty_like(pairs.passage_KC) if blocks else torch.zeros_like(pairs.passage_KC)
+    for passages in chunks if blocks else []:
+        grad_KC[passages.rows] = _sum(product(rows, passages) for rows in blocks)
     return grad_KC
 
 
