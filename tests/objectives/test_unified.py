@@ -35,7 +35,7 @@ class PlainEngine:
 
 
 def written_out(model, groups, in_batch: bool, distill: bool) -> torch.Tensor:
-    """DESIGN's formulas, one query at a time."""
+    """The formulas of arXiv 2402.03216, section 3.3, one query at a time."""
     texts = [t for g in groups for t in g]
     heads = []
     for ids in texts:
