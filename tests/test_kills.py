@@ -46,21 +46,30 @@ def test_killed_training_ends_with_the_losses_of_an_undisturbed_run(tmp_path: Pa
     killed_after, run = [], 0
     while len(killed_after) < num_kills:
         name = f"killed-{run}"
+        logged = count_steps(place, name)
         process = start(place, name)
-        try:
-            process.communicate(timeout=rng.uniform(0.3, 1.0) * whole_seconds)
-        except subprocess.TimeoutExpired:
+        # half of the kills come at a random time, start-up included, half right after a random step
+        target = rng.randint(logged + 1, STEPS) if len(killed_after) % 2 and logged < STEPS else STEPS + 1
+        deadline = time.monotonic() + (60 if target <= STEPS else rng.uniform(0.3, 1.0) * whole_seconds)
+        while process.poll() is None and time.monotonic() < deadline and count_steps(place, name) < target:
+            time.sleep(0.02)
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-            metrics = place.run(name) / "metrics.jsonl"
-            killed_after.append(len(place.rows(name)) if metrics.exists() else 0)
+            killed_after.append(count_steps(place, name))
             continue
+        finish(process)
         check_equal(place, name)
         run += 1
     finish(start(place, f"killed-{run}"))
     check_equal(place, f"killed-{run}")
     print(f"{num_kills} kills over {run + 1} runs of {STEPS} steps, after these steps were logged: {killed_after}")
     assert len(set(killed_after)) > 2, "kills at different points of the run"
+
+
+def count_steps(place: Workplace, name: str) -> int:
+    """Steps a run has logged so far."""
+    return len(place.rows(name)) if (place.run(name) / "metrics.jsonl").exists() else 0
 
 
 def check_equal(place: Workplace, name: str) -> None:
