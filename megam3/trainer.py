@@ -19,7 +19,6 @@ from megam3.config.schema import RunConfig
 from megam3.data.dataset import TrainingData
 from megam3.data.loader import Batch
 from megam3.dist import comm
-from megam3.dist.gather import gather_rows
 from megam3.engine.deepspeed import Engine, StepResult
 from megam3.errors import TrainingError
 from megam3.objectives.base import Objective
@@ -139,7 +138,7 @@ def run_step(run: Run, batches: Sequence[Batch], progress: Progress, stop_reques
         int(stop_requested),
     ]
     row_F = torch.cat([means.cpu(), torch.tensor(counts, dtype=torch.float64)])
-    return join_ranks(names, gather_rows(row_F[None], (1,) * comm.world_size()))
+    return join_ranks(names, comm.gather_rows(row_F))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -159,15 +159,6 @@ def gather_rows(values_F: Tensor) -> Tensor:
     return gathered.view(world_size(), -1).to(values_F.device)
 
 
-def broadcast_ints(values: Sequence[int], source: int = 0) -> list[int]:
-    """The list of rank `source`, on every rank. All ranks pass equally many numbers."""
-    if not is_grouped():
-        return [int(v) for v in values]
-    tensor = torch.tensor(list(values), dtype=torch.int64, device=transfer_device())
-    dist.broadcast(tensor, src=source)
-    return tensor.tolist()
-
-
 def gather_objects_json(obj: Any) -> list[Any]:
     """Every rank's object, in rank order, on every rank; travels as JSON bytes, so that nothing is ever unpickled.
 
