@@ -31,6 +31,7 @@ setup(
         # transformers loads weights partitioned under ZeRO-3 through accelerate's DeepSpeed config
         "accelerate>=1.1",
         "bm25s>=0.2",
+        "matplotlib>=3.8",
         "mpi4py>=4.0",
         "numpy>=1.26",
         "protobuf>=4.25",
@@ -45,5 +46,16 @@ setup(
         "tensorboard>=2.16",
         "zstandard>=0.22",
     ],
-    extras_require={"dev": ["hypothesis>=6.100", "mypy>=1.11", "pytest>=8", "ruff>=0.6", "types-PyYAML"]},
+    extras_require={
+        "dev": [
+            "hypothesis>=6.100",
+            "mypy>=1.11",
+            "pytest>=8",
+            "ruff>=0.6",
+            # builds of torch for CUDA bring theirs; on CPUs its interpreter runs the kernel's tests. Not in constraints.txt, where a pin
+            # could contradict torch's own
+            "triton>=3.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
+            "types-PyYAML",
+        ]
+    },
 )

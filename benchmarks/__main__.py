@@ -9,14 +9,13 @@ python -m benchmarks scaling                slopes of the loss's time and memory
 
 import argparse
 import os
-import subprocess
 import time
 
 from benchmarks.comparisons import COMPARISONS as STEP_COMPARISONS
 from benchmarks.comparisons import DEFAULT
-from benchmarks.environments import python_of
 from benchmarks.loss_size import LOSS_COMPARISONS
 from benchmarks.measure import RESULTS, machine
+from benchmarks.plot import draw
 from benchmarks.report import write_report
 
 COMPARISONS = {**STEP_COMPARISONS, **LOSS_COMPARISONS}
@@ -46,10 +45,7 @@ def main() -> None:
         where = f"{machine()} (load average {load:.1f} before the run, {(time.time() - started) / 60:.1f} minutes)"
         page = write_report(RESULTS, results, where)
     print(page)
-    try:
-        subprocess.run([python_of("plot"), "-m", "benchmarks.plot", str(RESULTS)], check=True)
-    except (RuntimeError, subprocess.CalledProcessError) as error:
-        print(f"no plot: {error}")
+    draw(RESULTS)
     print(f"written to {RESULTS}")
 
 

@@ -1,4 +1,4 @@
-"""An environment of its own for each peer (and one that draws), made on first use under benchmarks/.venv-NAME.
+"""An environment of its own for each peer, made on first use under benchmarks/.venv-NAME.
 
 MEGAM3_BENCH_PYTHON_NAME (upper case, `-` as `_`) names an interpreter to use instead; PIP_FLAGS holds options for pip, as in the Makefile.
 """
@@ -15,7 +15,6 @@ TORCH = "torch"
 ENVIRONMENTS = {
     "flagembedding": (TORCH, "FlagEmbedding==1.4.2", "transformers==4.57.6", "sentencepiece"),
     "sentence-transformers": (TORCH, "sentence-transformers==6.2.0", "transformers>=5,<6"),
-    "plot": ("matplotlib",),
 }
 """Requirements. FlagEmbedding 1.4.2 runs with transformers 4 only."""
 

@@ -1,10 +1,6 @@
-"""Draw results.json as results.png: each budgeted ratio over its bound. Runs in an environment that holds matplotlib alone.
-
-python -m benchmarks.plot RESULTS_FOLDER
-"""
+"""Draw results.json as results.png: each budgeted ratio over its bound."""
 
 import json
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -38,6 +34,3 @@ def _margin(finding: dict) -> float:
     sign, bound = finding["budget"].split()
     return finding["value"] / float(bound) if sign == "≥" else float(bound) / finding["value"]
 
-
-if __name__ == "__main__":
-    draw(Path(sys.argv[1]))

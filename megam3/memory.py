@@ -15,11 +15,26 @@ Beside the layers: the embeddings' sum before its norm, the last hidden states, 
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
+
+from megam3.config.deepspeed import FP32_SUMS_FROM_STAGE
 
 FP32, INT32 = 4, 4
 
 MATRIX_SCORES = 1 << 26
-"""Scores of one head held at once before the loss goes over to tiles (megam3/objectives/unified.py)."""
+"""Scores of one head held at once before the loss goes over to tiles: 256 MB in fp32, times SCORE_MATRICES."""
+
+WINNERS = 1 << 30
+"""MaxSim's (query row, passage) pairs held at once before the loss goes over to tiles: 4 GB of winners."""
+
+TILE_TEXTS = 2048
+"""Queries and passages of a tile: 4 M scores, 16 MB each in fp32."""
+
+TILE_WINNERS = 1 << 24
+"""With the multi-vector head, bound on a tile's (query rows × passages), each of which keeps an int32 between its passes: 64 MB."""
+
+GROUP_TILE_TEXTS = 64
+"""The tiled loss scores this many queries against their own groups at a time, of which each query keeps one."""
 
 SCORE_MATRICES = 17
 """fp32 matrices queries × passages alive at the peak of the loss: per score (3 heads, sum) itself, masked logits, log-probabilities and one
@@ -90,8 +105,8 @@ class StepShape:
     """Tokens of a passage."""
     chunk_tokens: int | None = None
     """Gradient cache: tokens of a forward pass; None: all at once."""
-    tiled_loss: bool = True
-    """Score matrices of more than MATRIX_SCORES are worked through in tiles."""
+    loss_tiles: Literal["auto", "always", "never"] = "auto"
+    """Whether the loss works in tiles; auto: `loss_needs_tiles`."""
 
     @property
     def num_tokens(self) -> int:
@@ -127,7 +142,7 @@ class MemoryPlan:
 def state_bytes(model: ModelShape, strategy: Strategy) -> dict[str, int]:
     """Model states on the device of one rank (arXiv 1910.02054, section 3, and DeepSpeed's buffers).
 
-    Per parameter: weight and gradient in the model's precision, fp32 master (every stage but 0 in fp32 keeps one), two fp32 moments, and an
+    Per parameter: weight and gradient in the model's precision (partitioned gradients are summed in fp32), fp32 master (every stage but 0 in fp32 keeps one), two fp32 moments, and an
     fp32 gradient while AdamW runs. Stage 1 shares the fp32 part, stage 2 gradients too, stage 3 everything.
     """
     stage, ranks, precision, count = strategy.zero_stage, strategy.world_size, strategy.precision_bytes, model.num_parameters
@@ -139,7 +154,7 @@ def state_bytes(model: ModelShape, strategy: Strategy) -> dict[str, int]:
     weights = 0 if strategy.parameter_offload else share(3) * precision
     states = {
         "weights": weights + (min(count, strategy.live_parameters or count) * precision if stage == 3 and ranks > 1 else 0),
-        "gradients": share(2) * precision,
+        "gradients": share(2) * (FP32 if stage >= FP32_SUMS_FROM_STAGE else precision),
         "optimizer": 0 if strategy.optimizer_offload else share(1) * ((2 * FP32 if has_master else 0) + 2 * FP32),
     }
     buckets = strategy.bucket_elements if strategy.on_gpu else min(strategy.bucket_elements, count)
@@ -198,20 +213,50 @@ def representation_bytes(model: ModelShape, strategy: Strategy, step: StepShape)
     return 2 * (rows + num_texts * model.hidden_size * FP32 + step.num_tokens * FP32) + step.num_tokens * 8
 
 
+def loss_needs_tiles(num_queries: int, num_columns: int, query_rows: int, num_passages: int) -> bool:
+    """Whether whole score matrices, or MaxSim's winners with them, would be too many to hold.
+
+    Args:
+        num_queries, num_passages: of one rank.
+        num_columns: passages of all ranks.
+        query_rows: multi-vector rows of all ranks' queries; 0 without that head.
+    """
+    return num_queries * num_columns > MATRIX_SCORES or query_rows * num_passages > WINNERS
+
+
+def texts_per_tile(rows_per_query: float) -> int:
+    """Texts per side of a tile, for queries of so many multi-vector rows on average; 0 without that head."""
+    return TILE_TEXTS if rows_per_query == 0 else max(1, min(TILE_TEXTS, int((TILE_WINNERS / max(1.0, rows_per_query)) ** 0.5)))
+
+
 def loss_bytes(model: ModelShape, strategy: Strategy, step: StepShape) -> dict[str, int]:
     """Peak of the loss over all ranks' passages: score matrices, MaxSim's winners and its backward pass, every rank's queries."""
     ranks, size, width = strategy.world_size, strategy.precision_bytes, model.row_width
-    pairs = step.num_queries * step.num_passages * ranks
-    pairs = min(pairs, MATRIX_SCORES) if step.tiled_loss else pairs
-    query_rows = step.num_queries * step.query_tokens * ranks
-    # one chunk of passages at a time: 4 · 2^20 numbers on a CPU, 4 · 2^26 on CUDA (megam3/scoring/maxsim.py)
-    chunk = (1 << 28 if strategy.on_gpu else 1 << 22) // width // max(1, step.passage_tokens)
-    backward = query_rows * min(step.num_passages, max(1, chunk)) * WINNER_BYTES
+    queries, passages, query_rows = step.num_queries, step.num_passages, step.num_queries * step.query_tokens * ranks
+    scores, rows, kept = queries * passages * ranks, query_rows, query_rows * passages
+    needs_tiles = loss_needs_tiles(queries, passages * ranks, query_rows, passages)
+    if step.loss_tiles == "always" or (step.loss_tiles == "auto" and needs_tiles):
+        side = texts_per_tile(step.query_tokens)
+        group = -(-passages // max(1, queries))
+        scores, rows = min(side, queries * ranks) * min(side, passages), min(side, queries * ranks) * step.query_tokens
+        passages = min(side, passages)
+        # the queries' own groups keep an ordinary graph, tiles only their own winners
+        kept = rows * passages + queries * step.query_tokens * min(step.num_passages, GROUP_TILE_TEXTS * group)
+    product = 1 << 26 if strategy.on_gpu else 1 << 20
     return {
-        "score matrices": pairs * SCORE_MATRICES * FP32,
-        "MaxSim": query_rows * step.num_passages * INT32 + backward + (1 << 28 if strategy.on_gpu else 1 << 22),
+        "score matrices": scores * SCORE_MATRICES * FP32,
+        "MaxSim": kept * INT32 + _maxsim_backward(strategy, rows, passages, step.passage_tokens, width) + product * FP32,
         "gathered queries": query_rows * width * ((size if ranks > 1 else 0) + 2 * FP32),
     }
+
+
+def _maxsim_backward(strategy: Strategy, query_rows: int, num_passages: int, passage_tokens: int, width: int) -> int:
+    """Pairs in work at a time, as megam3/scoring/maxsim.py cuts them: chunks of passages, and of query rows where those are widened."""
+    product = 1 << 26 if strategy.on_gpu else 1 << 20
+    held_rows = max(1, (product if strategy.on_gpu else 4 * product) // width)
+    texts = max(1, min(num_passages, held_rows // max(1, passage_tokens), product // max(1, query_rows)))
+    rows = query_rows if strategy.precision_bytes == FP32 else min(query_rows, held_rows)
+    return rows * texts * WINNER_BYTES
 
 
 def plan_memory(model: ModelShape, strategy: Strategy, step: StepShape, mixed_lengths: bool = True) -> MemoryPlan:

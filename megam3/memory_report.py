@@ -132,7 +132,7 @@ def _step(config: RunConfig, row: BatchRow, world_size: int) -> StepShape:
         group = data.passages_per_query
         queries = max(1, row.max_tokens_per_rank // (query_tokens + group * passage_tokens))
         passages = queries * group
-    return StepShape(queries, passages, query_tokens, passage_tokens, data.batch.chunk_tokens, config.objective.loss_tiles != "never")
+    return StepShape(queries, passages, query_tokens, passage_tokens, data.batch.chunk_tokens, config.objective.loss_tiles)
 
 
 def _on(flag: bool) -> str:

@@ -78,16 +78,17 @@ def test_one_layer_by_hand():
     assert layer_bytes(replace(shape, hidden_dropout=0.1), Strategy(), 10, 10) == 10 * (64 * 2 + 16 + 8 + 8)
 
 
-def test_model_states_equal_deepspeeds_estimators_at_stage_2_and_say_where_they_differ_at_3():
+def test_model_states_equal_deepspeeds_estimators_but_for_gradients_in_fp32():
     count, ranks = BGE_M3.num_parameters, 8
     states = state_bytes(BGE_M3, Strategy(zero_stage=2, world_size=ranks))
     _, wanted = estimate_zero2_model_states_mem_needs(count, num_gpus_per_node=ranks, cpu_offload=False)
-    assert sum(states.values()) == pytest.approx(wanted, rel=1e-6)
+    # it counts gradients in 16 bits; they are summed in 32
+    assert sum(states.values()) - 2 * count // ranks == pytest.approx(wanted, rel=1e-6)
     states = state_bytes(BGE_M3, Strategy(zero_stage=3, world_size=ranks, live_parameters=1))
     _, wanted, largest_layer = estimate_zero3_model_states_mem_needs(count, 0, num_gpus_per_node=ranks, cpu_offload=False)
     assert largest_layer == 0
-    # it leaves out one of the two 16-bit copies, weights or gradients; both are partitioned and both are there
-    assert sum(states.values()) - 2 * count // ranks == pytest.approx(wanted, rel=1e-6)
+    # it leaves out one of the two copies, weights or gradients; both are partitioned and both are there
+    assert sum(states.values()) - 4 * count // ranks == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -96,8 +97,8 @@ def test_model_states_equal_deepspeeds_estimators_at_stage_2_and_say_where_they_
         (Strategy(zero_stage=0, precision_bytes=4), 4 + 4 + 8),
         (Strategy(zero_stage=0), 2 + 2 + 4 + 4 + 8),
         (Strategy(zero_stage=1, world_size=4), 2 + 2 + 16 / 4),
-        (Strategy(zero_stage=2, world_size=4), 2 + 2 / 4 + 16 / 4),
-        (Strategy(zero_stage=3, world_size=4, optimizer_offload=True, parameter_offload=True, live_parameters=1), 2 / 4),
+        (Strategy(zero_stage=2, world_size=4), 2 + 4 / 4 + 16 / 4),
+        (Strategy(zero_stage=3, world_size=4, optimizer_offload=True, parameter_offload=True, live_parameters=1), 4 / 4),
     ],
 )
 def test_bytes_per_parameter_by_stage(strategy, per_parameter):

@@ -28,6 +28,7 @@ RECIPE_FIELDS = {
     "fp16": "engine.precision",
     "amp": "engine.precision",
     "torch_autocast": "engine.precision",
+    "data_types": "engine.precision",
     "activation_checkpointing": "engine.activation_checkpointing",
     "steps_per_print": "train.log_every_steps",
     "seed": "train.seed",
@@ -41,6 +42,10 @@ MEMORY_FIELDS = frozenset(
 
 DIAGNOSTIC_FIELDS = frozenset({"comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state"})
 """DeepSpeed fields that change what is printed, not what is computed."""
+
+FP32_SUMS_FROM_STAGE = 2
+"""ZeRO stage from which gradients of several backward passes are summed in fp32 under bf16. DeepSpeed's own default is the model's precision,
+in which the sum of a gradient cache's chunks stops growing at 256 times a chunk's share; stages 0 and 1 know nothing else."""
 
 Precision = Literal["bf16", "fp32"]
 
@@ -70,14 +75,30 @@ def build_deepspeed_config(
     path = find_template(config.engine.template, default_template_dir() if template_dir is None else Path(template_dir))
     template = read_template(path)
     raise_problems([*_foreign_fields(template, path), *_auto_values(template, path), *_partition_size(template, path, world_size)])
+    is_bf16 = resolve_precision(config.engine.precision, has_gpu) == "bf16"
+    sums_in_fp32 = is_bf16 and template.get("zero_optimization", {}).get("stage", 0) >= FP32_SUMS_FROM_STAGE
     return {
         **template,
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if sums_in_fp32 else {}),
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optim.clip_norm or 0.0,
-        "bf16": {"enabled": resolve_precision(config.engine.precision, has_gpu) == "bf16"},
+        "bf16": {"enabled": is_bf16},
     }
+
+
+def warn_of_bf16_sums(config: RunConfig, final: dict[str, Any]) -> str | None:
+    """What to say of a run that sums the gradients of several backward passes in bf16; None of any other."""
+    batch = config.data.batch
+    has_sums = batch.chunk_tokens is not None or batch.accumulation_steps > 1
+    if not has_sums or not final["bf16"]["enabled"] or "data_types" in final:
+        return None
+    template, field = config.engine.template, "chunk_tokens" if batch.chunk_tokens is not None else "accumulation_steps"
+    return (
+        f"engine.template = {template}: below ZeRO stage {FP32_SUMS_FROM_STAGE} DeepSpeed sums the gradients of a step in bf16, and"
+        f" data.batch.{field} makes many of them; use zero2 or zero3, which sum in fp32, or engine.precision=fp32"
+    )
 
 
 def find_template(name: str, template_dir: Path) -> Path:

@@ -9,13 +9,11 @@ from megam3.config.schema import UnifiedConfig
 from megam3.dist import comm
 from megam3.gradcache import cached_step
 from megam3.losses import LossTerms, TeacherGroups, resolve_weights, unified_loss
+from megam3.memory import loss_needs_tiles
 from megam3.objectives.base import Encoder
 from megam3.scoring.combine import RankCounts, count_over_ranks, score_global, score_heads
 from megam3.scoring.split import split_texts
 from megam3.tiled.loss import tiled_unified_loss
-
-WHOLE_MATRIX_SCORES = 1 << 26
-"""Scores of one head that are held at once before the loss goes over to tiles: 256 MB in fp32, and some ten such matrices live together."""
 
 
 class UnifiedObjective:
@@ -58,7 +56,8 @@ class UnifiedObjective:
     def _tiles(self, counts: RankCounts) -> bool:
         """Every rank decides by the same numbers, because the two losses talk differently."""
         if self._config.loss_tiles == "auto":
-            return max(counts.queries) * sum(counts.passages) > WHOLE_MATRIX_SCORES
+            query_rows = sum(counts.query_rows) if "multi_vector" in self._settings.heads else 0
+            return loss_needs_tiles(max(counts.queries), sum(counts.passages), query_rows, max(counts.passages))
         return self._config.loss_tiles == "always"
 
 

@@ -18,17 +18,11 @@ from megam3.candidates import Candidates
 from megam3.dist import comm
 from megam3.dist.gather import gather_rows
 from megam3.losses import LossSettings, LossTerms, assemble
+from megam3.memory import GROUP_TILE_TEXTS, texts_per_tile
 from megam3.scoring.combine import RankCounts, gather_queries
 from megam3.scoring.split import keep_heads, split_texts
 from megam3.teacher import TeacherGroups, kl_div_rows, m3_kd_rows, margin_mask
 from megam3.tiled.walk import Walk, outside_group
-
-TILE_TEXTS = 2048
-"""Queries and passages of a tile: 4 M scores, 16 MB each in fp32; some eight such tiles live at a time."""
-TILE_WINNERS = 1 << 24
-"""With the multi-vector head, bound on a tile's (query rows × passages), each of which keeps an int32 between its passes: 64 MB."""
-GROUP_TILE_TEXTS = 64
-"""Queries scored against their own groups at a time: 64 queries meet 64 groups, of which one each is kept."""
 
 
 def _tile_sizes(num_texts: int, size: int) -> list[int]:
@@ -38,10 +32,7 @@ def _tile_sizes(num_texts: int, size: int) -> list[int]:
 
 def _tile_texts(counts: RankCounts, settings: LossSettings) -> int:
     """Texts per side of a tile; the same on every rank."""
-    if "multi_vector" not in settings.heads:
-        return TILE_TEXTS
-    rows_per_query = sum(counts.query_rows) / max(1, sum(counts.queries))
-    return max(1, min(TILE_TEXTS, int((TILE_WINNERS / max(1.0, rows_per_query)) ** 0.5)))
+    return texts_per_tile(sum(counts.query_rows) / max(1, sum(counts.queries)) if "multi_vector" in settings.heads else 0)
 
 
 def _own_groups(walk: Walk, queries: Representations, passages: Representations) -> dict[str, Tensor]:
@@ -177,7 +168,7 @@ def tiled_unified_loss(
         counts: `count_over_ranks(queries, passages)`.
         distill: self-distillation on.
         teacher: as in `unified_loss`.
-        tile_texts: queries and passages of a tile; None: by TILE_TEXTS and TILE_WINNERS.
+        tile_texts: queries and passages of a tile; None: `megam3.memory.texts_per_tile`.
     """
     tile_texts = tile_texts or _tile_texts(counts, settings)
     distill = distill and bool(settings.distilled)

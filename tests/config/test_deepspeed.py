@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megam3.config.deepspeed import build_deepspeed_config, default_template_dir, find_template, resolve_precision
+from megam3.config.deepspeed import build_deepspeed_config, default_template_dir, find_template, resolve_precision, warn_of_bf16_sums
 from megam3.errors import ConfigError
 from tests.recipes import make_config
 
@@ -38,6 +38,7 @@ def test_final_dictionary(name: str) -> None:
     assert config["train_micro_batch_size_per_gpu"] == config["gradient_accumulation_steps"] == 1
     assert config["gradient_clipping"] == 2.5
     assert config["bf16"] == {"enabled": True}
+    assert config.get("data_types") == ({"grad_accum_dtype": "fp32"} if STAGES[name] >= 2 else None)
     assert "optimizer" not in config
     assert "scheduler" not in config
 
@@ -70,6 +71,21 @@ def test_precision() -> None:
     assert build_deepspeed_config(make_config(), 1, has_gpu=True)["bf16"] == {"enabled": True}
 
 
+def test_sums_of_gradients_in_bf16_are_warned_of() -> None:
+    def warning(template: str, **changes: Any) -> str | None:
+        config = make_config(engine__template=template, engine__precision="bf16", **changes)
+        return warn_of_bf16_sums(config, build_deepspeed_config(config, 8))
+
+    assert warning("zero1", data__batch__chunk_tokens=8192) == (
+        "engine.template = zero1: below ZeRO stage 2 DeepSpeed sums the gradients of a step in bf16, and data.batch.chunk_tokens makes"
+        " many of them; use zero2 or zero3, which sum in fp32, or engine.precision=fp32"
+    )
+    assert "data.batch.accumulation_steps makes" in str(warning("zero1", data__batch__accumulation_steps=4))
+    assert warning("zero1") is None
+    assert warning("zero2", data__batch__chunk_tokens=8192) is None
+    assert warning("zero1", data__batch__chunk_tokens=8192, engine__precision="fp32") is None
+
+
 @pytest.mark.parametrize(
     ("key", "value", "field"),
     [
@@ -77,6 +93,7 @@ def test_precision() -> None:
         ("gradient_clipping", 1.0, "optim.clip_norm"),
         ("bf16", {"enabled": True}, "engine.precision"),
         ("fp16", {"enabled": True}, "engine.precision"),
+        ("data_types", {"grad_accum_dtype": "bf16"}, "engine.precision"),
         ("optimizer", {"type": "AdamW"}, "optim"),
         ("scheduler", {"type": "WarmupLR"}, "optim.schedule"),
         ("activation_checkpointing", {}, "engine.activation_checkpointing"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megam3.batch import Progress
+from megam3.config.deepspeed import FP32_SUMS_FROM_STAGE
 from megam3.config.schema import ModelConfig, OptimConfig, UnifiedConfig
 from megam3.dist import comm
 from megam3.engine.activations import ActivationMemory
@@ -35,6 +36,7 @@ def ds_config(stage: int, *, bf16: bool = False) -> dict:
         "zero_optimization": {"stage": stage},
         "gradient_clipping": OPTIM.clip_norm,
         "bf16": {"enabled": bf16},
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and stage >= FP32_SUMS_FROM_STAGE else {}),
     }
 
 
@@ -197,6 +199,25 @@ def _weights(engine: Engine) -> list[torch.Tensor]:
 def test_a_nonfinite_or_dropped_gradient_leaves_every_weight_untouched(folder):
     for seen in run_ranks(_poisoned_steps, 2, folder):
         assert seen == [[True, True, True, True, True]] * 4
+
+
+def _norms_of_one_and_of_many_passes(folder: str, stage: int) -> list[float]:
+    engine, texts = make_engine(folder, stage, bf16=True), batch_of(make_groups(2)).texts
+    norms = []
+    for passes in (1, 400):
+        with engine.step_scope():
+            for index in range(passes):
+                engine.backward(engine.encode(texts).dense_ND.float()[:, 0].sum() / passes, index == passes - 1)
+        norms.append(engine.update(0, drop=True).grad_norm)
+    return norms
+
+
+@pytest.mark.ranks
+def test_many_small_gradients_add_up_under_bf16(folder):
+    """In bf16 a sum of equal terms stops growing at the 256th."""
+    for stage in (2, 3):
+        for one, many in run_ranks(_norms_of_one_and_of_many_passes, 2, folder, stage):
+            assert many == pytest.approx(one, rel=0.01)
 
 
 def test_checkpointing_an_encoder_without_layers_is_refused():
