@@ -209,35 +209,45 @@ def gradient_cache(repeats: int) -> list[Setting]:
 
 
 def ranks(repeats: int) -> list[Setting]:
-    """(g) two ranks against one, the same work a rank, one core a rank; the global batch, and with it the loss, is twice as large."""
+    """(g) two ranks against one, the same work and one core a rank; beside them two runs of one rank, which share the machine alone."""
     size = ModelSize(SMALL_VOCABULARY, 4, 256)
     texts = Texts(equal_lengths(4, 64), equal_lengths(8, 512), size.vocab_size)
     settings = []
     for stage in (0, 1):
-        spec = spec_of(size, texts, one_core_a_rank=True, threads=1, stage=stage)
-        sides = [ours(f"{n}-ranks", "megam3_step", {**spec, "world_size": n}) for n in (1, 2)]
-        one, two = measured = run_interleaved(f"ranks-zero{stage}", sides, repeats)
+        spec = spec_of(size, texts, threads=1, stage=stage)
+        cases = [("one-rank", 1, True), ("two-ranks", 2, True), ("two-runs", 2, False)]
+        sides = [ours(name, "megam3_step", {**spec, "num_processes": count, "talk": talk}) for name, count, talk in cases]
+        one, two, apart = measured = run_interleaved(f"ranks-zero{stage}", sides, repeats)
         findings = speed_finding(f"two ranks, share of linear, ZeRO {stage}", one, two, Budget(">=", 0.85))
+        findings += speed_finding("two runs of one rank at once, share of linear", one, apart, None)
+        findings += speed_finding("two ranks / two runs of one rank at once", apart, two, None)
         settings.append(Setting(f"equal lengths 512, {size.label}, ZeRO {stage}", _tokens(texts), measured, findings))
     return settings
 
 
 def peak_share(repeats: int) -> list[Setting]:
-    """(h) share of the matmul peak, measured right before each pass, that the packed encoder reaches."""
+    """(h) share of the matmul peak, measured before and after each pass, that the packed encoder and transformers' own reach."""
     settings = []
     for hidden, layers, count, bound in ((1024, 2, 4, 0.90), (384, 4, 8, 0.75)):
         size = ModelSize(SMALL_VOCABULARY, layers, hidden)
         texts = Texts((), equal_lengths(count, 512), size.vocab_size)
-        (measured,) = run_interleaved(
-            f"peak-{hidden}", [ours("packed", "encoder", spec_of(size, texts, layout="packed", peak=True))], repeats
-        )
-        shares = sorted(sample["peak_share"] for sample in measured.samples)
-        median = measured.median("peak_share")
-        finding = Finding(
-            f"share of the matmul peak, hidden {hidden}", median, f"{median:.0%} ({shares[0]:.0%}–{shares[-1]:.0%})", Budget(">=", bound)
-        )
-        settings.append(Setting(f"equal lengths 512, {size.label}", _tokens(texts), [measured], [finding]))
+        for threads in (1, None):
+            spec = spec_of(size, texts, peak=True, threads=threads)
+            sides = [ours(layout, "encoder", {**spec, "layout": layout}) for layout in ("packed", "padded")]
+            measured = run_interleaved(f"peak-{hidden}-{threads or 'all'}", sides, repeats)
+            on = f"hidden {hidden}, {'one thread' if threads else 'all threads'}"
+            findings = [_peak_finding(f"share of the matmul peak, {on}", measured[0], Budget(">=", bound))]
+            findings += [_peak_finding(f"the same, {on}, transformers' own padded model", measured[1], None)]
+            settings.append(Setting(f"equal lengths 512, {size.label}, {on}", _tokens(texts), measured, findings))
     return settings
+
+
+def _peak_finding(what: str, measured: Measured, budget: Budget | None) -> Finding:
+    shares = sorted(sample["peak_share"] for sample in measured.samples)
+    # the fastest pass over the fastest product: what is left when the machine's bad moments are taken out of both
+    best = min(s["peak_share"] * s["seconds"] for s in measured.samples) / min(s["seconds"] for s in measured.samples)
+    median = measured.median("peak_share")
+    return Finding(what, median, f"{median:.0%} ({shares[0]:.0%}–{shares[-1]:.0%}); best pass over best product {best:.0%}", budget)
 
 
 def long_step(repeats: int) -> list[Setting]:

@@ -33,4 +33,3 @@ def draw(folder: Path) -> None:
 def _margin(finding: dict) -> float:
     sign, bound = finding["budget"].split()
     return finding["value"] / float(bound) if sign == "≥" else float(bound) / finding["value"]
-

@@ -18,20 +18,24 @@ def own_rank() -> int:
     return int(os.environ.get(RANK, "0"))
 
 
-def meet(module: str, rank: int, world_size: int) -> list[subprocess.Popen]:
-    """Join the group of `benchmarks.sides.MODULE`, whose spec argv[1] names; on rank 0, the processes of the other ranks."""
+def meet(module: str, rank: int, num_processes: int, talk: bool = True) -> list[subprocess.Popen]:
+    """Join the group of `benchmarks.sides.MODULE`, whose spec argv[1] names; on rank 0, the processes of the other ranks.
+
+    talk: False: there is no group, the processes only run at the same time. What they lose, the machine takes.
+    """
     others = []
     if rank == 0:
         store = os.path.join(tempfile.mkdtemp(), "store")
         cores = sorted(os.sched_getaffinity(0))
-        for other in range(world_size - 1, -1, -1):
+        for other in range(num_processes - 1, -1, -1):
             os.environ.update({RANK: str(other), CORE: str(cores[other % len(cores)]), STORE: store})
             if other:
                 command = [sys.executable, "-m", f"benchmarks.sides.{module}", sys.argv[1]]
                 others.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1))
     os.sched_setaffinity(0, {int(os.environ[CORE])})
     os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group("gloo", init_method=f"file://{os.environ[STORE]}", rank=rank, world_size=world_size)
+    if talk:
+        dist.init_process_group("gloo", init_method=f"file://{os.environ[STORE]}", rank=rank, world_size=num_processes)
     return others
 
 

@@ -142,8 +142,9 @@ class MemoryPlan:
 def state_bytes(model: ModelShape, strategy: Strategy) -> dict[str, int]:
     """Model states on the device of one rank (arXiv 1910.02054, section 3, and DeepSpeed's buffers).
 
-    Per parameter: weight and gradient in the model's precision (partitioned gradients are summed in fp32), fp32 master (every stage but 0 in fp32 keeps one), two fp32 moments, and an
-    fp32 gradient while AdamW runs. Stage 1 shares the fp32 part, stage 2 gradients too, stage 3 everything.
+    Per parameter: weight and gradient in the model's precision (from stage 2 on gradients are summed in fp32), fp32 master (every stage
+    but 0 in fp32 keeps one), two fp32 moments, and an fp32 gradient while AdamW runs. Stage 1 shares the fp32 part, stage 2 gradients too,
+    stage 3 everything.
     """
     stage, ranks, precision, count = strategy.zero_stage, strategy.world_size, strategy.precision_bytes, model.num_parameters
 

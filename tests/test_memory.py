@@ -11,7 +11,19 @@ from transformers import XLMRobertaConfig, XLMRobertaModel
 from megam3.batch import pack_texts
 from megam3.config.schema import ModelConfig
 from megam3.engine.activations import ActivationMemory
-from megam3.memory import ModelShape, StepShape, Strategy, activation_bytes, largest_chunk, layer_bytes, plan_memory, remedies, state_bytes
+from megam3.memory import (
+    ModelShape,
+    StepShape,
+    Strategy,
+    activation_bytes,
+    largest_chunk,
+    layer_bytes,
+    loss_bytes,
+    loss_needs_tiles,
+    plan_memory,
+    remedies,
+    state_bytes,
+)
 from megam3.model.m3 import M3Model, represent
 from megam3.model.pretrained import load_m3
 from tests.factory import make_tiny_model_folder, random_token_ids
@@ -135,3 +147,15 @@ def test_remedies_name_the_cheapest_settings_that_fit():
     names = [name for name, _ in remedies(BGE_M3, plain, long, 8 * GIB)]
     assert names == ["engine.activation_checkpointing=true"]
     assert remedies(BGE_M3, plain, long, GIB // 4) == []
+
+
+def test_a_loss_in_tiles_holds_the_winners_of_one_tile():
+    # 4 Mi query rows of all ranks × 288 passages: more winners than are held whole
+    step = StepShape(num_queries=1024, num_passages=288, query_tokens=512, passage_tokens=64, chunk_tokens=65_536)
+    strategy = Strategy(zero_stage=3, world_size=8)
+    whole, tiled = (sum(loss_bytes(BGE_M3, strategy, replace(step, loss_tiles=mode)).values()) for mode in ("never", "auto"))
+    gathered = 1024 * 512 * 8 * 1024 * (2 + 8)
+    assert whole - gathered > 4 * 1024 * 512 * 8 * 288
+    assert tiled - gathered < GIB
+    assert loss_needs_tiles(1024, 288 * 8, 1024 * 512 * 8, 288)
+    assert not loss_needs_tiles(1024, 288 * 8, 0, 288)

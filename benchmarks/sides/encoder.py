@@ -48,8 +48,8 @@ def build(spec: dict) -> Step:
         loss = sum((part @ weights_D).square().sum() for part in hidden)
         loss.backward()
         seconds = time.perf_counter() - started
-        figures = {"seconds": seconds, "loss": float(loss)}
-        return {**figures, "peak_share": flops / seconds / peak} if peak else figures
+        figures = {"seconds": seconds, "loss": float(loss.detach())}
+        return {**figures, "peak_share": flops / seconds / max(peak, measure_matmul_peak())} if peak else figures
 
     return step
 

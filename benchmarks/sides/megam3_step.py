@@ -1,7 +1,7 @@
 """One megam3 training step (forward, loss, backward, clipping, AdamW) through its own objective and engine; several ranks on request.
 
-Spec: model_folder, texts; optional chunk_tokens (gradient cache), checkpointing, threads, stage; world_size with
-one_core_a_rank (every rank has the same amount of work).
+Spec: model_folder, texts; optional chunk_tokens (gradient cache), checkpointing, threads, stage; num_processes, each on one core and with
+the same amount of work: ranks of one run or, without `talk`, runs of one rank each.
 """
 
 import os
@@ -60,9 +60,10 @@ def make_engine(spec: dict, world_size: int) -> Engine:
 
 def build(spec: dict) -> Step:
     """See the module's docstring."""
-    rank, world_size = own_rank(), spec.get("world_size", 1)
+    rank, num_processes, talk = own_rank(), spec.get("num_processes", 0), spec.get("talk", True)
     os.environ.setdefault("LOCAL_RANK", "0")
-    other_ranks = meet("megam3_step", rank, world_size) if spec.get("one_core_a_rank") else []
+    other_ranks = meet("megam3_step", rank, num_processes, talk) if num_processes else []
+    world_size = num_processes if num_processes and talk else 1
     engine, batch = make_engine(spec, world_size), make_batch(spec["model_folder"], spec["texts"], rank)
     objective = UnifiedObjective(UnifiedConfig(), spec.get("chunk_tokens"))
     steps_done = 0

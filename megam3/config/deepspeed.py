@@ -44,8 +44,8 @@ DIAGNOSTIC_FIELDS = frozenset({"comms_logger", "flops_profiler", "wall_clock_bre
 """DeepSpeed fields that change what is printed, not what is computed."""
 
 FP32_SUMS_FROM_STAGE = 2
-"""ZeRO stage from which gradients of several backward passes are summed in fp32 under bf16. DeepSpeed's own default is the model's precision,
-in which the sum of a gradient cache's chunks stops growing at 256 times a chunk's share; stages 0 and 1 know nothing else."""
+"""ZeRO stage from which the gradients of several backward passes are summed in fp32 under bf16. DeepSpeed's own default is the model's
+precision, in which a sum of equal terms stops growing at the 256th; stages 0 and 1 know nothing else."""
 
 Precision = Literal["bf16", "fp32"]
 

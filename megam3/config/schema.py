@@ -157,7 +157,8 @@ class UnifiedConfig(Section):
     maxsim: Literal["mean", "sum"] = "mean"
     """Mean over query tokens (the paper) or plain sum (ColBERT)."""
     loss_tiles: Literal["auto", "always", "never"] = "auto"
-    """Compute the loss in tiles, without a score matrix: exact, about twice the scoring time; auto: past 64 M scores a head, or 4 GB of MaxSim winners."""
+    """Compute the loss in tiles, without a score matrix: exact, about twice the scoring time; auto: past 64 M scores a head, or 4 GB of
+    MaxSim's winners."""
     mask_false_negatives: bool = True
     """Leave out columns whose text equals the query's positive."""
     false_negative_margin: float | None = None

@@ -73,7 +73,7 @@ def test_precision() -> None:
 
 def test_sums_of_gradients_in_bf16_are_warned_of() -> None:
     def warning(template: str, **changes: Any) -> str | None:
-        config = make_config(engine__template=template, engine__precision="bf16", **changes)
+        config = make_config(**{"engine__template": template, "engine__precision": "bf16", **changes})
         return warn_of_bf16_sums(config, build_deepspeed_config(config, 8))
 
     assert warning("zero1", data__batch__chunk_tokens=8192) == (

@@ -4,12 +4,15 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
+from megam3 import memory
 from megam3.batch import Progress
 from megam3.config.schema import ModelConfig, UnifiedConfig
 from megam3.dist import comm
 from megam3.model.m3 import represent
 from megam3.model.pretrained import load_m3
+from megam3.objectives import unified
 from megam3.objectives.unified import UnifiedObjective, spread
+from megam3.tiled.loss import tiled_unified_loss
 from tests.batches import batch_of, make_groups
 from tests.factory import make_tiny_model_folder
 from tests.ranks import run_ranks
@@ -132,3 +135,20 @@ def test_spread_is_zero_for_equal_vectors_and_one_for_opposite_ones():
     one = torch.nn.functional.normalize(torch.randn(8), dim=0)
     assert float(spread(one.expand(5, 8))) == pytest.approx(0.0, abs=1e-6)
     assert float(spread(torch.stack([one, -one]))) == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("limit", "tiled"), [("MATRIX_SCORES", True), ("WINNERS", True), (None, False)])
+def test_tiles_are_taken_where_scores_or_winners_would_be_too_many(folder, monkeypatch, limit, tiled):
+    taken = []
+
+    def spy(*arguments):
+        taken.append(True)
+        return tiled_unified_loss(*arguments)
+
+    monkeypatch.setattr(unified, "tiled_unified_loss", spy)
+    whole = _run(folder, True, 5, None)["total"]
+    assert not taken
+    if limit:
+        monkeypatch.setattr(memory, limit, 1)
+    assert _run(folder, True, 5, None)["total"] == pytest.approx(whole, rel=1e-5)
+    assert bool(taken) == tiled
