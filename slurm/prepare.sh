@@ -1,20 +1,30 @@
-#!/bin/bash
+#!/usr/bin/env bash
 # Tokenise a recipe's data with an array of jobs that share the work without talking to each other:
 #
-#   sbatch --array=0-15 slurm/prepare.sh unified data.store_dir=/scratch/store
+#   sbatch --array=0-15 --cpus-per-task=16 slurm/prepare.sh RECIPE data.store_dir=/scratch/store [key=value…]
 #
 # Any task may be killed and requeued: it continues where it stopped. The task that finds all units complete finishes the store.
+# Submit from the top of the checkout: relative paths in a recipe start there. Site settings are in slurm/env.sh.
 #SBATCH --job-name=megam3-prepare
-#SBATCH --ntasks=1
-#SBATCH --cpus-per-task=16
-#SBATCH --time=12:00:00
 #SBATCH --requeue
-set -euo pipefail
-# a batch script runs from the scheduler's spool folder: its own folder is where the job was submitted from
-root="${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}"
-if [[ -f "$root/slurm/env.sh" ]]; then source "$root/slurm/env.sh"; fi
-task="${SLURM_ARRAY_TASK_ID:-0}"
-first="${SLURM_ARRAY_TASK_MIN:-0}"
-count="${SLURM_ARRAY_TASK_COUNT:-1}"
-step="${SLURM_ARRAY_TASK_STEP:-1}"
-exec megam3 prepare "$@" --shard "$(((task - first) / step))/$count" --processes "${SLURM_CPUS_PER_TASK:-1}"
+#SBATCH --open-mode=append
+#SBATCH --output=megam3-prepare-%A-%a.log
+#SBATCH --ntasks=1
+set -uo pipefail
+
+if [ $# -lt 1 ]; then
+  echo 'slurm/prepare.sh: a recipe is required: sbatch --array=0-15 slurm/prepare.sh RECIPE [key=value…]' >&2
+  exit 2
+fi
+# Slurm runs a copy of this file in a folder of its own, so its neighbours are found from where the job was submitted
+cd "${SLURM_SUBMIT_DIR:?run this with sbatch}" || exit 2
+. "${MEGAM3_SLURM_ENV:-slurm/env.sh}" || exit 2
+python=$MEGAM3_VENV/bin/python
+if [ ! -x "$python" ]; then
+  echo "slurm/prepare.sh: no $python: run make once, or set MEGAM3_VENV to an environment with megam3" >&2
+  exit 2
+fi
+
+# an array need not start at 0 nor count by 1: --array=8-14:2 is four tasks
+task=$(((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}) / ${SLURM_ARRAY_TASK_STEP:-1}))
+exec "$python" -u tools/prepare_data.py "$@" --shard "$task/${SLURM_ARRAY_TASK_COUNT:-1}" --processes "${SLURM_CPUS_PER_TASK:-1}"

@@ -1,4 +1,4 @@
-"""Tokenise a recipe's data into its store: the same as `megam3 prepare` (megam3/prepare.py)."""
+"""Tokenise a recipe's data into its store: the same as `megam3 prepare` (megam3/commands/prepare.py)."""
 
 import sys
 

@@ -58,7 +58,8 @@ def main(argv: Sequence[str]) -> int:
         print(store_report(manifest))
     if len(manifests) == len(config.data.train):
         picture = store_dir / "lengths.png"
-        print(f"store: {store_dir}" + (f", picture: {picture}" if draw_histogram(manifests, picture) else ""))
+        draw_histogram(manifests, picture)
+        print(f"store: {store_dir}, picture: {picture}")
     else:
         print(f"store: {store_dir}: {len(config.data.train) - len(manifests)} datasets wait for units of other tasks")
     return 0

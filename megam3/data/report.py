@@ -40,13 +40,11 @@ def store_report(manifest: dict) -> str:
     return "\n".join(lines)
 
 
-def draw_histogram(manifests: Sequence[dict], path: Path) -> bool:
-    """Write the length histograms as a picture; False when matplotlib is not installed."""
-    try:
-        # optional: a preparation node has no other use for it
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
+def draw_histogram(manifests: Sequence[dict], path: Path) -> None:
+    """Write the length histograms of finished datasets as a picture (PNG)."""
+    # half a second that no other use of this module shall pay
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 4.5))
     axes = figure.subplots()
     for manifest in manifests:
@@ -56,7 +54,6 @@ def draw_histogram(manifests: Sequence[dict], path: Path) -> bool:
     axes.legend()
     figure.tight_layout()
     figure.savefig(path)
-    return True
 
 
 @dataclass(frozen=True)

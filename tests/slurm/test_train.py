@@ -7,13 +7,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.launches import make_workplace
-from tests.slurm_cluster import Cluster, missing_for_slurm, slurm_cluster
+from tests.slurm_cluster import Cluster, missing_for_slurm
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_slurm = pytest.mark.skipif(bool(missing_for_slurm()), reason=missing_for_slurm() or "Slurm is here")
@@ -50,12 +49,6 @@ if "wait" in sys.argv and restart == 0:
     sys.exit(85)
 sys.exit(7 if "fail" in sys.argv and info.rank == 1 else 0)
 """
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as running:
-        yield running
 
 
 def submit(cluster: Cluster, out: Path, *arguments: str, **environ: str) -> str:
