@@ -86,7 +86,7 @@ def train(run: Run, stop: "StopSignal") -> int:
         metrics = stack.enter_context(MetricsWriter(run.run_dir, progress.step)) if comm.is_main() else None
         bar = stack.enter_context(TrainingProgress(run.total_steps, progress.step, settings.log_every_steps)) if comm.is_main() else None
         clock, is_stopped = StepClock(run.matmul_peak), False
-        for batches in run.data.batches(comm.rank(), comm.world_size(), progress.step, run.total_steps):
+        for batches in clock.waiting_for(run.data.batches(comm.rank(), comm.world_size(), progress.step, run.total_steps)):
             report = run_step(run, batches, progress, stop.requested)
             result = run.engine.update(progress.step, drop=bool(report.nonfinite))
             check_finite(run.config.engine.on_nonfinite, report, result, progress.step)
@@ -210,6 +210,7 @@ def _log_values(run: Run, report: StepReport, result: StepResult, clock: StepClo
         "optim/lr": result.lr,
         "speed/tokens_per_second": speed.tokens_per_second,
         "speed/matmul_peak_share": speed.peak_share or 0.0,
+        "speed/data_wait_share": speed.data_wait_share,
         "memory/peak_bytes": float(peak_memory_bytes(run.engine.device)),
         "data/samples": float(report.num_samples),
         "data/tokens": float(report.num_tokens),

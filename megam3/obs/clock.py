@@ -5,10 +5,13 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ class Speed:
     tokens_per_second: float
     peak_share: float | None
     """Model FLOPs per second of one rank over the matmul peak of its device; None when the peak was not measured."""
+    data_wait_share: float
+    """Part of the time in which the training loop waited for its next batch."""
 
 
 class StepClock:
@@ -86,7 +91,18 @@ class StepClock:
 
     def __init__(self, peak_flops_per_second: float | None = None):
         self._peak = peak_flops_per_second
-        self._tokens, self._flops, self._started = 0, 0, time.perf_counter()
+        self._tokens, self._flops, self._waited, self._started = 0, 0, 0.0, time.perf_counter()
+
+    def waiting_for(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """The same batches, none of which is None; the time until each one is there counts as waiting."""
+        iterator = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            item = next(iterator, None)
+            self._waited += time.perf_counter() - asked
+            if item is None:
+                return
+            yield item
 
     def add(self, num_tokens: int, flops: int = 0) -> None:
         """Count work done since the last reading: `num_tokens` over all ranks, `flops` of this rank."""
@@ -98,6 +114,6 @@ class StepClock:
         now = time.perf_counter()
         seconds = max(now - self._started, 1e-9)
         share = self._flops / seconds / self._peak if self._peak else None
-        speed = Speed(seconds, self._tokens / seconds, share)
-        self._tokens, self._flops, self._started = 0, 0, now
+        speed = Speed(seconds, self._tokens / seconds, share, self._waited / seconds)
+        self._tokens, self._flops, self._waited, self._started = 0, 0, 0.0, now
         return speed

@@ -43,6 +43,26 @@ def test_clock_reads_a_window_and_starts_a_new_one(monkeypatch):
     assert StepClock().read().peak_share is None
 
 
+def test_waiting_for_data_is_part_of_the_window(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("megam3.obs.clock.time.perf_counter", lambda: now[0])
+
+    def batches():
+        for number in range(3):
+            now[0] += 0.25  # to make a batch
+            yield number
+
+    clock, seen = StepClock(), []
+    for number in clock.waiting_for(batches()):
+        seen.append(number)
+        now[0] += 0.75  # to train on it
+    speed = clock.read()
+    assert seen == [0, 1, 2]
+    assert (speed.seconds, speed.data_wait_share) == (3.0, 0.25)
+    now[0] = 4.0
+    assert clock.read().data_wait_share == 0.0
+
+
 def test_peak_and_memory_are_positive():
     assert measure_matmul_peak(size=64, min_seconds=0.01) > 0
     before = peak_memory_bytes()
