@@ -10,14 +10,17 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 
 from megam3.batch import Progress
 from megam3.config.schema import ModelConfig, OptimConfig, UnifiedConfig
+from megam3.dist import comm
+from megam3.dist.env import discover_ranks, free_port
 from megam3.engine.activations import ActivationMemory
-from megam3.engine.deepspeed import Engine, join
+from megam3.engine.deepspeed import Engine, join, model_construction
 from megam3.memory import ModelShape, StepShape, Strategy, plan_memory
 from megam3.model.pretrained import load_m3
 from megam3.objectives.unified import UnifiedObjective
@@ -35,17 +38,37 @@ DEFAULTS = {
     "checkpointing": False,
     "dropout": 0.0,
     "zero_stage": 0,
+    "world_size": 1,
 }
 
 
-def probe(changes: list[dict]) -> list[dict]:
-    """Run each case of `changes` to DEFAULTS in a fresh process; planned and measured bytes beyond what was resident before its model."""
+def probe(changes: list[dict], world_size: int = 1) -> list[dict]:
+    """Run the cases of `changes` to DEFAULTS in fresh processes; bytes rank 0 planned, and held beyond what it had before its model."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    environment |= {"DS_ACCELERATOR": "cpu", "MALLOC_ARENA_MAX": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    command = [sys.executable, "-m", "tests.memory_probe", json.dumps([{**DEFAULTS, **change} for change in changes])]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).resolve().parents[1])
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    environment |= {"DS_ACCELERATOR": "cpu", "MALLOC_ARENA_MAX": "1", "WORLD_SIZE": str(world_size)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryDirectory() as folder:
+        cases = []
+        for number, change in enumerate(changes):
+            spec = {**DEFAULTS, **change, "world_size": world_size, "folder": f"{folder}/{number}"}
+            sizes = {"hidden_size": spec["hidden_size"], "num_layers": spec["num_layers"], "num_heads": 4, "dropout": spec["dropout"]}
+            make_tiny_model_folder(Path(spec["folder"]), **sizes)
+            cases.append(spec)
+        command, place = [sys.executable, "-m", "tests.memory_probe", json.dumps(cases)], Path(__file__).resolve().parents[1]
+        ranks = []
+        for rank in map(str, range(world_size)):
+            own = environment | {"RANK": rank, "LOCAL_RANK": rank}
+            ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=own, cwd=place))
+        # a rank that fails must not leave the others waiting for it in a collective
+        while any(process.poll() is None for process in ranks) and not any(process.poll() for process in ranks):
+            time.sleep(0.1)
+        failed = any(process.poll() for process in ranks)
+        for process in ranks if failed else []:
+            process.kill()
+        outputs = [process.communicate()[0] for process in ranks]
+        errors.seek(0)
+        assert not failed, errors.read()
+    return json.loads(outputs[0].splitlines()[-1])
 
 
 def _resident(key: str) -> int:
@@ -59,22 +82,27 @@ def _groups(spec: dict, seed: int) -> list:
 
 def main(spec: dict) -> dict:
     """Two steps (the second has AdamW's moments), measured from before the model is loaded."""
-    gc.collect()
-    with tempfile.TemporaryDirectory() as folder:
-        sizes = {"hidden_size": spec["hidden_size"], "num_layers": spec["num_layers"], "num_heads": 4, "dropout": spec["dropout"]}
-        make_tiny_model_folder(Path(folder) / "tiny", **sizes)
-        torch.ones(256, 256) @ torch.ones(256, 256)  # the math library's own buffers
-        before = _resident("VmRSS")
-        model = load_m3(f"{folder}/tiny", ModelConfig(path=folder))
-    activations = ActivationMemory(model, spec["checkpointing"], False)
     zero = {"stage": spec["zero_stage"], "reduce_bucket_size": 1000, "allgather_bucket_size": 1000}
-    ds_config = {"train_batch_size": 1, "zero_allow_untested_optimizer": True, "zero_optimization": zero, "bf16": {"enabled": False}}
-    engine = Engine(model, OptimConfig(lr=1e-4), {**ds_config, "gradient_clipping": 1.0}, torch.device("cpu"), 4, activations)
+    ds_config = {
+        "train_batch_size": spec["world_size"],
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+        "bf16": {"enabled": False},
+        "gradient_clipping": 1.0,
+    }
+    gc.collect()
+    torch.ones(256, 256) @ torch.ones(256, 256)  # the math library's own buffers
+    before = _resident("VmRSS")
+    with model_construction(ds_config):
+        model = load_m3(spec["folder"], ModelConfig(path=spec["folder"]))
+    activations = ActivationMemory(model, spec["checkpointing"], False)
+    engine = Engine(model, OptimConfig(lr=1e-4), ds_config, torch.device("cpu"), 4, activations)
     objective, peaks = UnifiedObjective(UnifiedConfig(), spec["chunk_tokens"]), []
     for step in range(2):
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         with engine.step_scope(), engine.accumulation(0, 1):
-            objective.run(engine, batch_of(_groups(spec, 100 * step)), Progress(step))
+            objective.run(engine, batch_of(_groups(spec, 100 * step + 10 * comm.rank())), Progress(step))
         peaks.append(_resident("VmHWM") - before)
         engine.update(step)
     config = model.encoder.config
@@ -88,8 +116,8 @@ def main(spec: dict) -> dict:
         hidden_dropout=spec["dropout"],
         attention_dropout=spec["dropout"],
     )
-    assert shape.num_parameters == sum(p.numel() for p in model.parameters())
-    strategy = Strategy(spec["zero_stage"], 1, 4, spec["checkpointing"], bucket_elements=1000, on_gpu=False)
+    assert shape.num_parameters == sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    strategy = Strategy(spec["zero_stage"], spec["world_size"], 4, spec["checkpointing"], bucket_elements=1000, on_gpu=False)
     num_passages = spec["num_queries"] * spec["passages_per_query"]
     work = StepShape(spec["num_queries"], num_passages, spec["query_tokens"], spec["passage_tokens"], spec["chunk_tokens"])
     plan = plan_memory(shape, strategy, work)
@@ -97,6 +125,7 @@ def main(spec: dict) -> dict:
 
 
 if __name__ == "__main__":
+    comm.start(discover_ranks(os.environ), "gloo")
     join(torch.device("cpu"))
     torch.set_num_threads(1)
     print(json.dumps([main(spec) for spec in json.loads(sys.argv[1])]))

@@ -99,3 +99,12 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak():
     ]
     for case, result in zip(cases, probe(cases), strict=True):
         assert result["planned"] == pytest.approx(result["measured"], rel=0.15), (case, result)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_the_plan_of_two_ranks_is_within_15_percent_of_the_measured_peak():
+    saving = {"hidden_size": 512, "checkpointing": True, "chunk_tokens": 1024}
+    cases = [{**saving, "zero_stage": stage} for stage in (1, 2, 3)]
+    for case, result in zip(cases, probe(cases, world_size=2), strict=True):
+        assert result["planned"] == pytest.approx(result["measured"], rel=0.15), (case, result)

@@ -27,6 +27,31 @@ def test_any_position_alone_goes_where_it_goes_in_company(size, key, data):
     assert ((together >= 0) & (together < size)).all()
 
 
+def in_plain_integers(position: int, size: int, key: int) -> int:
+    """Six rounds of xor with a hash of the other half, walked until below `size`; Python's integers know no types and no overflow."""
+    word, bits = 2**64, (size - 1).bit_length()
+    halves = [bits // 2, bits - bits // 2]
+    while True:
+        low, high = position % 2 ** halves[0], position >> halves[0]
+        for number in range(6):
+            mixed = ((low if number % 2 == 0 else high) + key + number * 0x9E3779B97F4A7C15) % word * 0xFF51AFD7ED558CCD % word
+            mixed = (mixed ^ mixed >> 32) * 0xC4CEB9FE1A85EC53 % word >> 29
+            if number % 2 == 0:
+                high ^= mixed % 2 ** halves[1]
+            else:
+                low ^= mixed % 2 ** halves[0]
+        position = (high << halves[0]) | low
+        if position < size:
+            return position
+
+
+@given(size=st.integers(SMALL + 1, 10**12), key=KEYS, data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_equals_arithmetic_in_plain_integers(size, key, data):
+    positions = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=5))
+    assert permute(np.array(positions), size, key).tolist() == [in_plain_integers(p, size, key) for p in positions]
+
+
 @pytest.mark.parametrize("size", [100, SMALL, SMALL + 1, 20_000, 100_000])
 def test_no_visible_order(size):
     """Against what a uniform permutation would give, at five standard deviations, over 20 keys."""
