@@ -1,5 +1,7 @@
-"""Training steps in a process of their own, and the most memory they held: python -m tests.memory_probe '[{"hidden_size": 256, ...}]'.
+"""Training steps in a process of their own, and the most memory they held: python -m tests.memory_probe '[{"hidden_size": 32, …}, {…}]'.
 
+The first case is a small one, which loads what libraries load on first use (some 30 MiB). The figures are the last one's, and it is alone
+in its process, because what an earlier engine leaves to be freed later would be taken for memory that was there before.
 glibc keeps freed blocks for later; with a small mmap threshold it hands every tensor straight back, so that resident memory is what lives.
 """
 
@@ -42,18 +44,21 @@ DEFAULTS = {
 }
 
 
-def probe(changes: list[dict], world_size: int = 1) -> list[dict]:
-    """Run the cases of `changes` to DEFAULTS in fresh processes; bytes rank 0 planned, and held beyond what it had before its model."""
+SMALL = {"hidden_size": 32, "num_layers": 1, "num_queries": 2, "passages_per_query": 2, "passage_tokens": 64}
+"""Loads libraries."""
+
+
+def probe(change: dict, world_size: int = 1) -> dict:
+    """Run DEFAULTS with `change` in fresh processes; bytes rank 0 planned, and held beyond what it had before its model."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     environment |= {"DS_ACCELERATOR": "cpu", "MALLOC_ARENA_MAX": "1", "WORLD_SIZE": str(world_size)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryDirectory() as folder:
-        cases = []
-        for number, change in enumerate(changes):
-            spec = {**DEFAULTS, **change, "world_size": world_size, "folder": f"{folder}/{number}"}
+        measured = {**DEFAULTS, **change, "world_size": world_size, "folder": f"{folder}/model"}
+        cases = [{**measured, **SMALL, "folder": f"{folder}/small"}, measured]
+        for spec in cases:
             sizes = {"hidden_size": spec["hidden_size"], "num_layers": spec["num_layers"], "num_heads": 4, "dropout": spec["dropout"]}
             make_tiny_model_folder(Path(spec["folder"]), **sizes)
-            cases.append(spec)
         command, place = [sys.executable, "-m", "tests.memory_probe", json.dumps(cases)], Path(__file__).resolve().parents[1]
         ranks = []
         for rank in map(str, range(world_size)):
@@ -128,4 +133,4 @@ if __name__ == "__main__":
     comm.start(discover_ranks(os.environ), "gloo")
     join(torch.device("cpu"))
     torch.set_num_threads(1)
-    print(json.dumps([main(spec) for spec in json.loads(sys.argv[1])]))
+    print(json.dumps([main(spec) for spec in json.loads(sys.argv[1])][-1]))

