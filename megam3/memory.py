@@ -40,6 +40,9 @@ SCORE_MATRICES = 17
 """fp32 matrices queries × passages alive at the peak of the loss: per score (3 heads, sum) itself, masked logits, log-probabilities and one
 gradient; and the distillation's target."""
 
+PRODUCTS_CPU, PRODUCTS_CUDA = 1 << 20, 1 << 26
+"""Row products of MaxSim held at a time; equal to CHUNK_ELEMENTS_* of megam3/scoring/maxsim.py."""
+
 WINNER_BYTES = 28
 """MaxSim's backward pass per (query row, passage): column, coefficient, sorted column, order (int64), row and value."""
 
@@ -243,7 +246,7 @@ def loss_bytes(model: ModelShape, strategy: Strategy, step: StepShape) -> dict[s
         passages = min(side, passages)
         # the queries' own groups keep an ordinary graph, tiles only their own winners
         kept = rows * passages + queries * step.query_tokens * min(step.num_passages, GROUP_TILE_TEXTS * group)
-    product = 1 << 26 if strategy.on_gpu else 1 << 20
+    product = PRODUCTS_CUDA if strategy.on_gpu else PRODUCTS_CPU
     return {
         "score matrices": scores * SCORE_MATRICES * FP32,
         "MaxSim": kept * INT32 + _maxsim_backward(strategy, rows, passages, step.passage_tokens, width) + product * FP32,
@@ -253,7 +256,7 @@ def loss_bytes(model: ModelShape, strategy: Strategy, step: StepShape) -> dict[s
 
 def _maxsim_backward(strategy: Strategy, query_rows: int, num_passages: int, passage_tokens: int, width: int) -> int:
     """Pairs in work at a time, as megam3/scoring/maxsim.py cuts them: chunks of passages, and of query rows where those are widened."""
-    product = 1 << 26 if strategy.on_gpu else 1 << 20
+    product = PRODUCTS_CUDA if strategy.on_gpu else PRODUCTS_CPU
     held_rows = max(1, (product if strategy.on_gpu else 4 * product) // width)
     texts = max(1, min(num_passages, held_rows // max(1, passage_tokens), product // max(1, query_rows)))
     rows = query_rows if strategy.precision_bytes == FP32 else min(query_rows, held_rows)

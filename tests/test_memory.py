@@ -12,6 +12,8 @@ from megam3.batch import pack_texts
 from megam3.config.schema import ModelConfig
 from megam3.engine.activations import ActivationMemory
 from megam3.memory import (
+    PRODUCTS_CPU,
+    PRODUCTS_CUDA,
     ModelShape,
     StepShape,
     Strategy,
@@ -26,6 +28,7 @@ from megam3.memory import (
 )
 from megam3.model.m3 import M3Model, represent
 from megam3.model.pretrained import load_m3
+from megam3.scoring.maxsim import CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_CUDA
 from tests.factory import make_tiny_model_folder, random_token_ids
 
 BGE_M3 = ModelShape(24, 1024, 4096, 16, 250_002, 8194)
@@ -159,3 +162,7 @@ def test_a_loss_in_tiles_holds_the_winners_of_one_tile():
     assert tiled - gathered < GIB
     assert loss_needs_tiles(1024, 288 * 8, 1024 * 512 * 8, 288)
     assert not loss_needs_tiles(1024, 288 * 8, 0, 288)
+
+
+def test_products_held_are_those_of_maxsim():
+    assert (PRODUCTS_CPU, PRODUCTS_CUDA) == (CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_CUDA)
