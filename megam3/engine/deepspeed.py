@@ -26,6 +26,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from megam3.batch import PackedTexts, Representations
 from megam3.config.schema import OptimConfig
+from megam3.dist import comm
 from megam3.engine.activations import ActivationMemory
 from megam3.engine.consolidate import NAMES, TAG, SavedStates, weights_only_loads
 from megam3.engine.elastic import restore
@@ -90,6 +91,9 @@ class Engine:
         self._torch_optimizer = build_adamw(groups, optim, device)
         self._torch_optimizer.register_step_pre_hook(self._guard_update)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._torch_optimizer, config=ds_config, dist_init_required=False)
+        if self.stage == 0 and comm.world_size() == 1:
+            # nobody to reduce with: DeepSpeed would copy all gradients into a flat buffer and back, a fifth of a step at XLM-R's vocabulary
+            self._engine.enable_backward_allreduce = False
         self._is_ready = True
 
     @property
