@@ -18,7 +18,7 @@ from torch import nn
 from megam3.batch import Progress, Representations, pack_texts
 from megam3.checkpoint import RunState, check_resumable, has_same_layout, newest_complete, read_state, set_aside
 from megam3.config.check import read_encoder_config
-from megam3.config.deepspeed import build_deepspeed_config, warn_of_bf16_sums
+from megam3.config.deepspeed import bf16_sums_warning, build_deepspeed_config
 from megam3.config.load import dump_config
 from megam3.config.schema import RunConfig
 from megam3.data.dataset import TrainingData, open_training_data
@@ -92,7 +92,7 @@ def build(config: RunConfig, device: torch.device) -> Run:
     if comm.is_main():
         _write_run_files(run_dir, config, ds_config, device)
         _report_start(config, state, total_steps, data)
-        rounding = warn_of_bf16_sums(config, ds_config)
+        rounding = bf16_sums_warning(config, ds_config)
         if rounding:
             logger.warning(rounding)
     memory_table, planned_bytes = describe_run(config, comm.world_size(), on_gpu=device.type == "cuda")

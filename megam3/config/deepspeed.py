@@ -76,7 +76,7 @@ def build_deepspeed_config(
     template = read_template(path)
     raise_problems([*_foreign_fields(template, path), *_auto_values(template, path), *_partition_size(template, path, world_size)])
     is_bf16 = resolve_precision(config.engine.precision, has_gpu) == "bf16"
-    sums_in_fp32 = is_bf16 and template.get("zero_optimization", {}).get("stage", 0) >= FP32_SUMS_FROM_STAGE
+    sums_in_fp32 = _zero_stage(template, path) >= FP32_SUMS_FROM_STAGE and is_bf16
     return {
         **template,
         **({"data_types": {"grad_accum_dtype": "fp32"}} if sums_in_fp32 else {}),
@@ -88,7 +88,7 @@ def build_deepspeed_config(
     }
 
 
-def warn_of_bf16_sums(config: RunConfig, final: dict[str, Any]) -> str | None:
+def bf16_sums_warning(config: RunConfig, final: dict[str, Any]) -> str | None:
     """What to say of a run that sums the gradients of several backward passes in bf16; None of any other."""
     batch = config.data.batch
     has_sums = batch.chunk_tokens is not None or batch.accumulation_steps > 1
@@ -167,6 +167,17 @@ def _auto_values(node: Any, path: Path, key: str = "") -> Iterator[ConfigError]:
     elif isinstance(node, dict):
         for name, value in node.items():
             yield from _auto_values(value, path, f"{key}.{name}" if key else name)
+
+
+def _zero_stage(template: dict[str, Any], path: Path) -> int:
+    zero = template.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        name, value = ("zero_optimization.stage", stage) if isinstance(zero, dict) else ("zero_optimization", zero)
+        raise ConfigError(
+            f"{path}:{name}", value, "a template says its ZeRO stage: 0, 1, 2 or 3", 'write {"zero_optimization": {"stage": 1}}'
+        )
+    return stage
 
 
 def _partition_size(template: dict[str, Any], path: Path, world_size: int) -> Iterator[ConfigError]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megam3.config.deepspeed import build_deepspeed_config, default_template_dir, find_template, resolve_precision, warn_of_bf16_sums
+from megam3.config.deepspeed import bf16_sums_warning, build_deepspeed_config, default_template_dir, find_template, resolve_precision
 from megam3.errors import ConfigError
 from tests.recipes import make_config
 
@@ -74,7 +74,7 @@ def test_precision() -> None:
 def test_sums_of_gradients_in_bf16_are_warned_of() -> None:
     def warning(template: str, **changes: Any) -> str | None:
         config = make_config(**{"engine__template": template, "engine__precision": "bf16", **changes})
-        return warn_of_bf16_sums(config, build_deepspeed_config(config, 8))
+        return bf16_sums_warning(config, build_deepspeed_config(config, 8))
 
     assert warning("zero1", data__batch__chunk_tokens=8192) == (
         "engine.template = zero1: below ZeRO stage 2 DeepSpeed sums the gradients of a step in bf16, and data.batch.chunk_tokens makes"
@@ -111,6 +111,23 @@ def test_a_field_that_is_no_memory_strategy(tmp_path: Path) -> None:
         "mine.json:zero_optimisation = {'stage': 1}: is no memory strategy; did you mean zero_optimization?"
     )
     assert "remove it; a template may hold: aio, " in message(tmp_path, {"tensorboard": {}})
+
+
+@pytest.mark.parametrize(
+    ("template", "place"),
+    [
+        ({}, "zero_optimization = None"),
+        ({"zero_optimization": 2}, "zero_optimization = 2"),
+        ({"zero_optimization": {}}, "zero_optimization.stage = None"),
+        ({"zero_optimization": {"stage": "two"}}, "zero_optimization.stage = 'two'"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage = 4"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage = True"),
+    ],
+)
+def test_a_template_says_its_stage(tmp_path: Path, template: dict[str, Any], place: str) -> None:
+    assert message(tmp_path, template) == (
+        f'mine.json:{place}: a template says its ZeRO stage: 0, 1, 2 or 3; write {{"zero_optimization": {{"stage": 1}}}}'
+    )
 
 
 def test_auto_values(tmp_path: Path) -> None:
