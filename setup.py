@@ -6,7 +6,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "megam3/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "megam3/__init__.py").read_text(encoding="utf-8"), re.MULTILINE
+)
 assert VERSION, "megam3/__init__.py has no __version__ line"
 
 setup(

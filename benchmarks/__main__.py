@@ -23,10 +23,14 @@ COMPARISONS = {**STEP_COMPARISONS, **LOSS_COMPARISONS}
 
 def main() -> None:
     """See the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(COMPARISONS))
     parser.add_argument("--repeats", type=int, default=5, help="kept rounds of each comparison (default 5)")
-    parser.add_argument("--threads", type=int, help="threads of each side but the ranks' (default: one a core)")
+    parser.add_argument(
+        "--threads", type=int, help="threads of each side but the ranks' (default: one a core)"
+    )
     arguments = parser.parse_args()
     if arguments.threads:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)

@@ -36,20 +36,30 @@ with open(out, "w") as stream:
 """
 
 
-def peer_steps(python: str, paths: list[str], queries: int, ranks: int, tokenizer: Tokenizer) -> list[list[list[np.ndarray]]]:
+def peer_steps(
+    python: str, paths: list[str], queries: int, ranks: int, tokenizer: Tokenizer
+) -> list[list[list[np.ndarray]]]:
     """Per step and rank: token counts of queries and of passages."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "steps.jsonl"
-        subprocess.run([python, "-c", PEER, json.dumps([paths, folder, queries, ranks, str(out)])], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [python, "-c", PEER, json.dumps([paths, folder, queries, ranks, str(out)])],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         steps = [json.loads(line) for line in out.read_text().splitlines()]
 
     def lengths(texts: list[str], limit: int) -> np.ndarray:
         return np.array([len(ids) for ids in tokenizer.encode(texts, limit)[0]])
 
-    return [[[lengths(queries, 512), lengths(passages, 8192)] for queries, passages in step] for step in steps]
+    return [
+        [[lengths(queries, 512), lengths(passages, 8192)] for queries, passages in step] for step in steps
+    ]
 
 
-def own_steps(paths: list[str], batch: BatchConfig, ranks: int, tokenizer: Tokenizer) -> list[list[list[np.ndarray]]]:
+def own_steps(
+    paths: list[str], batch: BatchConfig, ranks: int, tokenizer: Tokenizer
+) -> list[list[list[np.ndarray]]]:
     """The same for megam3."""
     train = [DatasetConfig(name=Path(path).stem, paths=[path]) for path in paths]
     config = DataConfig(train=train, batch=batch, passages_per_query=1, num_workers=0)
@@ -70,7 +80,12 @@ def measure(steps: list[list[list[np.ndarray]]]) -> dict[str, float]:
     # FlagEmbedding pads queries and passages of a rank each to their longest; megam3 pads nothing: this is what its batches WOULD waste
     padded = np.array([sum(len(part) * part.max() for rank in step for part in rank) for step in steps])
     loads = np.array([[sum(text_cost(part).sum() for part in rank) for rank in step] for step in steps])
-    waits = np.array([[sum(text_cost(np.full(len(part), part.max())).sum() for part in rank) for rank in step] for step in steps])
+    waits = np.array(
+        [
+            [sum(text_cost(np.full(len(part), part.max())).sum() for part in rank) for rank in step]
+            for step in steps
+        ]
+    )
     return {
         "steps": len(steps),
         "rows served": sum(len(rank[0]) for step in steps for rank in step),
@@ -83,7 +98,9 @@ def measure(steps: list[list[list[np.ndarray]]]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("data", nargs="+")
     parser.add_argument("--flagembedding", default=sys.executable)
@@ -103,7 +120,10 @@ def main() -> None:
     print(f"{'':<34}" + "".join(f"{name:>16}" for name in rows))
     for key in next(iter(rows.values())):
         values = [row[key] for row in rows.values()]
-        print(f"{key:<34}" + "".join(f"{value:>16,.0f}" if value >= 2 else f"{value:>16.2%}" for value in values))
+        print(
+            f"{key:<34}"
+            + "".join(f"{value:>16,.0f}" if value >= 2 else f"{value:>16.2%}" for value in values)
+        )
 
 
 if __name__ == "__main__":

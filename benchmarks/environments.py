@@ -37,7 +37,15 @@ def python_of(name: str) -> str:
     print(f"installing {name} into {folder.name}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    command = [str(python), "-m", "pip", "install", "--quiet", *os.environ.get("PIP_FLAGS", "").split(), *wanted.split("\n")]
+    command = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        *os.environ.get("PIP_FLAGS", "").split(),
+        *wanted.split("\n"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name} cannot be installed: {done.stderr.strip()[-400:]}")

@@ -3,7 +3,15 @@
 import math
 from collections.abc import Callable, Sequence
 
-from benchmarks.comparisons import Budget, Finding, Setting, loss_finding, memory_findings, ours, speed_finding
+from benchmarks.comparisons import (
+    Budget,
+    Finding,
+    Setting,
+    loss_finding,
+    memory_findings,
+    ours,
+    speed_finding,
+)
 from benchmarks.measure import Measured, run_interleaved
 
 HEADS_SIZE = {"num_queries": 16, "num_passages": 128, "query_rows": 32, "passage_rows": 128, "width": 256}
@@ -27,20 +35,44 @@ all rows with all rows would make no difference to these slopes but to the memor
 
 def tiled_loss(repeats: int) -> list[Setting]:
     """The loss in tiles: equal to the whole one where that fits, and 65 536 queries × 65 536 passages."""
-    dense = {"num_queries": 4096, "num_passages": 4096, "query_rows": 0, "passage_rows": 0, "width": 256, "heads": "dense"}
-    three = {"num_queries": 128, "num_passages": 1024, "query_rows": 16, "passage_rows": 64, "width": 128, "distill": True}
+    dense = {
+        "num_queries": 4096,
+        "num_passages": 4096,
+        "query_rows": 0,
+        "passage_rows": 0,
+        "width": 256,
+        "heads": "dense",
+    }
+    three = {
+        "num_queries": 128,
+        "num_passages": 1024,
+        "query_rows": 16,
+        "passage_rows": 64,
+        "width": 128,
+        "distill": True,
+    }
     settings = []
-    for name, size in (("dense head, 4096 × 4096", dense), ("three heads and self-distillation, 128 × 1024", three)):
+    for name, size in (
+        ("dense head, 4096 × 4096", dense),
+        ("three heads and self-distillation, 128 × 1024", three),
+    ):
         sides = [ours("tiled", "loss", {**size, "tiles": True}), ours("whole", "loss", size)]
         tiled, whole = measured = run_interleaved(f"tiled-{size['num_queries']}", sides, min(3, repeats))
         findings = speed_finding(f"tiled / whole loss, {name}: time", tiled, whole, None)
         findings += memory_findings(f"tiled / whole loss, {name}", tiled, whole, None)
-        findings += loss_finding(f"tiled / whole loss, {name}", tiled, whole) + _gradient_finding(name, tiled, whole)
+        findings += loss_finding(f"tiled / whole loss, {name}", tiled, whole) + _gradient_finding(
+            name, tiled, whole
+        )
         settings.append(Setting(name, 0, measured, findings))
     large = {**dense, "num_queries": 65_536, "num_passages": 65_536, "tiles": True}
     (alone,) = run_interleaved("tiled-65536", [ours("tiled", "loss", large)], 1, warmups=0)
     peak = alone.peak_rss_bytes / 2**30
-    finding = Finding("dense loss of 65 536 × 65 536: peak memory of the process in GiB", peak, f"{peak:.2f}", Budget("<=", 2))
+    finding = Finding(
+        "dense loss of 65 536 × 65 536: peak memory of the process in GiB",
+        peak,
+        f"{peak:.2f}",
+        Budget("<=", 2),
+    )
     note = "One whole score matrix of it takes 16 GiB."
     return [*settings, Setting("dense head, 65 536 × 65 536, width 256", 0, [alone], [finding], note)]
 
@@ -68,11 +100,27 @@ def _curve(grows: str, values: tuple[int, ...], repeats: int) -> Setting:
     seconds = slope(values, [side.median("cpu_seconds") for side in measured])
     memory = slope(values, [side.step_memory_bytes for side in measured])
     findings = [
-        Finding(f"loss over {grows}: slope of CPU time (expected {EXPECTED[grows]})", seconds, f"{seconds:.2f}", Budget("<=", 1.15)),
-        Finding(f"loss over {grows}: slope of memory beyond the inputs (at most 1)", memory, f"{memory:.2f}", Budget("<=", 1.15)),
+        Finding(
+            f"loss over {grows}: slope of CPU time (expected {EXPECTED[grows]})",
+            seconds,
+            f"{seconds:.2f}",
+            Budget("<=", 1.15),
+        ),
+        Finding(
+            f"loss over {grows}: slope of memory beyond the inputs (at most 1)",
+            memory,
+            f"{memory:.2f}",
+            Budget("<=", 1.15),
+        ),
     ]
     base = ", ".join(f"{key} {value}" for key, value in HEADS_SIZE.items() if key != grows)
-    return Setting(f"growing {grows}", 0, measured, findings, f"One thread a rank; {base}. With ranks: time and memory of rank 0.")
+    return Setting(
+        f"growing {grows}",
+        0,
+        measured,
+        findings,
+        f"One thread a rank; {base}. With ranks: time and memory of rank 0.",
+    )
 
 
 def slope(sizes: Sequence[float], figures: Sequence[float]) -> float:
@@ -82,5 +130,8 @@ def slope(sizes: Sequence[float], figures: Sequence[float]) -> float:
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / sum((a - mean_x) ** 2 for a in x)
 
 
-LOSS_COMPARISONS: dict[str, Callable[[int], Sequence[Setting]]] = {"tiled_loss": tiled_loss, "scaling": scaling}
+LOSS_COMPARISONS: dict[str, Callable[[int], Sequence[Setting]]] = {
+    "tiled_loss": tiled_loss,
+    "scaling": scaling,
+}
 """By name; both run only when they are named: they show bounds and slopes, and compare with no peer."""

@@ -64,10 +64,23 @@ class _Process:
         spec, self._log = folder / f"{side.name}.json", folder / f"{side.name}.log"
         spec.write_text(json.dumps(side.spec))
         command = [side.python, "-m", f"benchmarks.sides.{side.module}", str(spec)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu", **side.environment}
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "DS_ACCELERATOR": "cpu",
+            **side.environment,
+        }
         with open(self._log, "w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                bufsize=1,
             )
         self.measured = measured
 
@@ -137,7 +150,8 @@ def run_interleaved(
                 if round_index >= warmups:
                     process.measured.samples.append(sample)
                 say(
-                    f"  {name} · {process.measured.side.name}: {sample['seconds']:.3f} s" + ("" if round_index >= warmups else " (warm-up)")
+                    f"  {name} · {process.measured.side.name}: {sample['seconds']:.3f} s"
+                    + ("" if round_index >= warmups else " (warm-up)")
                 )
         for process in processes:
             process.stop()

@@ -67,8 +67,13 @@ def make_model_folder(root: Path, size: ModelSize) -> Path:
     torch.manual_seed(0)
     XLMRobertaModel(size.config()).save_pretrained(folder)
     hidden = size.hidden_size
-    torch.save({"weight": torch.randn(hidden, hidden) / hidden**0.5, "bias": torch.randn(hidden) * 0.1}, folder / "colbert_linear.pt")
-    torch.save({"weight": torch.randn(1, hidden) * 0.02, "bias": torch.full((1,), 0.3)}, folder / "sparse_linear.pt")
+    torch.save(
+        {"weight": torch.randn(hidden, hidden) / hidden**0.5, "bias": torch.randn(hidden) * 0.1},
+        folder / "colbert_linear.pt",
+    )
+    torch.save(
+        {"weight": torch.randn(1, hidden) * 0.02, "bias": torch.full((1,), 0.3)}, folder / "sparse_linear.pt"
+    )
     write_tokenizer(folder, size)
     (folder / "complete").touch()
     return folder
@@ -85,7 +90,15 @@ def write_tokenizer(folder: Path, size: ModelSize) -> None:
     )
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.save(str(folder / "tokenizer.json"))
-    roles = {"bos": "<s>", "cls": "<s>", "eos": "</s>", "sep": "</s>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>"}
+    roles = {
+        "bos": "<s>",
+        "cls": "<s>",
+        "eos": "</s>",
+        "sep": "</s>",
+        "pad": "<pad>",
+        "unk": "<unk>",
+        "mask": "<mask>",
+    }
     config = {f"{role}_token": token for role, token in roles.items()}
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": size.max_tokens}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))

@@ -34,7 +34,9 @@ def make_store(folder: Path, num_rows: int) -> None:
     rng, num_shards = np.random.default_rng(0), num_rows // ROWS_PER_SHARD
     runs = np.lib.format.open_memmap(folder / "runs.npy", "w+", RUN_DTYPE, (num_shards * LENGTHS_PER_SHARD,))
     for shard in range(num_shards):
-        lengths = np.unique(np.minimum(8192, (40 * rng.pareto(1.1, 3000) + 20).astype(int)))[-LENGTHS_PER_SHARD:]
+        lengths = np.unique(np.minimum(8192, (40 * rng.pareto(1.1, 3000) + 20).astype(int)))[
+            -LENGTHS_PER_SHARD:
+        ]
         lengths = np.pad(lengths, (LENGTHS_PER_SHARD - len(lengths), 0), mode="edge")
         counts = np.full(LENGTHS_PER_SHARD, ROWS_PER_SHARD // LENGTHS_PER_SHARD)
         block = runs[shard * LENGTHS_PER_SHARD : (shard + 1) * LENGTHS_PER_SHARD]
@@ -94,7 +96,9 @@ def measure(folder: Path, table: str, num_steps: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=float, default=1e9)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--folder", type=Path, help="keep the made-up index here")
@@ -109,7 +113,11 @@ def main() -> None:
         folder = arguments.folder or Path(scratch)
         if not (folder / "index.npy").exists():
             make_store(folder, int(arguments.rows))
-        options = [f"--folder={folder}", f"--steps={arguments.steps}", *(["--unified"] if arguments.unified else [])]
+        options = [
+            f"--folder={folder}",
+            f"--steps={arguments.steps}",
+            *(["--unified"] if arguments.unified else []),
+        ]
         subprocess.run([sys.executable, __file__, "--measure", *options], check=True)
 
 

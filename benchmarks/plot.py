@@ -17,9 +17,17 @@ def draw(folder: Path) -> None:
     if comparisons.get("scaling"):
         draw_curves(folder / "scaling.png", comparisons["scaling"])
     findings = [f for settings in comparisons.values() for setting in settings for f in setting["findings"]]
-    bars = [(f["what"], _margin(f)) for f in findings if f["budget"] and f["value"] and f["value"] > 0 and "losses" not in f["what"]]
+    bars = [
+        (f["what"], _margin(f))
+        for f in findings
+        if f["budget"] and f["value"] and f["value"] > 0 and "losses" not in f["what"]
+    ]
     figure, axes = pyplot.subplots(figsize=(11, 0.34 * len(bars) + 1.2))
-    axes.barh([what for what, _ in bars], [m for _, m in bars], color=["tab:green" if m >= 1 else "tab:red" for _, m in bars])
+    axes.barh(
+        [what for what, _ in bars],
+        [m for _, m in bars],
+        color=["tab:green" if m >= 1 else "tab:red" for _, m in bars],
+    )
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_xscale("log")
     axes.invert_yaxis()

@@ -17,11 +17,22 @@ def draw_curves(file: Path, settings: list[dict]) -> None:
         grows = setting["setting"].removeprefix("growing ")
         values = [int(side["name"].rpartition("=")[2]) for side in sides]
         seconds = [statistics.median(sample["cpu_seconds"] for sample in side["samples"]) for side in sides]
-        memory = [(max(s["peak_rss_bytes"] for s in side["samples"]) - side["idle_rss_bytes"]) / 2**20 for side in sides]
-        for row, (figures, what) in enumerate(((seconds, "CPU seconds of rank 0"), (memory, "MiB beyond the inputs"))):
+        memory = [
+            (max(s["peak_rss_bytes"] for s in side["samples"]) - side["idle_rss_bytes"]) / 2**20
+            for side in sides
+        ]
+        for row, (figures, what) in enumerate(
+            ((seconds, "CPU seconds of rank 0"), (memory, "MiB beyond the inputs"))
+        ):
             place = axes[row][column]
             place.loglog(values, figures, marker="o", base=2)
-            place.loglog(values, [figures[0] * value / values[0] for value in values], linestyle=":", color="grey", base=2)
+            place.loglog(
+                values,
+                [figures[0] * value / values[0] for value in values],
+                linestyle=":",
+                color="grey",
+                base=2,
+            )
             place.set_xlabel(grows)
             place.set_ylabel(what)
     figure.tight_layout()

@@ -29,7 +29,10 @@ def tokenize(tokenizer_json: str, path: str, part: int, parts: int) -> np.ndarra
     tokenizer = Tokenizer.from_json(tokenizer_json)
     records = [json.loads(line) for line in Path(path).read_text().splitlines()[part::parts]]
     starts = range(0, len(records), RECORDS_PER_CALL)
-    groups = [[text for record in records[start : start + RECORDS_PER_CALL] for text in texts_of(record)] for start in starts]
+    groups = [
+        [text for record in records[start : start + RECORDS_PER_CALL] for text in texts_of(record)]
+        for start in starts
+    ]
     before = usage()
     for group in groups:
         tokenizer._backend.encode_batch_fast(group, add_special_tokens=True)
@@ -40,22 +43,32 @@ def prepare(tokenizer_json: str, config: DataConfig, processes: int, unit_bytes:
     """(wall, processor) seconds of one preparation."""
     tokenizer, before = Tokenizer.from_json(tokenizer_json), usage()
     with tempfile.TemporaryDirectory() as folder:
-        prepare_data(config, tokenizer, folder, num_processes=processes if processes > 1 else 0, unit_bytes=unit_bytes)
+        prepare_data(
+            config, tokenizer, folder, num_processes=processes if processes > 1 else 0, unit_bytes=unit_bytes
+        )
         return usage() - before
 
 
 def usage() -> np.ndarray:
     """(wall, processor) seconds so far, of this process and its ended children."""
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    return np.array([time.perf_counter(), own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime])
+    return np.array(
+        [time.perf_counter(), own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime]
+    )
 
 
 def texts_of(record: dict) -> list[str]:
-    return [record["text"]] if "text" in record else [record["query"], *record["pos"], *(record.get("neg") or [])]
+    return (
+        [record["text"]]
+        if "text" in record
+        else [record["query"], *record["pos"], *(record.get("neg") or [])]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("data")
     parser.add_argument("--processes", type=int, default=1)
@@ -64,7 +77,9 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.model)
     records = [json.loads(line) for line in Path(arguments.data).read_text(encoding="utf-8").splitlines()]
     megabytes = sum(len(text.encode()) for record in records for text in texts_of(record)) / 1e6
-    config = DataConfig(train=[DatasetConfig(name="d", paths=[arguments.data])], batch=BatchConfig(global_queries=8))
+    config = DataConfig(
+        train=[DatasetConfig(name="d", paths=[arguments.data])], batch=BatchConfig(global_queries=8)
+    )
     processes, text = arguments.processes, tokenizer.to_json()
     unit_bytes = max(1 << 20, Path(arguments.data).stat().st_size // (4 * processes))
     alone, whole = [], []

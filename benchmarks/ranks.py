@@ -31,11 +31,17 @@ def meet(module: str, rank: int, num_processes: int, talk: bool = True) -> list[
             os.environ.update({RANK: str(other), CORE: str(cores[other % len(cores)]), STORE: store})
             if other:
                 command = [sys.executable, "-m", f"benchmarks.sides.{module}", sys.argv[1]]
-                others.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1))
+                others.append(
+                    subprocess.Popen(
+                        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+                    )
+                )
     os.sched_setaffinity(0, {int(os.environ[CORE])})
     os.environ["LOCAL_RANK"] = str(rank)
     if talk:
-        dist.init_process_group("gloo", init_method=f"file://{os.environ[STORE]}", rank=rank, world_size=num_processes)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{os.environ[STORE]}", rank=rank, world_size=num_processes
+        )
     return others
 
 

@@ -11,14 +11,21 @@ from benchmarks.measure import Measured
 
 def write_report(folder: Path, results: dict[str, list[Setting]], machine: str) -> str:
     """results.md and results.json in `folder`; returns the Markdown."""
-    findings = [finding for settings in results.values() for setting in settings for finding in setting.findings]
+    findings = [
+        finding for settings in results.values() for setting in settings for finding in setting.findings
+    ]
     lines = [
         "# Benchmarks",
         "",
         f"Measured on {machine}. Sides alternate; a ratio is the median (lowest–highest) over rounds.",
         "",
     ]
-    lines += ["| what | measured | budget | kept |", "|---|---|---|---|", *(_finding_line(f) for f in findings), ""]
+    lines += [
+        "| what | measured | budget | kept |",
+        "|---|---|---|---|",
+        *(_finding_line(f) for f in findings),
+        "",
+    ]
     for name, settings in results.items():
         lines += [f"## {name}", ""]
         for setting in settings:
@@ -39,7 +46,9 @@ def _finding_line(finding: Finding) -> str:
 
 def _setting_lines(setting: Setting) -> list[str]:
     lines = [f"{setting.name}" + (f", {setting.num_tokens} tokens a step" if setting.num_tokens else ""), ""]
-    lines += ["| side | s a step (range) | tokens/s | peak RSS, MiB | beyond the loaded model, MiB | loss of the first kept step |"]
+    lines += [
+        "| side | s a step (range) | tokens/s | peak RSS, MiB | beyond the loaded model, MiB | loss of the first kept step |"
+    ]
     lines += ["|---|---|---|---|---|---|"]
     lines += [_side_line(measured, setting.num_tokens) for measured in setting.measured]
     return [*lines, *([setting.note] if setting.note else []), ""]
@@ -70,7 +79,11 @@ def _raw(results: dict[str, list[Setting]], machine: str) -> dict:
                     "setting": setting.name,
                     "num_tokens": setting.num_tokens,
                     "findings": [
-                        {"what": f.what, "value": None if math.isnan(f.value) else f.value, "budget": str(f.budget or "")}
+                        {
+                            "what": f.what,
+                            "value": None if math.isnan(f.value) else f.value,
+                            "budget": str(f.budget or ""),
+                        }
                         for f in setting.findings
                     ],
                     "sides": [side(measured) for measured in setting.measured],

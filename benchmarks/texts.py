@@ -43,7 +43,9 @@ def equal_lengths(count: int, length_tokens: int) -> tuple[int, ...]:
     return (length_tokens,) * count
 
 
-def lognormal_lengths(count: int, median: float, sigma: float, shortest: int, longest: int, seed: int = 0) -> tuple[int, ...]:
+def lognormal_lengths(
+    count: int, median: float, sigma: float, shortest: int, longest: int, seed: int = 0
+) -> tuple[int, ...]:
     """The distribution's own quantiles in shuffled order: a small batch then has the shape of a large sample, and no luck in it."""
     normal = NormalDist()
     quantiles = [median * 2.718281828 ** (sigma * normal.inv_cdf((i + 0.5) / count)) for i in range(count)]
@@ -54,7 +56,9 @@ def lognormal_lengths(count: int, median: float, sigma: float, shortest: int, lo
 
 def xquad_like_lengths(num_queries: int, num_passages: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Questions of about 16 tokens (5 to 60), paragraphs of about 170 (30 to 800): lognormal, as SQuAD's paragraphs nearly are."""
-    return lognormal_lengths(num_queries, 16, 0.35, 5, 60), lognormal_lengths(num_passages, 170, 0.45, 30, 800)
+    return lognormal_lengths(num_queries, 16, 0.35, 5, 60), lognormal_lengths(
+        num_passages, 170, 0.45, 30, 800
+    )
 
 
 def long_tailed_lengths(count: int, longest: int = 8192) -> tuple[int, ...]:

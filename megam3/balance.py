@@ -63,7 +63,9 @@ def plan_chunks(lengths: Sequence[int], chunk_tokens: int) -> list[tuple[int, in
     return best
 
 
-def _cut(lengths: Sequence[int], costs: np.ndarray, max_tokens: int, max_cost: float) -> list[tuple[int, int]]:
+def _cut(
+    lengths: Sequence[int], costs: np.ndarray, max_tokens: int, max_cost: float
+) -> list[tuple[int, int]]:
     spans, start, tokens, cost = [], 0, 0, 0.0
     for index, (length, price) in enumerate(zip(lengths, costs.tolist())):
         if index > start and (tokens + length > max_tokens or cost + price > max_cost):

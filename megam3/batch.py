@@ -83,12 +83,16 @@ def pack_texts(token_ids: Sequence[Sequence[int]]) -> PackedTexts:
     """
     lengths = tuple(len(ids) for ids in token_ids)
     if 0 in lengths:
-        raise ValueError(f"text {lengths.index(0)} has no tokens; every text needs at least its special tokens")
+        raise ValueError(
+            f"text {lengths.index(0)} has no tokens; every text needs at least its special tokens"
+        )
     lengths_N = torch.tensor(lengths, dtype=torch.int64)
     cu_seqlens_N1 = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     cu_seqlens_N1[1:] = lengths_N.cumsum(0)
     input_ids_T = (
-        torch.cat([torch.as_tensor(ids, dtype=torch.int64) for ids in token_ids]) if lengths else torch.zeros(0, dtype=torch.int64)
+        torch.cat([torch.as_tensor(ids, dtype=torch.int64) for ids in token_ids])
+        if lengths
+        else torch.zeros(0, dtype=torch.int64)
     )
     starts_T = torch.repeat_interleave(cu_seqlens_N1[:-1].long(), lengths_N)
     return PackedTexts(input_ids_T, torch.arange(input_ids_T.shape[0]) - starts_T, cu_seqlens_N1, lengths)

@@ -16,7 +16,14 @@ import torch
 from torch import nn
 
 from megam3.batch import Progress, Representations, pack_texts
-from megam3.checkpoint import RunState, check_resumable, has_same_layout, newest_complete, read_state, set_aside
+from megam3.checkpoint import (
+    RunState,
+    check_resumable,
+    has_same_layout,
+    newest_complete,
+    read_state,
+    set_aside,
+)
 from megam3.config.check import read_encoder_config
 from megam3.config.deepspeed import bf16_sums_warning, build_deepspeed_config
 from megam3.config.load import dump_config
@@ -76,7 +83,9 @@ def build(config: RunConfig, device: torch.device) -> Run:
         module = load_m3(config.model.path, config.model, dtype=dtype)
     signature, shape = model_signature(module), encoder_shape(module)
     # 4. the engine
-    activations = ActivationMemory(module, config.engine.activation_checkpointing, config.engine.activation_offload)
+    activations = ActivationMemory(
+        module, config.engine.activation_checkpointing, config.engine.activation_offload
+    )
     engine = Engine(module, config.optim, ds_config, device, total_steps, activations)
     # 5. where to start; only then is the run folder described anew
     state = RunState(
@@ -123,7 +132,12 @@ def model_signature(module: nn.Module) -> str:
 def encoder_shape(module: M3Model) -> EncoderShape:
     """The sizes that decide the model's arithmetic."""
     config = module.encoder.config
-    return EncoderShape(config.num_hidden_layers, config.hidden_size, config.intermediate_size, module.multi_vector_head.out_features)
+    return EncoderShape(
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.intermediate_size,
+        module.multi_vector_head.out_features,
+    )
 
 
 def open_data(config: RunConfig, tokenizer: Tokenizer, run_dir: str) -> TrainingData:
@@ -147,7 +161,9 @@ def open_data(config: RunConfig, tokenizer: Tokenizer, run_dir: str) -> Training
         if work is not None:
             return work.result()
     if has_failed:
-        raise DataError("data.store_dir", store_dir, "the main rank could not prepare or open it", "see its message")
+        raise DataError(
+            "data.store_dir", store_dir, "the main rank could not prepare or open it", "see its message"
+        )
     return open_here()
 
 
@@ -175,7 +191,9 @@ def evaluation(
     return run
 
 
-def _start_state(config: RunConfig, run_dir: str, engine: Engine, data: TrainingData, state: RunState) -> RunState:
+def _start_state(
+    config: RunConfig, run_dir: str, engine: Engine, data: TrainingData, state: RunState
+) -> RunState:
     """`state`, or with the progress of the checkpoint that was loaded."""
     if config.train.resume == "never":
         earlier = set_aside(run_dir) if comm.is_main() else None
@@ -190,12 +208,16 @@ def _start_state(config: RunConfig, run_dir: str, engine: Engine, data: Training
     if not config.train.resume_with_other_data:
         data.check_fingerprint(saved.data_fingerprint)
     elif saved.data_fingerprint != state.data_fingerprint:
-        logger.warning("continuing at step %d on other data, as train.resume_with_other_data asks", saved.progress.step)
+        logger.warning(
+            "continuing at step %d on other data, as train.resume_with_other_data asks", saved.progress.step
+        )
     if has_same_layout(saved, state):
         engine.load(folder)
     else:
         was, now = (f"{s.world_size} ranks at ZeRO stage {s.zero_stage}" for s in (saved, state))
-        logger.info("the checkpoint's files were cut otherwise (%s, now %s): joining them by parameter name", was, now)
+        logger.info(
+            "the checkpoint's files were cut otherwise (%s, now %s): joining them by parameter name", was, now
+        )
         engine.load_elastic(folder)
     logger.info("resumed from %s", folder)
     return replace(state, progress=saved.progress)
@@ -215,7 +237,9 @@ def _write_run_files(run_dir: str, config: RunConfig, ds_config: dict, device: t
         "python": platform.python_version(),
         "packages": {name: version(name) for name in ("torch", "deepspeed", "transformers")},
         "world_size": comm.world_size(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "host": socket.gethostname(),
     }
@@ -235,8 +259,17 @@ def _report_start(config: RunConfig, state: RunState, total_steps: int, data: Tr
         state.progress.step,
     )
     for dataset, stored in zip(config.data.train, data.datasets, strict=True):
-        cut, texts, rejected = (stored.manifest["totals"][name] for name in ("truncated", "texts", "rejected"))
+        cut, texts, rejected = (
+            stored.manifest["totals"][name] for name in ("truncated", "texts", "rejected")
+        )
         if cut:
-            logger.warning("%s: %d of %d texts were longer than their limit and are cut", dataset.name, cut, texts)
+            logger.warning(
+                "%s: %d of %d texts were longer than their limit and are cut", dataset.name, cut, texts
+            )
         if rejected:
-            logger.warning("%s: %d bad records are left out; see %s", dataset.name, rejected, stored.folder / "rejected.jsonl")
+            logger.warning(
+                "%s: %d bad records are left out; see %s",
+                dataset.name,
+                rejected,
+                stored.folder / "rejected.jsonl",
+            )

@@ -48,7 +48,9 @@ class Candidates:
         positive_Q1 = self.positive_column_Q[rows, None]
         column_P = torch.arange(self.num_passages, device=positive_Q1.device)[columns]
         if self.in_batch_negatives:
-            allowed_QP = torch.ones(positive_Q1.shape[0], column_P.shape[0], dtype=torch.bool, device=column_P.device)
+            allowed_QP = torch.ones(
+                positive_Q1.shape[0], column_P.shape[0], dtype=torch.bool, device=column_P.device
+            )
         else:
             allowed_QP = (column_P >= positive_Q1) & (column_P < self.group_stop_Q[rows, None])
         if self.mask_false_negatives:
@@ -74,7 +76,9 @@ class Candidates:
         )
 
 
-def find_candidates(batch: RetrievalBatch, mask_false_negatives: bool, passage_counts: tuple[int, ...] | None = None) -> Candidates:
+def find_candidates(
+    batch: RetrievalBatch, mask_false_negatives: bool, passage_counts: tuple[int, ...] | None = None
+) -> Candidates:
     """Candidates of this rank's queries, on the CPU.
 
     Args:
@@ -83,7 +87,11 @@ def find_candidates(batch: RetrievalBatch, mask_false_negatives: bool, passage_c
         passage_counts: passages per rank, when columns are every rank's passages (hashes are exchanged then); None: this rank's only.
     """
     first = 0 if passage_counts is None else sum(passage_counts[: comm.rank()])
-    hashes_P = batch.passage_hashes_P if passage_counts is None else gather_rows(batch.passage_hashes_P, passage_counts)
+    hashes_P = (
+        batch.passage_hashes_P
+        if passage_counts is None
+        else gather_rows(batch.passage_hashes_P, passage_counts)
+    )
     starts_Q, stops_Q = batch.group_offsets_Q1[:-1], batch.group_offsets_Q1[1:]
     return Candidates(
         starts_Q + first,
@@ -101,4 +109,6 @@ def group_rows(values_P: Tensor, group_offsets_Q1: Tensor, fill: float) -> Tenso
     widest = int(sizes_Q.max()) if sizes_Q.numel() else 0
     place_G = torch.arange(widest)
     index_QG = (group_offsets_Q1[:-1, None] + place_G).clamp(max=max(values_P.shape[0] - 1, 0))
-    return torch.where(place_G < sizes_Q[:, None], values_P[index_QG], torch.full((), fill, dtype=values_P.dtype))
+    return torch.where(
+        place_G < sizes_Q[:, None], values_P[index_QG], torch.full((), fill, dtype=values_P.dtype)
+    )

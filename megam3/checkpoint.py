@@ -45,7 +45,9 @@ class RunState:
     """The resolved recipe that wrote it."""
 
 
-def save_checkpoint(run_dir: str, state: RunState, write: Callable[[str], None], model_files: str, keep: int) -> str:
+def save_checkpoint(
+    run_dir: str, state: RunState, write: Callable[[str], None], model_files: str, keep: int
+) -> str:
     """Write one checkpoint; collective. Returns its folder.
 
     `write(folder)` is called on every rank and writes the rank's own files; `model_files` is copied by the main rank.
@@ -84,7 +86,9 @@ def newest_complete(run_dir: str, report: Callable[[str], None]) -> str | None:
     root = os.path.join(run_dir, "checkpoints")
     names = comm.gather_objects_json(sorted(_step_names(root), key=_step_of, reverse=True))[0]
     for name in names:
-        found = comm.gather_objects_json(find_problem(os.path.join(root, name), comm.rank(), comm.world_size()))
+        found = comm.gather_objects_json(
+            find_problem(os.path.join(root, name), comm.rank(), comm.world_size())
+        )
         problem = next((each for each in found if each is not None), None)
         if problem is None:
             return os.path.join(root, name)
@@ -92,7 +96,10 @@ def newest_complete(run_dir: str, report: Callable[[str], None]) -> str | None:
             report(f"checkpoint {name} is not usable ({problem}); trying the one before")
     if names:
         raise CheckpointError(
-            root, names, "must hold at least one complete checkpoint", "restore one of them, or start anew with train.resume=never"
+            root,
+            names,
+            "must hold at least one complete checkpoint",
+            "restore one of them, or start anew with train.resume=never",
         )
     return None
 
@@ -142,7 +149,12 @@ def read_state(folder: str, *, verify: bool = True) -> RunState:
     """
     problem = find_problem(folder) if verify else None
     if problem is not None:
-        raise CheckpointError("checkpoint", folder, f"must be a complete checkpoint ({problem})", "name a folder checkpoints/step-NNNNNN")
+        raise CheckpointError(
+            "checkpoint",
+            folder,
+            f"must be a complete checkpoint ({problem})",
+            "name a folder checkpoints/step-NNNNNN",
+        )
     with open(os.path.join(folder, "state.json")) as stream:
         raw = json.load(stream)
     return RunState(**{**raw, "progress": Progress(**raw["progress"])})
@@ -215,7 +227,11 @@ def _step_of(name: str) -> int:
 
 
 def _files(folder: str) -> list[str]:
-    return sorted(os.path.relpath(os.path.join(root, name), folder) for root, _, names in os.walk(folder) for name in names)
+    return sorted(
+        os.path.relpath(os.path.join(root, name), folder)
+        for root, _, names in os.walk(folder)
+        for name in names
+    )
 
 
 def _describe(path: str) -> dict[str, int]:

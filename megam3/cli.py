@@ -27,19 +27,33 @@ class Subcommand:
 
 
 SUBCOMMANDS = {
-    "quickstart": Subcommand("megam3.quickstart.run", "fetch text, train, evaluate, export and query a small model"),
-    "show-config": Subcommand("megam3.commands.show_config", "a recipe resolved: every field, batch arithmetic, DeepSpeed dictionary"),
+    "quickstart": Subcommand(
+        "megam3.quickstart.run", "fetch text, train, evaluate, export and query a small model"
+    ),
+    "show-config": Subcommand(
+        "megam3.commands.show_config",
+        "a recipe resolved: every field, batch arithmetic, DeepSpeed dictionary",
+    ),
     "prepare": Subcommand("megam3.commands.prepare", "tokenise a recipe's training data into its store"),
-    "plan-epochs": Subcommand("megam3.commands.plan_epochs", "steps, tokens, balance and languages of an epoch, before anything runs"),
-    "plan-memory": Subcommand("megam3.commands.plan_memory", "memory of one rank, counted; the chunk that fits, or what to turn on"),
+    "plan-epochs": Subcommand(
+        "megam3.commands.plan_epochs",
+        "steps, tokens, balance and languages of an epoch, before anything runs",
+    ),
+    "plan-memory": Subcommand(
+        "megam3.commands.plan_memory", "memory of one rank, counted; the chunk that fits, or what to turn on"
+    ),
     "train": Subcommand("megam3.train", "train on this process's rank (deepspeed and srun start several)"),
-    "evaluate": Subcommand("megam3.commands.evaluate", "five retrieval modes and BM25 on test sets in BEIR format"),
+    "evaluate": Subcommand(
+        "megam3.commands.evaluate", "five retrieval modes and BM25 on test sets in BEIR format"
+    ),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `megam3 SUBCOMMAND …`; the exit code: 0, or 2 after a UserError."""
-    parser = argparse.ArgumentParser(prog="megam3", description="Train, evaluate and export M3 retrieval encoders.", add_help=True)
+    parser = argparse.ArgumentParser(
+        prog="megam3", description="Train, evaluate and export M3 retrieval encoders.", add_help=True
+    )
     parser.add_argument("--version", action="version", version=f"megam3 {__version__}")
     commands = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
     for name, command in SUBCOMMANDS.items():

@@ -58,7 +58,9 @@ class M3Embedder:
         if precision == "auto":
             precision = "bf16" if target.type == "cuda" else "fp32"
         if precision not in _DTYPES:
-            raise ConfigError("precision", precision, f"must be auto or one of {', '.join(_DTYPES)}", "leave it at auto")
+            raise ConfigError(
+                "precision", precision, f"must be auto or one of {', '.join(_DTYPES)}", "leave it at auto"
+            )
         path = str(path)
         model = load_m3(path, ModelConfig(path=path), dtype=_DTYPES[precision])
         self._take(model.to(target), load_tokenizer_of(path))
@@ -89,13 +91,20 @@ class M3Embedder:
         """
         limit = self.max_tokens if max_tokens is None else max_tokens
         if not 2 < limit <= self.max_tokens:
-            raise ConfigError("max_tokens", limit, f"must be between 3 and {self.max_tokens}, what the model has positions for", "lower it")
+            raise ConfigError(
+                "max_tokens",
+                limit,
+                f"must be between 3 and {self.max_tokens}, what the model has positions for",
+                "lower it",
+            )
         for index, text in enumerate(texts):
             if not isinstance(text, str):
                 raise DataError(f"texts[{index}]", text, "is not a string", "pass a list of strings")
         if not texts:
             return []
-        return self.tokenizer(list(texts), truncation=True, max_length=limit, return_attention_mask=False)["input_ids"]
+        return self.tokenizer(list(texts), truncation=True, max_length=limit, return_attention_mask=False)[
+            "input_ids"
+        ]
 
     def represent_ids(
         self, token_ids: Sequence[Sequence[int]], *, batch_tokens: int = 32768
@@ -125,7 +134,9 @@ class M3Embedder:
         dense = np.zeros((len(texts), self.model.encoder.config.hidden_size), dtype=np.float32)
         lexical: list[dict[str, float]] = [{} for _ in texts]
         multi: list[np.ndarray] = [np.zeros((0, 0), dtype=np.float32) for _ in texts]
-        for indices, batch in self.represent_ids(self.token_ids(texts, max_tokens=max_tokens), batch_tokens=batch_tokens):
+        for indices, batch in self.represent_ids(
+            self.token_ids(texts, max_tokens=max_tokens), batch_tokens=batch_tokens
+        ):
             dense[indices] = batch.dense_ND.float().cpu().numpy()
             for index, weights, vectors in zip(indices, lexical_dicts(batch), multi_vector_arrays(batch)):
                 lexical[index], multi[index] = weights, vectors
@@ -146,7 +157,9 @@ class M3Embedder:
         `sum` is w_dense·dense + w_lexical·lexical + w_multi·multi_vector, weights 1 / 0.3 / 1 unless given (arXiv 2402.03216, section 4).
         """
         weights = weights or HeadWeights(dense=1.0, lexical=0.3, multi_vector=1.0)
-        scores = {head: np.zeros(len(pairs), dtype=np.float32) for head in ("dense", "lexical", "multi_vector")}
+        scores = {
+            head: np.zeros(len(pairs), dtype=np.float32) for head in ("dense", "lexical", "multi_vector")
+        }
         for start in range(0, len(pairs), _PAIRS_AT_ONCE):
             block = pairs[start : start + _PAIRS_AT_ONCE]
             texts = list(dict.fromkeys(text for pair in block for text in pair))
@@ -156,8 +169,12 @@ class M3Embedder:
                 q, p = row[query], row[passage]
                 scores["dense"][i] = encoded.dense_vecs[q] @ encoded.dense_vecs[p]
                 scores["lexical"][i] = lexical_match(encoded.lexical_weights[q], encoded.lexical_weights[p])
-                scores["multi_vector"][i] = (encoded.colbert_vecs[q] @ encoded.colbert_vecs[p].T).max(axis=1).mean()
-        scores["sum"] = sum(getattr(weights, head) * values for head, values in scores.items()).astype(np.float32)
+                scores["multi_vector"][i] = (
+                    (encoded.colbert_vecs[q] @ encoded.colbert_vecs[p].T).max(axis=1).mean()
+                )
+        scores["sum"] = sum(getattr(weights, head) * values for head, values in scores.items()).astype(
+            np.float32
+        )
         return scores
 
 
@@ -184,7 +201,10 @@ def lexical_dicts(representations: Representations) -> list[dict[str, float]]:
     ids = representations.lexical_ids_Z.tolist()
     weights = representations.lexical_weights_Z.float().tolist()
     offsets = representations.lexical_offsets_N1.tolist()
-    return [{str(ids[z]): weights[z] for z in range(start, stop) if weights[z] > 0} for start, stop in zip(offsets, offsets[1:])]
+    return [
+        {str(ids[z]): weights[z] for z in range(start, stop) if weights[z] > 0}
+        for start, stop in zip(offsets, offsets[1:])
+    ]
 
 
 def multi_vector_arrays(representations: Representations) -> list[np.ndarray]:

@@ -39,7 +39,9 @@ class _RandomState:
 
     @staticmethod
     def capture(device: torch.device) -> "_RandomState":
-        return _RandomState(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None, device)
+        return _RandomState(
+            torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None, device
+        )
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
@@ -71,7 +73,9 @@ def _single_pass(
     representations = encode(_filler(texts.input_ids_T.device) if empty else texts)
     value, aux = loss(representations.select(0, 0) if empty else representations)
     if empty:
-        value = value + _weighted_sum(representations, [torch.zeros_like(x) for x in representations.floats()])
+        value = value + _weighted_sum(
+            representations, [torch.zeros_like(x) for x in representations.floats()]
+        )
     backward(value, True)
     return aux
 
@@ -126,7 +130,11 @@ def cached_step(
         state.restore()
         representations = encode(chunk)
         real = index < len(plan)
-        wanted = gradients.select(*plan[index]).floats() if real else [torch.zeros_like(x) for x in representations.floats()]
+        wanted = (
+            gradients.select(*plan[index]).floats()
+            if real
+            else [torch.zeros_like(x) for x in representations.floats()]
+        )
         backward(_weighted_sum(representations, wanted), index == num_chunks - 1)
     after.restore()
     return aux

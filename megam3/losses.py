@@ -61,7 +61,9 @@ class LossSettings:
     def heads(self) -> tuple[str, ...]:
         """Heads that must be scored: those with a loss, a part in the sum, or a distillation."""
         tables = [self.loss_weights, self.sum_weights, self.distill_weights]
-        return tuple(name for name in NAMES[:3] if any(table is not None and getattr(table, name) for table in tables))
+        return tuple(
+            name for name in NAMES[:3] if any(table is not None and getattr(table, name) for table in tables)
+        )
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -71,7 +73,11 @@ class LossSettings:
     @property
     def distilled(self) -> tuple[str, ...]:
         """Heads that the combined score teaches, once distillation has begun."""
-        return tuple(name for name in NAMES[:3] if self.distill_weights is not None and getattr(self.distill_weights, name))
+        return tuple(
+            name
+            for name in NAMES[:3]
+            if self.distill_weights is not None and getattr(self.distill_weights, name)
+        )
 
     def distills(self, step: int) -> bool:
         """Whether self-distillation is on after `step` optimizer steps."""
@@ -81,13 +87,17 @@ class LossSettings:
 def resolve_weights(config: UnifiedConfig) -> LossSettings:
     """Preset plus the recipe's own tables. `joint` has neither sum nor distillation, whatever else is set."""
     joint = config.preset == "joint"
-    sums, losses, distills = (M3_SUM, M3_LOSS, M3_DISTILL) if config.preset == "m3" else (ONES, ONES_AND_SUM, ONES)
+    sums, losses, distills = (
+        (M3_SUM, M3_LOSS, M3_DISTILL) if config.preset == "m3" else (ONES, ONES_AND_SUM, ONES)
+    )
     losses = config.loss_weights or losses
     sums = config.sum_weights or sums
     if joint:
         losses = losses.model_copy(update={"sum": 0.0})
         # the sum serves the margin rule alone here, and heads out of training stay out of it
-        sums = HeadWeights(**{name: getattr(sums, name) if getattr(losses, name) else 0.0 for name in NAMES[:3]})
+        sums = HeadWeights(
+            **{name: getattr(sums, name) if getattr(losses, name) else 0.0 for name in NAMES[:3]}
+        )
     distills_at_all = config.self_distill and not joint
     margin_on_sum = config.false_negative_margin is not None and config.false_negative_margin_source == "sum"
     return LossSettings(
@@ -115,14 +125,20 @@ class LossTerms:
 
 
 def _narrow(
-    scores: Mapping[str, Tensor], positive_Q: Tensor, allowed_QP: Tensor, settings: LossSettings, teacher: TeacherGroups | None
+    scores: Mapping[str, Tensor],
+    positive_Q: Tensor,
+    allowed_QP: Tensor,
+    settings: LossSettings,
+    teacher: TeacherGroups | None,
 ) -> Tensor:
     """`allowed_QP` without the columns the margin rule leaves out."""
     if settings.false_negative_margin is None:
         return allowed_QP
     if settings.margin_source == "sum":
         sum_QP = scores["sum"].detach()
-        return allowed_QP & ~margin_mask(sum_QP, sum_QP.gather(1, positive_Q[:, None]).squeeze(1), settings.false_negative_margin)
+        return allowed_QP & ~margin_mask(
+            sum_QP, sum_QP.gather(1, positive_Q[:, None]).squeeze(1), settings.false_negative_margin
+        )
     if teacher is None:
         return allowed_QP
     return allowed_QP & ~teacher_margin_mask(teacher, allowed_QP.shape[1], settings.false_negative_margin)
@@ -138,15 +154,27 @@ def _taught(logits_QP: Tensor, teacher: TeacherGroups, allowed_QP: Tensor, kind:
     return m3_kd_rows(own_QG, others_Q, teacher.scores_QG, seen_QG)
 
 
-def assemble(rows: Mapping[str, Tensor], hits: Mapping[str, Tensor], settings: LossSettings, row_scale: float) -> LossTerms:
+def assemble(
+    rows: Mapping[str, Tensor], hits: Mapping[str, Tensor], settings: LossSettings, row_scale: float
+) -> LossTerms:
     """Weigh per-query losses, named as in `LossTerms.terms`, into the total; `hits` say where each score ranks its positive first."""
     first = torch.zeros((), device=next(iter(hits.values())).device)
     distilled = torch.zeros_like(first)
     for name, row in rows.items():
         if name.startswith("distill_"):
-            distilled = distilled + getattr(settings.distill_weights, name.removeprefix("distill_")) / DISTILL_DIVISOR * row.sum()
+            distilled = (
+                distilled
+                + getattr(settings.distill_weights, name.removeprefix("distill_"))
+                / DISTILL_DIVISOR
+                * row.sum()
+            )
         else:
-            first = first + getattr(settings.loss_weights, name.removeprefix("teacher_")) / settings.loss_divisor * row.sum()
+            first = (
+                first
+                + getattr(settings.loss_weights, name.removeprefix("teacher_"))
+                / settings.loss_divisor
+                * row.sum()
+            )
     total = (first + distilled) / 2 if any(name.startswith("distill_") for name in rows) else first
     return LossTerms(
         total * row_scale,
@@ -177,7 +205,9 @@ def unified_loss(
     allowed_QP = _narrow(scores, positive_column_Q, allowed_QP, settings, teacher)
     # the lowest finite number, not −inf: 0 · −inf in the distillation would be NaN
     lowest = {name: torch.finfo(x.dtype).min for name, x in scores.items()}
-    logits = {name: (x / settings.temperature).masked_fill(~allowed_QP, lowest[name]) for name, x in scores.items()}
+    logits = {
+        name: (x / settings.temperature).masked_fill(~allowed_QP, lowest[name]) for name, x in scores.items()
+    }
     trained, distilled = settings.trained, settings.distilled if distill else ()
     needed = {*trained, *distilled, *(["sum"] if distilled else [])}
     log_probs = {name: torch.log_softmax(logits[name], dim=1) for name in NAMES if name in needed}
@@ -191,5 +221,7 @@ def unified_loss(
         target_QP = log_probs["sum"].detach().exp()
         rows.update({f"distill_{name}": -(target_QP * log_probs[name]).sum(1) for name in distilled})
     # a tie is no hit: a dead head, which scores everything alike, must not look accurate
-    level = {name: x.detach() >= x.detach().gather(1, positive_column_Q[:, None]) for name, x in logits.items()}
+    level = {
+        name: x.detach() >= x.detach().gather(1, positive_column_Q[:, None]) for name, x in logits.items()
+    }
     return assemble(rows, {name: x.sum(1) == 1 for name, x in level.items()}, settings, row_scale)

@@ -124,7 +124,11 @@ class StepShape:
     @property
     def pass_tokens(self) -> int:
         """Tokens of the largest forward pass."""
-        return self.num_tokens if self.chunk_tokens is None else min(self.num_tokens, max(self.chunk_tokens, self.longest_tokens))
+        return (
+            self.num_tokens
+            if self.chunk_tokens is None
+            else min(self.num_tokens, max(self.chunk_tokens, self.longest_tokens))
+        )
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,12 @@ def state_bytes(model: ModelShape, strategy: Strategy) -> dict[str, int]:
     but 0 in fp32 keeps one), two fp32 moments, and an fp32 gradient while AdamW runs. Stage 1 shares the fp32 part, stage 2 gradients too,
     stage 3 everything.
     """
-    stage, ranks, precision, count = strategy.zero_stage, strategy.world_size, strategy.precision_bytes, model.num_parameters
+    stage, ranks, precision, count = (
+        strategy.zero_stage,
+        strategy.world_size,
+        strategy.precision_bytes,
+        model.num_parameters,
+    )
 
     def share(first_stage: int) -> int:
         return -(-count // ranks) if stage >= first_stage else count
@@ -157,17 +166,27 @@ def state_bytes(model: ModelShape, strategy: Strategy) -> dict[str, int]:
     has_master = stage > 0 or precision != FP32
     weights = 0 if strategy.parameter_offload else share(3) * precision
     states = {
-        "weights": weights + (min(count, strategy.live_parameters or count) * precision if stage == 3 and ranks > 1 else 0),
+        "weights": weights
+        + (min(count, strategy.live_parameters or count) * precision if stage == 3 and ranks > 1 else 0),
         "gradients": share(2) * (FP32 if stage >= FP32_SUMS_FROM_STAGE else precision),
-        "optimizer": 0 if strategy.optimizer_offload else share(1) * ((2 * FP32 if has_master else 0) + 2 * FP32),
+        "optimizer": 0
+        if strategy.optimizer_offload
+        else share(1) * ((2 * FP32 if has_master else 0) + 2 * FP32),
     }
     buckets = strategy.bucket_elements if strategy.on_gpu else min(strategy.bucket_elements, count)
     return {**states, "buckets": buckets * precision if stage > 0 else 0}
 
 
-def layer_bytes(model: ModelShape, strategy: Strategy, num_tokens: int, longest_tokens: int, mixed_lengths: bool = True) -> int:
+def layer_bytes(
+    model: ModelShape, strategy: Strategy, num_tokens: int, longest_tokens: int, mixed_lengths: bool = True
+) -> int:
     """What one layer saves for its backward pass, its input included; the table at the top of this file."""
-    hidden, inner, heads, size = model.hidden_size, model.intermediate_size, model.num_attention_heads, strategy.precision_bytes
+    hidden, inner, heads, size = (
+        model.hidden_size,
+        model.intermediate_size,
+        model.num_attention_heads,
+        strategy.precision_bytes,
+    )
     entries = 8 * hidden + 2 * inner + (hidden if mixed_lengths and not strategy.on_gpu else 0)
     per_token = entries * size + 2 * 2 * FP32
     if model.hidden_dropout:
@@ -179,7 +198,9 @@ def layer_bytes(model: ModelShape, strategy: Strategy, num_tokens: int, longest_
     return num_tokens * per_token
 
 
-def saved_bytes(model: ModelShape, strategy: Strategy, num_tokens: int, longest_tokens: int, mixed_lengths: bool = True) -> int:
+def saved_bytes(
+    model: ModelShape, strategy: Strategy, num_tokens: int, longest_tokens: int, mixed_lengths: bool = True
+) -> int:
     """What a forward pass over `num_tokens` leaves for the backward pass, and its multi-vector rows themselves."""
     size = strategy.precision_bytes
     unit, row = num_tokens * model.hidden_size * size, num_tokens * model.row_width * size
@@ -187,12 +208,16 @@ def saved_bytes(model: ModelShape, strategy: Strategy, num_tokens: int, longest_
     kept = model.num_layers * layer_bytes(model, strategy, num_tokens, longest_tokens, mixed_lengths)
     if strategy.checkpointing:
         # offload keeps the newest input or two on the device, whatever the depth
-        kept = unit * (min(2, model.num_layers) if strategy.activation_offload and strategy.on_gpu else model.num_layers)
+        kept = unit * (
+            min(2, model.num_layers) if strategy.activation_offload and strategy.on_gpu else model.num_layers
+        )
     # the embeddings' sum; layers; last hidden states; rows before and after their normalisation
     return unit + mask + kept + unit + 2 * row
 
 
-def activation_bytes(model: ModelShape, strategy: Strategy, num_tokens: int, longest_tokens: int, mixed_lengths: bool = True) -> int:
+def activation_bytes(
+    model: ModelShape, strategy: Strategy, num_tokens: int, longest_tokens: int, mixed_lengths: bool = True
+) -> int:
     """Peak of one forward and backward pass over `num_tokens`, parameter gradients not included.
 
     The backward pass adds gradients to what the forward pass saved, and frees it layer by layer. Three moments compete: at the heads, five
@@ -203,7 +228,11 @@ def activation_bytes(model: ModelShape, strategy: Strategy, num_tokens: int, lon
     size = strategy.precision_bytes
     unit, row = num_tokens * model.hidden_size * size, num_tokens * model.row_width * size
     saved = saved_bytes(model, strategy, num_tokens, longest_tokens, mixed_lengths)
-    recomputed = layer_bytes(model, strategy, num_tokens, longest_tokens, mixed_lengths) - unit if strategy.checkpointing else 0
+    recomputed = (
+        layer_bytes(model, strategy, num_tokens, longest_tokens, mixed_lengths) - unit
+        if strategy.checkpointing
+        else 0
+    )
     at_heads = saved + 5 * row
     in_layer = saved - unit - row + recomputed + unit + num_tokens * model.intermediate_size * size
     at_embeddings = 2 * unit + row + model.vocab_size * model.hidden_size * size
@@ -230,31 +259,48 @@ def loss_needs_tiles(num_queries: int, num_columns: int, query_rows: int, num_pa
 
 def texts_per_tile(rows_per_query: float) -> int:
     """Texts per side of a tile, for queries of so many multi-vector rows on average; 0 without that head."""
-    return TILE_TEXTS if rows_per_query == 0 else max(1, min(TILE_TEXTS, int((TILE_WINNERS / max(1.0, rows_per_query)) ** 0.5)))
+    return (
+        TILE_TEXTS
+        if rows_per_query == 0
+        else max(1, min(TILE_TEXTS, int((TILE_WINNERS / max(1.0, rows_per_query)) ** 0.5)))
+    )
 
 
 def loss_bytes(model: ModelShape, strategy: Strategy, step: StepShape) -> dict[str, int]:
     """Peak of the loss over all ranks' passages: score matrices, MaxSim's winners and its backward pass, every rank's queries."""
     ranks, size, width = strategy.world_size, strategy.precision_bytes, model.row_width
-    queries, passages, query_rows = step.num_queries, step.num_passages, step.num_queries * step.query_tokens * ranks
+    queries, passages, query_rows = (
+        step.num_queries,
+        step.num_passages,
+        step.num_queries * step.query_tokens * ranks,
+    )
     scores, rows, kept = queries * passages * ranks, query_rows, query_rows * passages
     needs_tiles = loss_needs_tiles(queries, passages * ranks, query_rows, passages)
     if step.loss_tiles == "always" or (step.loss_tiles == "auto" and needs_tiles):
         side = texts_per_tile(step.query_tokens)
         group = -(-passages // max(1, queries))
-        scores, rows = min(side, queries * ranks) * min(side, passages), min(side, queries * ranks) * step.query_tokens
+        scores, rows = (
+            min(side, queries * ranks) * min(side, passages),
+            min(side, queries * ranks) * step.query_tokens,
+        )
         passages = min(side, passages)
         # the queries' own groups keep an ordinary graph, tiles only their own winners
-        kept = rows * passages + queries * step.query_tokens * min(step.num_passages, GROUP_TILE_TEXTS * group)
+        kept = rows * passages + queries * step.query_tokens * min(
+            step.num_passages, GROUP_TILE_TEXTS * group
+        )
     product = PRODUCTS_CUDA if strategy.on_gpu else PRODUCTS_CPU
     return {
         "score matrices": scores * SCORE_MATRICES * FP32,
-        "MaxSim": kept * INT32 + _maxsim_backward(strategy, rows, passages, step.passage_tokens, width) + product * FP32,
+        "MaxSim": kept * INT32
+        + _maxsim_backward(strategy, rows, passages, step.passage_tokens, width)
+        + product * FP32,
         "gathered queries": query_rows * width * ((size if ranks > 1 else 0) + 2 * FP32),
     }
 
 
-def _maxsim_backward(strategy: Strategy, query_rows: int, num_passages: int, passage_tokens: int, width: int) -> int:
+def _maxsim_backward(
+    strategy: Strategy, query_rows: int, num_passages: int, passage_tokens: int, width: int
+) -> int:
     """Pairs in work at a time, as megam3/scoring/maxsim.py cuts them: chunks of passages, and of query rows where those are widened."""
     product = PRODUCTS_CUDA if strategy.on_gpu else PRODUCTS_CPU
     held_rows = max(1, (product if strategy.on_gpu else 4 * product) // width)
@@ -263,7 +309,9 @@ def _maxsim_backward(strategy: Strategy, query_rows: int, num_passages: int, pas
     return rows * texts * WINNER_BYTES
 
 
-def plan_memory(model: ModelShape, strategy: Strategy, step: StepShape, mixed_lengths: bool = True) -> MemoryPlan:
+def plan_memory(
+    model: ModelShape, strategy: Strategy, step: StepShape, mixed_lengths: bool = True
+) -> MemoryPlan:
     """Everything one rank holds at the worst moment of a step."""
     activations = activation_bytes(model, strategy, step.pass_tokens, step.longest_tokens, mixed_lengths)
     states, loss = state_bytes(model, strategy), loss_bytes(model, strategy, step)
@@ -284,7 +332,9 @@ def largest_chunk(model: ModelShape, strategy: Strategy, step: StepShape, limit_
     """Most tokens of a gradient-cache chunk that stay within `limit_bytes`; None when not even the longest text fits."""
 
     def fits(chunk_tokens: int) -> bool:
-        return plan_memory(model, strategy, replace(step, chunk_tokens=chunk_tokens)).total_bytes <= limit_bytes
+        return (
+            plan_memory(model, strategy, replace(step, chunk_tokens=chunk_tokens)).total_bytes <= limit_bytes
+        )
 
     low, high = step.longest_tokens, max(step.num_tokens, step.longest_tokens)
     if not fits(low):
@@ -295,7 +345,9 @@ def largest_chunk(model: ModelShape, strategy: Strategy, step: StepShape, limit_
     return low
 
 
-def remedies(model: ModelShape, strategy: Strategy, step: StepShape, limit_bytes: int) -> list[tuple[str, int]]:
+def remedies(
+    model: ModelShape, strategy: Strategy, step: StepShape, limit_bytes: int
+) -> list[tuple[str, int]]:
     """What makes a step fit that does not: settings to turn on, one after another, until it does; (setting, largest chunk) of the last.
 
     Empty when nothing helps. In the order of what they cost: recomputation, host memory, communication.
@@ -305,7 +357,10 @@ def remedies(model: ModelShape, strategy: Strategy, step: StepShape, limit_bytes
         ("engine.activation_offload=true", {"activation_offload": True}),
         ("engine.template=zero2", {"zero_stage": max(2, strategy.zero_stage)}),
         ("engine.template=zero3", {"zero_stage": 3}),
-        ("engine.template=zero3_offload", {"zero_stage": 3, "optimizer_offload": True, "parameter_offload": True}),
+        (
+            "engine.template=zero3_offload",
+            {"zero_stage": 3, "optimizer_offload": True, "parameter_offload": True},
+        ),
     ]
     taken: list[str] = []
     for setting, change in ladder:
@@ -313,7 +368,11 @@ def remedies(model: ModelShape, strategy: Strategy, step: StepShape, limit_bytes
         if changed == strategy:
             continue
         strategy = changed
-        taken = [name for name in taken if not (name.startswith("engine.template") and setting.startswith("engine.template"))] + [setting]
+        taken = [
+            name
+            for name in taken
+            if not (name.startswith("engine.template") and setting.startswith("engine.template"))
+        ] + [setting]
         chunk = largest_chunk(model, strategy, step, limit_bytes)
         if chunk is not None:
             return [(name, chunk) for name in taken]

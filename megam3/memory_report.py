@@ -33,7 +33,12 @@ def read_model_shape(config: RunConfig) -> ModelShape:
     family = encoder.get("model_type")
     if family not in COUNTED_FAMILIES:
         rule = "is an encoder whose activations this command has not counted"
-        raise ConfigError("model.path", f"{config.model.path} ({family})", rule, f"use one of: {', '.join(COUNTED_FAMILIES)}")
+        raise ConfigError(
+            "model.path",
+            f"{config.model.path} ({family})",
+            rule,
+            f"use one of: {', '.join(COUNTED_FAMILIES)}",
+        )
 
     def dropout(override: float | None, key: str) -> float:
         return float(encoder.get(key, 0.0)) if override is None else override
@@ -41,7 +46,12 @@ def read_model_shape(config: RunConfig) -> ModelShape:
     def size(key: str) -> int:
         value = encoder.get(key)
         if not isinstance(value, int):
-            raise ConfigError(f"{config.model.path}/config.json: {key}", value, "must be a number", "use the encoder's own config.json")
+            raise ConfigError(
+                f"{config.model.path}/config.json: {key}",
+                value,
+                "must be a number",
+                "use the encoder's own config.json",
+            )
         return value
 
     return ModelShape(
@@ -75,7 +85,8 @@ def read_strategy(config: RunConfig, world_size: int, *, on_gpu: bool) -> Strate
         config.engine.activation_offload,
         offloads("offload_optimizer"),
         offloads("offload_param"),
-        zero.get("reduce_bucket_size", DEFAULT_BUCKET) * (2 if zero.get("overlap_comm", stage == 3) and stage > 0 else 1),
+        zero.get("reduce_bucket_size", DEFAULT_BUCKET)
+        * (2 if zero.get("overlap_comm", stage == 3) and stage > 0 else 1),
         zero.get("stage3_max_live_parameters", DEFAULT_LIVE),
         on_gpu,
     )
@@ -83,7 +94,10 @@ def read_strategy(config: RunConfig, world_size: int, *, on_gpu: bool) -> Strate
 
 def heaviest_step(config: RunConfig, model: ModelShape, strategy: Strategy) -> tuple[int, StepShape]:
     """The length bucket (its upper edge) whose step needs most, when every text has the bucket's full length."""
-    steps = [(row.max_tokens, _step(config, row, strategy.world_size)) for row in batch_arithmetic(config.data, strategy.world_size)]
+    steps = [
+        (row.max_tokens, _step(config, row, strategy.world_size))
+        for row in batch_arithmetic(config.data, strategy.world_size)
+    ]
     return max(steps, key=lambda step: plan_memory(model, strategy, step[1]).total_bytes)
 
 
@@ -91,7 +105,10 @@ def table(config: RunConfig, edge: int, step: StepShape, strategy: Strategy, pla
     """What one rank holds, line by line."""
     what = "one pass" if step.chunk_tokens is None else f"chunks of {_spaced(step.pass_tokens)}"
     width = max(len(name) for name in [*plan.states, *plan.step])
-    rows = [f"  {name.ljust(width)}  {value / GIB:9.2f}" for name, value in [*plan.states.items(), *plan.step.items()]]
+    rows = [
+        f"  {name.ljust(width)}  {value / GIB:9.2f}"
+        for name, value in [*plan.states.items(), *plan.step.items()]
+    ]
     return [
         f"Memory of one of {strategy.world_size} ranks in GiB: {config.engine.template} (ZeRO {strategy.zero_stage}),"
         f" {'bf16' if strategy.precision_bytes == 2 else 'fp32'}, checkpointing {_on(strategy.checkpointing)},"
@@ -103,7 +120,9 @@ def table(config: RunConfig, edge: int, step: StepShape, strategy: Strategy, pla
     ]
 
 
-def advice(model: ModelShape, strategy: Strategy, step: StepShape, limit_bytes: int) -> tuple[list[str], bool]:
+def advice(
+    model: ModelShape, strategy: Strategy, step: StepShape, limit_bytes: int
+) -> tuple[list[str], bool]:
     """Sentences on what fits into `limit_bytes` and what to change, and whether anything fits at all."""
     limit = f"{limit_bytes / GIB:.1f} GiB"
     chunk = largest_chunk(model, strategy, step, limit_bytes)
@@ -121,18 +140,25 @@ def advice(model: ModelShape, strategy: Strategy, step: StepShape, limit_bytes: 
         return [f"Does not fit in {limit}. Turn on: {names} data.batch.chunk_tokens={settings[-1][1]}"], True
     need = plan_memory(model, strategy, replace(step, chunk_tokens=step.longest_tokens)).total_bytes / GIB
     reason = f"one text at a time needs {need:.1f}"
-    return [f"Does not fit in {limit} by any setting known here ({reason}): shorter texts, a smaller batch, or more ranks."], False
+    return [
+        f"Does not fit in {limit} by any setting known here ({reason}): shorter texts, a smaller batch, or more ranks."
+    ], False
 
 
 def _step(config: RunConfig, row: BatchRow, world_size: int) -> StepShape:
     data = config.data
-    query_tokens, passage_tokens = min(row.max_tokens, data.query_max_tokens), min(row.max_tokens, data.passage_max_tokens)
+    query_tokens, passage_tokens = (
+        min(row.max_tokens, data.query_max_tokens),
+        min(row.max_tokens, data.passage_max_tokens),
+    )
     queries, passages = row.queries_per_rank, row.passages_per_rank
     if queries is None or passages is None:
         group = data.passages_per_query
         queries = max(1, row.max_tokens_per_rank // (query_tokens + group * passage_tokens))
         passages = queries * group
-    return StepShape(queries, passages, query_tokens, passage_tokens, data.batch.chunk_tokens, config.objective.loss_tiles)
+    return StepShape(
+        queries, passages, query_tokens, passage_tokens, data.batch.chunk_tokens, config.objective.loss_tiles
+    )
 
 
 def _on(flag: bool) -> str:

@@ -62,7 +62,9 @@ def m3_kd_rows(own_QG: Tensor, others_Q: Tensor, scores_QG: Tensor, seen_QG: Ten
     rank_QG = scores_QG.masked_fill(~seen_QG, float("-inf"))
     rank_QG = torch.cat([torch.full_like(rank_QG[:, :1], float("inf")), rank_QG[:, 1:]], dim=1)
     order_QG = rank_QG.argsort(dim=1, descending=True, stable=True)
-    target_QG, seen_QG, own_QG = (x.gather(1, order_QG) for x in (_target(scores_QG, seen_QG), seen_QG, own_QG))
+    target_QG, seen_QG, own_QG = (
+        x.gather(1, order_QG) for x in (_target(scores_QG, seen_QG), seen_QG, own_QG)
+    )
     own_QG = own_QG.masked_fill(~seen_QG, lowest)
     # row i of the triangle: the own group from its i-th passage on
     later_GG = torch.ones(own_QG.shape[1], own_QG.shape[1], dtype=torch.bool, device=own_QG.device).triu()

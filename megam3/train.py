@@ -35,7 +35,12 @@ def main(argv: list[str] | None = None) -> int:
         rank = ranks.rank
         ranks.export(os.environ)
         if not arguments:
-            raise UserError("recipe", None, "is required", "python -m megam3.train RECIPE [key=value…]; recipes: megam3 show-config --list")
+            raise UserError(
+                "recipe",
+                None,
+                "is required",
+                "python -m megam3.train RECIPE [key=value…]; recipes: megam3 show-config --list",
+            )
         config = load_config(arguments[0], arguments[1:])
         check_config(config, ranks.world_size)
     except UserError as error:

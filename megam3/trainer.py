@@ -84,16 +84,25 @@ def train(run: Run, stop: "StopSignal") -> int:
     with contextlib.ExitStack() as stack:
         # files and bar belong to the main rank; log lines of the others are warnings only
         metrics = stack.enter_context(MetricsWriter(run.run_dir, progress.step)) if comm.is_main() else None
-        bar = stack.enter_context(TrainingProgress(run.total_steps, progress.step, settings.log_every_steps)) if comm.is_main() else None
+        bar = (
+            stack.enter_context(TrainingProgress(run.total_steps, progress.step, settings.log_every_steps))
+            if comm.is_main()
+            else None
+        )
         clock, is_stopped = StepClock(run.matmul_peak), False
-        for batches in clock.waiting_for(run.data.batches(comm.rank(), comm.world_size(), progress.step, run.total_steps)):
+        for batches in clock.waiting_for(
+            run.data.batches(comm.rank(), comm.world_size(), progress.step, run.total_steps)
+        ):
             report = run_step(run, batches, progress, stop.requested)
             result = run.engine.update(progress.step, drop=bool(report.nonfinite))
             check_finite(run.config.engine.on_nonfinite, report, result, progress.step)
             progress = _advance(run, progress, report)
             if progress.step == run.state.progress.step + MEMORY_STEPS:
                 _report_memory(run)
-            clock.add(report.num_tokens, run.encoder_shape.training_flops([n for b in batches for n in b.texts.lengths]))
+            clock.add(
+                report.num_tokens,
+                run.encoder_shape.training_flops([n for b in batches for n in b.texts.lengths]),
+            )
             is_last = progress.step == run.total_steps
             is_stopped = report.stop_requested and not is_last
             if metrics is not None and _is_due(progress.step, settings.log_every_steps, is_last):
@@ -101,7 +110,11 @@ def train(run: Run, stop: "StopSignal") -> int:
                 metrics.write(progress.step, values)
                 _warn_of_dead_heads(values, settings.dead_head_share, progress.step)
             if bar is not None:
-                losses = {name.removeprefix("loss/"): value for name, value in report.figures.items() if name.startswith("loss/")}
+                losses = {
+                    name.removeprefix("loss/"): value
+                    for name, value in report.figures.items()
+                    if name.startswith("loss/")
+                }
                 bar.update(progress.step, losses, report.num_tokens)
             every = settings.evaluate_every_steps
             # whoever asks a run to stop does not wait for an evaluation
@@ -116,7 +129,9 @@ def train(run: Run, stop: "StopSignal") -> int:
                 saved_step = progress.step
             if is_stopped:
                 break
-    logger.info("stopped at step %d of %d; newest checkpoint: step %d", progress.step, run.total_steps, saved_step)
+    logger.info(
+        "stopped at step %d of %d; newest checkpoint: step %d", progress.step, run.total_steps, saved_step
+    )
     return EXIT_REQUEUE if is_stopped else 0
 
 
@@ -149,7 +164,11 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def save(run: Run, progress: Progress) -> None:
     """Write a checkpoint of `progress`; collective."""
     folder = save_checkpoint(
-        run.run_dir, replace(run.state, progress=progress), run.engine.save, run.model_files, run.config.train.keep_checkpoints
+        run.run_dir,
+        replace(run.state, progress=progress),
+        run.engine.save,
+        run.model_files,
+        run.config.train.keep_checkpoints,
     )
     logger.info("saved %s", folder)
 
@@ -164,7 +183,11 @@ def join_ranks(names: list[str], rows_WF: torch.Tensor) -> StepReport:
     # scores are global, so one rank's bad vector spoils every rank's loss; its own figures are bad only where it came from
     bad_WF = ~torch.isfinite(figures_WF)
     worst = int(bad_WF.sum(1).argmax())
-    nonfinite = f"rank {worst}: {', '.join(name for name, bad in zip(names, bad_WF[worst]) if bad)}" if bad_WF.any() else ""
+    nonfinite = (
+        f"rank {worst}: {', '.join(name for name, bad in zip(names, bad_WF[worst]) if bad)}"
+        if bad_WF.any()
+        else ""
+    )
     means = dict(zip(names, figures_WF.mean(0).tolist(), strict=True))
     samples, tokens, padded, truncated, stops = counts
     return StepReport(means, samples, tokens, padded, truncated, stops > 0, nonfinite)
@@ -192,14 +215,22 @@ def check_finite(policy: str, report: StepReport, result: StepResult, step: int)
 
 
 def _report_memory(run: Run) -> None:
-    measured, what = peak_memory_bytes(run.engine.device) / 2**30, "tensors" if run.engine.device.type == "cuda" else "the whole process"
+    measured, what = (
+        peak_memory_bytes(run.engine.device) / 2**30,
+        "tensors" if run.engine.device.type == "cuda" else "the whole process",
+    )
     planned = f"; planned {run.planned_bytes / 2**30:.2f} GiB" if run.planned_bytes else ""
     logger.info("peak memory after %d steps: %.2f GiB (%s)%s", MEMORY_STEPS, measured, what, planned)
 
 
 def _advance(run: Run, progress: Progress, report: StepReport) -> Progress:
     step = progress.step + 1
-    return Progress(step, run.data.epoch_of(step), progress.samples + report.num_samples, progress.tokens + report.num_tokens)
+    return Progress(
+        step,
+        run.data.epoch_of(step),
+        progress.samples + report.num_samples,
+        progress.tokens + report.num_tokens,
+    )
 
 
 def _log_values(run: Run, report: StepReport, result: StepResult, clock: StepClock) -> dict[str, float]:

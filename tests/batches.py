@@ -8,7 +8,9 @@ from megam3.batch import RetrievalBatch, pack_texts
 from tests.factory import random_token_ids
 
 
-def make_groups(num_queries: int, passages_per_query: int = 3, *, seed: int = 0, vocab_size: int = 300) -> list[list[list[int]]]:
+def make_groups(
+    num_queries: int, passages_per_query: int = 3, *, seed: int = 0, vocab_size: int = 300
+) -> list[list[list[int]]]:
     """Per query: its token ids, then those of its passages, positive first; lengths are ragged."""
     generator = torch.Generator().manual_seed(seed)
     groups = []
@@ -19,7 +21,9 @@ def make_groups(num_queries: int, passages_per_query: int = 3, *, seed: int = 0,
     return groups
 
 
-def batch_of(groups: Sequence[Sequence[Sequence[int]]], *, first_row: int = 0, in_batch_negatives: bool = True) -> RetrievalBatch:
+def batch_of(
+    groups: Sequence[Sequence[Sequence[int]]], *, first_row: int = 0, in_batch_negatives: bool = True
+) -> RetrievalBatch:
     """The groups as one rank's batch."""
     passages = [passage for group in groups for passage in group[1:]]
     sizes = torch.tensor([0, *(len(group) - 1 for group in groups)])

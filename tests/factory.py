@@ -109,7 +109,9 @@ def make_tiny_model_folder(
 ) -> Path:
     """A tiny XLM-R encoder, its tokenizer and (unless `heads` is False) random heads, all written to `folder`, which is returned."""
     num_tokens = write_tiny_tokenizer(folder, vocab_size=vocab_size, max_tokens=max_tokens)
-    config = tiny_config(num_tokens, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, max_tokens=max_tokens)
+    config = tiny_config(
+        num_tokens, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, max_tokens=max_tokens
+    )
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -117,10 +119,16 @@ def make_tiny_model_folder(
         if heads:
             width = multi_vector_dim or hidden_size
             torch.save(
-                {"weight": torch.randn(width, hidden_size) / hidden_size**0.5, "bias": torch.randn(width) * 0.1},
+                {
+                    "weight": torch.randn(width, hidden_size) / hidden_size**0.5,
+                    "bias": torch.randn(width) * 0.1,
+                },
                 folder / "colbert_linear.pt",
             )
-            torch.save({"weight": torch.randn(1, hidden_size) * 0.1, "bias": torch.ones(1)}, folder / "sparse_linear.pt")
+            torch.save(
+                {"weight": torch.randn(1, hidden_size) * 0.1, "bias": torch.ones(1)},
+                folder / "sparse_linear.pt",
+            )
     return folder
 
 

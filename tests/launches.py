@@ -66,7 +66,10 @@ class Workplace:
     def figures(self, name: str) -> list[dict]:
         """Those figures of a run that do not depend on the machine's speed."""
         unlike = ("speed/", "memory/")
-        return [{key: value for key, value in row.items() if not key.startswith(unlike)} for row in self.rows(name)]
+        return [
+            {key: value for key, value in row.items() if not key.startswith(unlike)}
+            for row in self.rows(name)
+        ]
 
 
 def make_workplace(folder: Path) -> Workplace:
@@ -80,8 +83,13 @@ def make_workplace(folder: Path) -> Workplace:
         positive = long[row] if row % 5 == 0 else short[NUM_RECORDS + row]
         records.append({"query": short[row], "pos": [f"{short[row]} {positive}"], "neg": negatives})
     write_jsonl(folder / "pairs.jsonl", records)
-    write_jsonl(folder / "beir" / "corpus.jsonl", [{"_id": f"d{i}", "title": "", "text": records[i]["pos"][0]} for i in range(12)])
-    write_jsonl(folder / "beir" / "queries.jsonl", [{"_id": f"q{i}", "text": records[i]["query"]} for i in range(5)])
+    write_jsonl(
+        folder / "beir" / "corpus.jsonl",
+        [{"_id": f"d{i}", "title": "", "text": records[i]["pos"][0]} for i in range(12)],
+    )
+    write_jsonl(
+        folder / "beir" / "queries.jsonl", [{"_id": f"q{i}", "text": records[i]["query"]} for i in range(5)]
+    )
     (folder / "beir" / "qrels").mkdir()
     lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in range(5))]
     (folder / "beir" / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
@@ -93,7 +101,9 @@ def write_jsonl(path: Path, records: Sequence[Any]) -> Path:
     """One JSON line per record; a string is written as it stands."""
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records))
+    path.write_text(
+        "".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records)
+    )
     return path
 
 
@@ -134,16 +144,28 @@ def _disturbed(call: Mapping[str, Any]) -> Iterator[None]:
         rank, step, name = call.get("signal", (None, None, "SIGTERM"))
         if (rank, step) == (trainer.comm.rank(), progress.step):
             os.kill(os.getpid(), signal.Signals[name])
-            stop_requested = True  # Python runs the handler a moment later, the loop would see it at the next step
+            stop_requested = (
+                True  # Python runs the handler a moment later, the loop would see it at the next step
+            )
         return original(run, batches, progress, stop_requested)
 
     with mock.patch.object(trainer, "run_step", run_step):
         yield
 
 
-def launch(*arguments: str, flag: str = "--num_accelerators", module: str = "megam3.train", **environ: str) -> subprocess.Popen:
+def launch(
+    *arguments: str, flag: str = "--num_accelerators", module: str = "megam3.train", **environ: str
+) -> subprocess.Popen:
     """Start two ranks with DeepSpeed's launcher, in a process group of their own; standard output and error together."""
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", flag, "2", "--master_port", str(free_port())]
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        flag,
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environ}
     return subprocess.Popen(
         [*command, "--module", module, *arguments],

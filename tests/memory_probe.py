@@ -50,22 +50,41 @@ SMALL = {"hidden_size": 32, "num_layers": 1, "num_queries": 2, "passages_per_que
 
 def probe(change: dict, world_size: int = 1) -> dict:
     """Run DEFAULTS with `change` in fresh processes; bytes rank 0 planned, and held beyond what it had before its model."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
     environment |= {"DS_ACCELERATOR": "cpu", "MALLOC_ARENA_MAX": "1", "WORLD_SIZE": str(world_size)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryDirectory() as folder:
         measured = {**DEFAULTS, **change, "world_size": world_size, "folder": f"{folder}/model"}
         cases = [{**measured, **SMALL, "folder": f"{folder}/small"}, measured]
         for spec in cases:
-            sizes = {"hidden_size": spec["hidden_size"], "num_layers": spec["num_layers"], "num_heads": 4, "dropout": spec["dropout"]}
+            sizes = {
+                "hidden_size": spec["hidden_size"],
+                "num_layers": spec["num_layers"],
+                "num_heads": 4,
+                "dropout": spec["dropout"],
+            }
             make_tiny_model_folder(Path(spec["folder"]), **sizes)
-        command, place = [sys.executable, "-m", "tests.memory_probe", json.dumps(cases)], Path(__file__).resolve().parents[1]
+        command, place = (
+            [sys.executable, "-m", "tests.memory_probe", json.dumps(cases)],
+            Path(__file__).resolve().parents[1],
+        )
         ranks = []
         for rank in map(str, range(world_size)):
             own = environment | {"RANK": rank, "LOCAL_RANK": rank}
-            ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=own, cwd=place))
+            ranks.append(
+                subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=errors, text=True, env=own, cwd=place
+                )
+            )
         # a rank that fails must not leave the others waiting for it in a collective
-        while any(process.poll() is None for process in ranks) and not any(process.poll() for process in ranks):
+        while any(process.poll() is None for process in ranks) and not any(
+            process.poll() for process in ranks
+        ):
             time.sleep(0.1)
         failed = any(process.poll() for process in ranks)
         for process in ranks if failed else []:
@@ -122,11 +141,21 @@ def main(spec: dict) -> dict:
         attention_dropout=spec["dropout"],
     )
     assert shape.num_parameters == sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    strategy = Strategy(spec["zero_stage"], spec["world_size"], 4, spec["checkpointing"], bucket_elements=1000, on_gpu=False)
+    strategy = Strategy(
+        spec["zero_stage"], spec["world_size"], 4, spec["checkpointing"], bucket_elements=1000, on_gpu=False
+    )
     num_passages = spec["num_queries"] * spec["passages_per_query"]
-    work = StepShape(spec["num_queries"], num_passages, spec["query_tokens"], spec["passage_tokens"], spec["chunk_tokens"])
+    work = StepShape(
+        spec["num_queries"], num_passages, spec["query_tokens"], spec["passage_tokens"], spec["chunk_tokens"]
+    )
     plan = plan_memory(shape, strategy, work)
-    return {"measured": max(peaks), "planned": plan.total_bytes, "states": plan.states, "step": plan.step, "peaks": peaks}
+    return {
+        "measured": max(peaks),
+        "planned": plan.total_bytes,
+        "states": plan.states,
+        "step": plan.step,
+        "peaks": peaks,
+    }
 
 
 if __name__ == "__main__":

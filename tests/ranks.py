@@ -24,14 +24,25 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _enter(index: int, function: Callable, world_size: int, folder: str, arguments: tuple, environment: dict[str, str]) -> None:
+def _enter(
+    index: int,
+    function: Callable,
+    world_size: int,
+    folder: str,
+    arguments: tuple,
+    environment: dict[str, str],
+) -> None:
     torch.set_num_threads(1)
     os.environ.clear()
     os.environ.update(environment)
     os.environ.update(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=index, world_size=world_size, timeout=timedelta(seconds=120)
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=index,
+            world_size=world_size,
+            timeout=timedelta(seconds=120),
         )
         torch.save(function(*arguments), f"{folder}/result-{index}.pt")
     except BaseException:
@@ -49,12 +60,19 @@ def _wait(processes: list, folder: str, timeout_seconds: float) -> str | None:
         time.sleep(0.02)
     if all(p.exitcode == 0 for p in processes):
         return None
-    time.sleep(0.5)  # let the others write theirs: a rank that lost its peer often speaks before the peer that failed
-    errors = {path.stem.replace("error-", "rank "): path.read_text() for path in sorted(Path(folder).glob("error-*.txt"))}
+    time.sleep(
+        0.5
+    )  # let the others write theirs: a rank that lost its peer often speaks before the peer that failed
+    errors = {
+        path.stem.replace("error-", "rank "): path.read_text()
+        for path in sorted(Path(folder).glob("error-*.txt"))
+    }
     if errors:
         own_fault_first = sorted(errors.items(), key=lambda error: "Connection " in error[1])
         return "\n".join(f"{rank} failed:\n{text}" for rank, text in own_fault_first)
-    return f"ranks ended with {[p.exitcode for p in processes]} (None: still running after {timeout_seconds} s)"
+    return (
+        f"ranks ended with {[p.exitcode for p in processes]} (None: still running after {timeout_seconds} s)"
+    )
 
 
 def run_ranks(function: Callable, world_size: int, *arguments: Any, timeout_seconds: float = 180.0) -> list:
@@ -62,7 +80,9 @@ def run_ranks(function: Callable, world_size: int, *arguments: Any, timeout_seco
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed"])
-        arguments_of = [(rank, function, world_size, folder, arguments, dict(os.environ)) for rank in range(world_size)]
+        arguments_of = [
+            (rank, function, world_size, folder, arguments, dict(os.environ)) for rank in range(world_size)
+        ]
         processes = [context.Process(target=_enter, args=each) for each in arguments_of]
         for process in processes:
             process.start()

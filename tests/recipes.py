@@ -31,6 +31,12 @@ def make_config(**changes: Any) -> RunConfig:
 def write_encoder_config(folder: Path, **changes: Any) -> Path:
     """A folder with the config.json of BGE-M3's encoder, fields replaced."""
     folder.mkdir(parents=True, exist_ok=True)
-    encoder = {"model_type": "xlm-roberta", "max_position_embeddings": 8194, "pad_token_id": 1, "vocab_size": 250002, **changes}
+    encoder = {
+        "model_type": "xlm-roberta",
+        "max_position_embeddings": 8194,
+        "pad_token_id": 1,
+        "vocab_size": 250002,
+        **changes,
+    }
     (folder / "config.json").write_text(json.dumps(encoder))
     return folder

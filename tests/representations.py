@@ -11,7 +11,12 @@ def make_offsets(lengths: list[int]) -> Tensor:
 
 
 def random_representations(
-    num_texts: int, seed: int, vocabulary: int = 23, width: int = 5, max_rows: int = 6, dtype: torch.dtype = torch.float64
+    num_texts: int,
+    seed: int,
+    vocabulary: int = 23,
+    width: int = 5,
+    max_rows: int = 6,
+    dtype: torch.dtype = torch.float64,
 ) -> Representations:
     """Texts with 0 to max_rows rows and pairs each; all floats are leaves that require grad."""
     generator = torch.Generator().manual_seed(seed)
@@ -40,8 +45,14 @@ def naive_lexical(queries: Representations, passages: Representations) -> Tensor
         rows = []
         for start, stop in zip(spans, spans[1:]):
             zero = torch.zeros(size, dtype=texts.lexical_weights_Z.dtype)
-            rows.append(zero.index_put((texts.lexical_ids_Z[start:stop],), texts.lexical_weights_Z[start:stop]))
-        return torch.stack(rows) if rows else texts.lexical_weights_Z.sum() * torch.ones(0, size, dtype=texts.lexical_weights_Z.dtype)
+            rows.append(
+                zero.index_put((texts.lexical_ids_Z[start:stop],), texts.lexical_weights_Z[start:stop])
+            )
+        return (
+            torch.stack(rows)
+            if rows
+            else texts.lexical_weights_Z.sum() * torch.ones(0, size, dtype=texts.lexical_weights_Z.dtype)
+        )
 
     return vectors(queries) @ vectors(passages).T
 
@@ -51,7 +62,8 @@ def _padded(texts: Representations) -> tuple[Tensor, Tensor]:
     lengths = [stop - start for start, stop in zip(spans, spans[1:])]
     widest = max([1, *lengths])
     rows = [
-        torch.nn.functional.pad(texts.multi_KC[start:stop], (0, 0, 0, widest - (stop - start))) for start, stop in zip(spans, spans[1:])
+        torch.nn.functional.pad(texts.multi_KC[start:stop], (0, 0, 0, widest - (stop - start)))
+        for start, stop in zip(spans, spans[1:])
     ]
     real = torch.arange(widest) < torch.tensor(lengths)[:, None]
     return torch.stack(rows), real
@@ -69,7 +81,9 @@ def naive_maxsim(queries: Representations, passages: Representations, reduction:
     return total / query_real.sum(1).clamp(min=1)[:, None]
 
 
-def naive_scores(queries: Representations, passages: Representations, weights: tuple[float, float, float]) -> dict[str, Tensor]:
+def naive_scores(
+    queries: Representations, passages: Representations, weights: tuple[float, float, float]
+) -> dict[str, Tensor]:
     scores = {
         "dense": queries.dense_ND @ passages.dense_ND.T,
         "lexical": naive_lexical(queries, passages),

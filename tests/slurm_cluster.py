@@ -59,20 +59,31 @@ class Cluster:
 
     def run(self, *command: str, **environ: str) -> str:
         """Standard output of a command; raises with its error output."""
-        done = subprocess.run(command, env={**self.environ, **environ}, capture_output=True, text=True, cwd=self.folder, timeout=60)
+        done = subprocess.run(
+            command,
+            env={**self.environ, **environ},
+            capture_output=True,
+            text=True,
+            cwd=self.folder,
+            timeout=60,
+        )
         assert done.returncode == 0, f"{command}: {done.stderr}{done.stdout}"
         return done.stdout
 
     def job(self, job_id: str) -> dict[str, str]:
         """Fields of `scontrol show job`."""
-        return dict(part.split("=", 1) for part in self.run("scontrol", "show", "job", job_id).split() if "=" in part)
+        return dict(
+            part.split("=", 1) for part in self.run("scontrol", "show", "job", job_id).split() if "=" in part
+        )
 
     def wait_for(self, job_id: str, *states: str, seconds: float = 90) -> dict[str, str]:
         """Wait until the job is in one of `states`; returns its fields."""
         end = time.monotonic() + seconds
         while (job := self.job(job_id))["JobState"] not in states:
             logs = "\n".join(path.read_text() for path in self.folder.glob("*.log"))
-            assert time.monotonic() < end, f"job is {job['JobState']} ({job['Reason']}), not {states}\n{logs[-4000:]}"
+            assert time.monotonic() < end, (
+                f"job is {job['JobState']} ({job['Reason']}), not {states}\n{logs[-4000:]}"
+            )
             time.sleep(0.3)
         return job
 
@@ -90,7 +101,9 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
     )
     conf = folder / "slurm.conf"
     conf.write_text(CONFIG.format(host=host, folder=folder, controller_port=ports[0], nodes=nodes))
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))
+    }
     cluster = Cluster(folder, {**inherited, "PATH": _path(), "SLURM_CONF": str(conf)})
     with ExitStack() as stack:
         _start_munge(stack)
@@ -119,7 +132,12 @@ def _start_munge(stack: ExitStack) -> None:
     run_dir = Path("/run/munge")
     run_dir.mkdir(exist_ok=True)
     shutil.chown(run_dir, "munge")
-    _start(stack, ["su", "munge", "-s", "/bin/sh", "-c", "exec munged --foreground"], dict(os.environ, PATH=_path()), run_dir)
+    _start(
+        stack,
+        ["su", "munge", "-s", "/bin/sh", "-c", "exec munged --foreground"],
+        dict(os.environ, PATH=_path()),
+        run_dir,
+    )
     end = time.monotonic() + 20
     while not _munge_answers():
         assert time.monotonic() < end, "munged does not answer"
@@ -127,12 +145,22 @@ def _start_munge(stack: ExitStack) -> None:
 
 
 def _munge_answers() -> bool:
-    return subprocess.run(["munge", "-n"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode == 0
+    return (
+        subprocess.run(
+            ["munge", "-n"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False
+        ).returncode
+        == 0
+    )
 
 
 def _start(stack: ExitStack, command: list[str], environ: Mapping[str, str], folder: Path) -> None:
     daemon = subprocess.Popen(
-        command, env=dict(environ), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder, start_new_session=True
+        command,
+        env=dict(environ),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=folder,
+        start_new_session=True,
     )
     stack.callback(_stop, daemon)
 
@@ -149,7 +177,13 @@ def _stop(daemon: subprocess.Popen) -> None:
 def _wait_until_idle(cluster: Cluster) -> None:
     end = time.monotonic() + 60
     while True:
-        done = subprocess.run(["sinfo", "-h", "-N", "-o", "%t"], env=dict(cluster.environ), capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["sinfo", "-h", "-N", "-o", "%t"],
+            env=dict(cluster.environ),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.stdout.split() == ["idle"] * len(NODES):
             return
         logs = "\n".join(path.read_text()[-2000:] for path in cluster.folder.glob("*.log"))

@@ -19,7 +19,9 @@ from benchmarks.texts import lognormal_lengths, long_tailed_lengths, make_text, 
 MIB = 1 << 20
 
 
-def _measured(name: str, seconds: list[float], *, peak: int = 2 * MIB, loss: float = 1.0, death: str = "") -> Measured:
+def _measured(
+    name: str, seconds: list[float], *, peak: int = 2 * MIB, loss: float = 1.0, death: str = ""
+) -> Measured:
     samples = [{"seconds": s, "cpu_seconds": s, "peak_rss_bytes": peak, "loss": loss} for s in seconds]
     return Measured(Side(name, "none", {}, "none"), idle_rss_bytes=MIB, samples=samples, death=death)
 
@@ -38,7 +40,10 @@ def test_budgets_bound_from_below_and_from_above():
 
 
 def test_findings_compare_time_memory_and_losses():
-    slow, fast = _measured("slow", [4.0, 8.0], peak=9 * MIB, loss=1.001), _measured("fast", [1.0, 2.0], peak=3 * MIB)
+    slow, fast = (
+        _measured("slow", [4.0, 8.0], peak=9 * MIB, loss=1.001),
+        _measured("fast", [1.0, 2.0], peak=3 * MIB),
+    )
     assert speed_finding("s", slow, fast, None)[0].value == 4.0
     assert [f.value for f in memory_findings("m", fast, slow, None)] == pytest.approx([3 / 9, 2 / 8])
     assert loss_finding("l", slow, fast)[0].value == pytest.approx(1e-3, rel=2e-3)
@@ -68,8 +73,18 @@ def test_every_text_has_the_length_it_was_made_for(tmp_path):
 
 def test_sides_run_in_turn_and_a_dead_one_is_reported_with_its_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
-    sizes = {"num_queries": 2, "query_rows": 3, "num_passages": 4, "passage_rows": 5, "width": 8, "threads": 1}
-    sides = [Side(name, "maxsim", {**sizes, "work": work}, sys.executable) for name, work in (("good", "maxsim"), ("bad", "nothing"))]
+    sizes = {
+        "num_queries": 2,
+        "query_rows": 3,
+        "num_passages": 4,
+        "passage_rows": 5,
+        "width": 8,
+        "threads": 1,
+    }
+    sides = [
+        Side(name, "maxsim", {**sizes, "work": work}, sys.executable)
+        for name, work in (("good", "maxsim"), ("bad", "nothing"))
+    ]
     lines: list[str] = []
     good, bad = run_interleaved("trial", sides, repeats=2, say=lines.append)
     assert len(good.samples) == 2
@@ -83,7 +98,12 @@ def test_sides_run_in_turn_and_a_dead_one_is_reported_with_its_reason(tmp_path, 
 
 
 def test_report_says_which_budgets_are_kept(tmp_path):
-    setting = Setting("s", 100, [_measured("side", [1.0, 2.0, 3.0])], [Finding("fast enough", 3.0, "3.00×", Budget(">=", 2))])
+    setting = Setting(
+        "s",
+        100,
+        [_measured("side", [1.0, 2.0, 3.0])],
+        [Finding("fast enough", 3.0, "3.00×", Budget(">=", 2))],
+    )
     page = write_report(tmp_path, {"name": [setting]}, "this machine")
     assert "| fast enough | 3.00× | ≥ 2 | yes |" in page
     assert "| side | 2.000 (1.000–3.000) | 50 | 2 | 1 | 1.000000 |" in page

@@ -10,7 +10,9 @@ from tests.ranks import run_ranks
 def _batch(sizes, hashes, in_batch_negatives=True):
     texts = pack_texts([[0, 2]] * (len(sizes) + sum(sizes)))
     offsets = torch.tensor([0, *sizes]).cumsum(0)
-    return RetrievalBatch(texts, offsets, torch.arange(len(sizes)), torch.tensor(hashes), in_batch_negatives=in_batch_negatives)
+    return RetrievalBatch(
+        texts, offsets, torch.arange(len(sizes)), torch.tensor(hashes), in_batch_negatives=in_batch_negatives
+    )
 
 
 def _naive(sizes, hashes, in_batch, mask):
@@ -19,7 +21,11 @@ def _naive(sizes, hashes, in_batch, mask):
     positive = [group.index(query) for query in range(len(sizes))]
     return [
         [
-            column == positive[query] or ((in_batch or group[column] == query) and not (mask and hashes[column] == hashes[positive[query]]))
+            column == positive[query]
+            or (
+                (in_batch or group[column] == query)
+                and not (mask and hashes[column] == hashes[positive[query]])
+            )
             for column in range(len(hashes))
         ]
         for query in range(len(sizes))
@@ -59,7 +65,11 @@ def test_groups_side_by_side():
 def _on_a_rank():
     batch = _batch(SIZES[:2], HASHES[:3]) if comm.rank() == 0 else _batch(SIZES[2:], HASHES[3:])
     candidates = find_candidates(batch, True, (3, 3))
-    return [candidates.allowed().tolist(), candidates.positive_column_Q.tolist(), find_candidates(batch, True).num_passages]
+    return [
+        candidates.allowed().tolist(),
+        candidates.positive_column_Q.tolist(),
+        find_candidates(batch, True).num_passages,
+    ]
 
 
 @pytest.mark.ranks
@@ -70,6 +80,9 @@ def test_two_ranks_see_what_one_rank_sees():
 
 def test_no_queries():
     batch = _batch([], torch.zeros(0, dtype=torch.int64).tolist())
-    candidates = find_candidates(RetrievalBatch(batch.texts, batch.group_offsets_Q1, batch.rows_Q, torch.zeros(0, dtype=torch.int64)), True)
+    candidates = find_candidates(
+        RetrievalBatch(batch.texts, batch.group_offsets_Q1, batch.rows_Q, torch.zeros(0, dtype=torch.int64)),
+        True,
+    )
     assert candidates.allowed().shape == (0, 0)
     assert candidates.group_columns()[0].shape == (0, 0)

@@ -35,7 +35,9 @@ def _save(run_dir, model_files, step, keep=3):
         with open(f"{folder}/engine/weights.bin", "wb") as stream:
             stream.write(bytes(range(256)) * step)
 
-    return save_checkpoint(str(run_dir), replace(STATE, progress=Progress(step=step)), write, model_files, keep)
+    return save_checkpoint(
+        str(run_dir), replace(STATE, progress=Progress(step=step)), write, model_files, keep
+    )
 
 
 def test_a_saved_checkpoint_is_complete_and_holds_its_state(tmp_path, model_files):
@@ -49,7 +51,10 @@ def test_a_saved_checkpoint_is_complete_and_holds_its_state(tmp_path, model_file
 def test_only_the_newest_are_kept_by_step_and_not_by_name(tmp_path, model_files):
     for step in (999_998, 999_999, 1_000_000):
         _save(tmp_path, model_files, step, keep=2)
-    assert sorted(n for n in os.listdir(tmp_path / "checkpoints") if n.startswith("step")) == ["step-1000000", "step-999999"]
+    assert sorted(n for n in os.listdir(tmp_path / "checkpoints") if n.startswith("step")) == [
+        "step-1000000",
+        "step-999999",
+    ]
     assert newest_complete(str(tmp_path), pytest.fail).endswith("step-1000000")
 
 
@@ -74,7 +79,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, mode
 
 def test_without_any_whole_checkpoint_the_run_stops(tmp_path, model_files):
     os.remove(f"{_save(tmp_path, model_files, 1)}/COMPLETE")
-    with pytest.raises(CheckpointError, match=r"step-000001.*at least one complete checkpoint.*train.resume=never"):
+    with pytest.raises(
+        CheckpointError, match=r"step-000001.*at least one complete checkpoint.*train.resume=never"
+    ):
         newest_complete(str(tmp_path), lambda line: None)
 
 
@@ -96,7 +103,9 @@ def test_a_save_that_dies_stays_invisible_and_is_cleaned_up_by_the_next(tmp_path
 
 def test_a_checkpoint_of_another_model_is_refused_by_name():
     check_resumable("step-000003", STATE, STATE)
-    with pytest.raises(CheckpointError, match=r"model_signature = 'model-a'.*parameters of another model.*train.resume=never"):
+    with pytest.raises(
+        CheckpointError, match=r"model_signature = 'model-a'.*parameters of another model.*train.resume=never"
+    ):
         check_resumable("step-000003", STATE, replace(STATE, model_signature="model-b"))
 
 
@@ -109,7 +118,10 @@ def test_another_world_size_or_stage_is_resumable_but_not_file_by_file():
 
 def test_reading_a_folder_that_is_no_checkpoint_says_so(tmp_path):
     (tmp_path / "state.json").write_text(json.dumps({}))
-    with pytest.raises(CheckpointError, match=r"must be a complete checkpoint \(never completed\); name a folder checkpoints/step-NNNNNN"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"must be a complete checkpoint \(never completed\); name a folder checkpoints/step-NNNNNN",
+    ):
         read_state(str(tmp_path))
 
 

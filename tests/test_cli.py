@@ -13,8 +13,13 @@ from megam3.config.load import load_config
 from megam3.errors import DataError
 
 
-def test_show_config_prints_a_recipe_that_loads_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["show-config", "unified", "optim.lr=2e-5", "--no-files", "--world-size", "8", "train.seed=3"]) == 0
+def test_show_config_prints_a_recipe_that_loads_again(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert (
+        main(["show-config", "unified", "optim.lr=2e-5", "--no-files", "--world-size", "8", "train.seed=3"])
+        == 0
+    )
     text = capsys.readouterr().out
     path = tmp_path / "resolved.yaml"
     path.write_text(text)
@@ -50,7 +55,8 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "expected"), [(["show-config"], "a recipe is required"), (["show-config", "x", "--world-size", "0"], "at least 1")]
+    ("argv", "expected"),
+    [(["show-config"], "a recipe is required"), (["show-config", "x", "--world-size", "0"], "at least 1")],
 )
 def test_wrong_usage(capsys: pytest.CaptureFixture[str], argv: list[str], expected: str) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -5,7 +5,12 @@ import pytest
 from tests.launches import Workplace, make_workplace, train_calls
 from tests.ranks import run_ranks
 
-SETTINGS = ["model.hidden_dropout=0", "model.attention_dropout=0", "optim.schedule=constant", "optim.warmup_ratio=0"]
+SETTINGS = [
+    "model.hidden_dropout=0",
+    "model.attention_dropout=0",
+    "optim.schedule=constant",
+    "optim.warmup_ratio=0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -16,10 +21,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 @pytest.fixture(scope="module")
 def said(place: Workplace) -> dict[str, str]:
     def call(run: str, steps: int, template: str, *more: str, name: str = "") -> dict:
-        arguments = [place.recipe, *SETTINGS, f"name={run}", f"train.steps={steps}", f"engine.template={template}", *more]
+        arguments = [
+            place.recipe,
+            *SETTINGS,
+            f"name={run}",
+            f"train.steps={steps}",
+            f"engine.template={template}",
+            *more,
+        ]
         return {"name": name or f"{run}-{steps}", "arguments": arguments}
 
-    first = run_ranks(train_calls, 2, [call("whole", 6, "zero1"), call("moving", 2, "zero1")], timeout_seconds=400)[0]
+    first = run_ranks(
+        train_calls, 2, [call("whole", 6, "zero1"), call("moving", 2, "zero1")], timeout_seconds=400
+    )[0]
     second = run_ranks(train_calls, 1, [call("moving", 4, "zero3")], timeout_seconds=400)[0]
     other = ["train.seed=7", "train.resume_with_other_data=true"]
     last = [call("moving", 6, "zero0"), call("moving", 7, "zero0", *other, name="other data")]
@@ -30,17 +44,24 @@ def said(place: Workplace) -> dict[str, str]:
 
 
 @pytest.mark.ranks
-def test_two_ranks_then_one_then_two_see_the_rows_and_losses_of_the_uninterrupted_run(place: Workplace, said: dict[str, str]) -> None:
+def test_two_ranks_then_one_then_two_see_the_rows_and_losses_of_the_uninterrupted_run(
+    place: Workplace, said: dict[str, str]
+) -> None:
     whole, moving = place.rows("whole"), place.rows("moving")[:6]
     for name in ("step", "data/samples", "data/tokens", "data/truncated_texts"):
         assert [row[name] for row in moving] == [row[name] for row in whole]
     for name in ("loss/total", "optim/grad_norm"):
-        assert [row[name] for row in moving] == pytest.approx([row[name] for row in whole], rel=2e-4, abs=2e-5)
+        assert [row[name] for row in moving] == pytest.approx(
+            [row[name] for row in whole], rel=2e-4, abs=2e-5
+        )
 
 
 @pytest.mark.ranks
 def test_the_log_says_that_files_were_cut_otherwise(said: dict[str, str]) -> None:
-    assert "cut otherwise (2 ranks at ZeRO stage 1, now 1 ranks at ZeRO stage 3): joining them by parameter name" in said["moving-4"]
+    assert (
+        "cut otherwise (2 ranks at ZeRO stage 1, now 1 ranks at ZeRO stage 3): joining them by parameter name"
+        in said["moving-4"]
+    )
     assert "cut otherwise (1 ranks at ZeRO stage 3, now 2 ranks at ZeRO stage 0)" in said["moving-6"]
     assert "cut otherwise" not in said["other data"]
 

@@ -27,14 +27,18 @@ TEXTS = [*make_sentences(6, seed=1), "x", *make_sentences(3, seed=2, min_words=2
 def test_texts_come_back_in_order_and_equal_one_at_a_time(folder, embedder):
     got = embedder.encode(TEXTS, batch_tokens=70)
     tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    heads = [torch.load(folder / name, weights_only=True) for name in ("colbert_linear.pt", "sparse_linear.pt")]
+    heads = [
+        torch.load(folder / name, weights_only=True) for name in ("colbert_linear.pt", "sparse_linear.pt")
+    ]
     for n, text in enumerate(TEXTS):
         ids = tokenizer(text, truncation=True, max_length=64)["input_ids"]
         with torch.no_grad():
             hidden = encoder(torch.tensor([ids])).last_hidden_state[0]
         multi, logits = (torch.nn.functional.linear(hidden, head["weight"], head["bias"]) for head in heads)
         np.testing.assert_allclose(got.dense_vecs[n], (hidden[0] / hidden[0].norm()).numpy(), atol=1e-5)
-        np.testing.assert_allclose(got.colbert_vecs[n], (multi / multi.norm(dim=-1, keepdim=True))[1:].numpy(), atol=1e-5)
+        np.testing.assert_allclose(
+            got.colbert_vecs[n], (multi / multi.norm(dim=-1, keepdim=True))[1:].numpy(), atol=1e-5
+        )
         wanted = {}
         for token, weight in zip(ids, logits.squeeze(-1).tolist()):
             if token not in (0, 1, 2, 3) and weight > 0:
@@ -50,10 +54,17 @@ def test_scores_follow_the_definitions(embedder):
         q, p = 2 * n, 2 * n + 1
         dense = sum(float(a * b) for a, b in zip(encoded.dense_vecs[q], encoded.dense_vecs[p]))
         shared = encoded.lexical_weights[q].keys() & encoded.lexical_weights[p].keys()
-        lexical = sum(encoded.lexical_weights[q][token] * encoded.lexical_weights[p][token] for token in shared)
+        lexical = sum(
+            encoded.lexical_weights[q][token] * encoded.lexical_weights[p][token] for token in shared
+        )
         best = [max(float(a @ b) for b in encoded.colbert_vecs[p]) for a in encoded.colbert_vecs[q]]
         multi = sum(best) / len(best)
-        wanted = {"dense": dense, "lexical": lexical, "multi_vector": multi, "sum": 2 * dense + 0.5 * lexical + 3 * multi}
+        wanted = {
+            "dense": dense,
+            "lexical": lexical,
+            "multi_vector": multi,
+            "sum": 2 * dense + 0.5 * lexical + 3 * multi,
+        }
         for head, value in wanted.items():
             assert got[head][n] == pytest.approx(value, abs=1e-5)
     assert got["dense"][1] == pytest.approx(1, abs=1e-5)
@@ -83,7 +94,9 @@ def test_long_texts_are_cut_at_the_models_positions_or_earlier(embedder):
 
 @pytest.mark.parametrize("limit", [2, 65, -1])
 def test_impossible_limits_are_refused(embedder, limit):
-    with pytest.raises(ConfigError, match=f"max_tokens = {limit}: must be between 3 and 64, what the model has positions for"):
+    with pytest.raises(
+        ConfigError, match=f"max_tokens = {limit}: must be between 3 and 64, what the model has positions for"
+    ):
         embedder.encode(["x"], max_tokens=limit)
 
 

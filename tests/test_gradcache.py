@@ -50,7 +50,9 @@ class Encoder(nn.Module):
 def _texts(num, seed):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 7, (num,), generator=generator).tolist()
-    return pack_texts([[0, *(1 + torch.randperm(29, generator=generator)[: length - 1]).tolist()] for length in lengths])
+    return pack_texts(
+        [[0, *(1 + torch.randperm(29, generator=generator)[: length - 1]).tolist()] for length in lengths]
+    )
 
 
 def _loss(num_queries):
@@ -64,7 +66,9 @@ def _loss(num_queries):
         positive = counts.first_passage + 2 * torch.arange(num_queries)
         everything = torch.ones(num_queries, sum(counts.passages), dtype=torch.bool)
         scale = comm.world_size() / sum(counts.queries)
-        terms = unified_loss(scores, positive, everything, resolve_weights(UnifiedConfig(temperature=0.3)), scale, True)
+        terms = unified_loss(
+            scores, positive, everything, resolve_weights(UnifiedConfig(temperature=0.3)), scale, True
+        )
         return terms.total, terms
 
     return loss
@@ -118,7 +122,9 @@ def test_dropout_is_replayed_bit_for_bit():
     for first, second in zip(seen[False], seen[True]):
         for one, other in zip(first.floats(), second.floats()):
             assert torch.equal(one, other)
-    assert not torch.equal(encoder(texts).dense_ND, encoder(texts).dense_ND), "dropout was off: the test would prove nothing"
+    assert not torch.equal(encoder(texts).dense_ND, encoder(texts).dense_ND), (
+        "dropout was off: the test would prove nothing"
+    )
 
     # whatever is drawn after the step does not depend on whether chunks were replayed
     torch.manual_seed(3)
@@ -139,7 +145,13 @@ def test_with_dropout_gradients_are_those_of_the_same_draws():
 
 def test_a_head_without_loss_still_gets_gradients():
     texts, encoder = _texts(5, 3), Encoder(0.0)
-    cached_step(texts, 4, encoder, lambda r: (r.dense_ND.square().sum() * 0 + r.dense_ND[:, 0].sum(), None), lambda t, last: t.backward())
+    cached_step(
+        texts,
+        4,
+        encoder,
+        lambda r: (r.dense_ND.square().sum() * 0 + r.dense_ND[:, 0].sum(), None),
+        lambda t, last: t.backward(),
+    )
     assert encoder.mix.weight.grad.abs().max() > 0
     assert not encoder.lexical.weight.grad.any()
     assert not encoder.multi.weight.grad.any()

@@ -17,7 +17,12 @@ import pytest
 from tests.launches import ROOT, Workplace, make_workplace
 
 STEPS = 60
-ARGUMENTS = (f"train.steps={STEPS}", "train.save_every_steps=10", "train.keep_checkpoints=2", "data.num_workers=2")
+ARGUMENTS = (
+    f"train.steps={STEPS}",
+    "train.save_every_steps=10",
+    "train.keep_checkpoints=2",
+    "data.num_workers=2",
+)
 
 
 def start(place: Workplace, name: str) -> subprocess.Popen:
@@ -26,8 +31,18 @@ def start(place: Workplace, name: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "megam3.train", place.recipe, f"name={name}", *ARGUMENTS]
     data = os.environ.get("MEGAM3_KILL_DATA")
     if data:
-        command += [f"data.train.0.paths={json.dumps([str(Path(data).resolve())])}", f"data.store_dir={place.folder}/real"]
-    return subprocess.Popen(command, env=environ, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        command += [
+            f"data.train.0.paths={json.dumps([str(Path(data).resolve())])}",
+            f"data.store_dir={place.folder}/real",
+        ]
+    return subprocess.Popen(
+        command,
+        env=environ,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -63,7 +78,9 @@ def test_killed_training_ends_with_the_losses_of_an_undisturbed_run(tmp_path: Pa
         run += 1
     finish(start(place, f"killed-{run}"))
     check_equal(place, f"killed-{run}")
-    print(f"{num_kills} kills over {run + 1} runs of {STEPS} steps, after these steps were logged: {killed_after}")
+    print(
+        f"{num_kills} kills over {run + 1} runs of {STEPS} steps, after these steps were logged: {killed_after}"
+    )
     assert len(set(killed_after)) > 2, "kills at different points of the run"
 
 

@@ -18,7 +18,10 @@ TAU = 0.5
 
 def _scores(seed=0, sums=(1.0, 0.3, 1.0)):
     generator = torch.Generator().manual_seed(seed)
-    scores = {name: torch.randn(3, NUM_PASSAGES, generator=generator, dtype=torch.float64).requires_grad_() for name in HEADS}
+    scores = {
+        name: torch.randn(3, NUM_PASSAGES, generator=generator, dtype=torch.float64).requires_grad_()
+        for name in HEADS
+    }
     return {**scores, "sum": sum(weight * score for weight, score in zip(sums, scores.values()))}
 
 
@@ -38,7 +41,11 @@ def _log_softmax(row, columns):
 def _teacher():
     columns = torch.tensor([[0, 1, 2], [3, 4, 4], [5, 6, 7]])
     exists = torch.tensor([[True, True, True], [True, True, False], [True, True, True]])
-    return TeacherGroups(torch.tensor([[1.0, 0.2, 1.5], [0.5, 0.1, 9.0], [2.0, 1.0, 0.3]], dtype=torch.float64), columns, exists)
+    return TeacherGroups(
+        torch.tensor([[1.0, 0.2, 1.5], [0.5, 0.1, 9.0], [2.0, 1.0, 0.3]], dtype=torch.float64),
+        columns,
+        exists,
+    )
 
 
 def _naive_teacher(row, columns, allowed, scores, kind):
@@ -72,7 +79,11 @@ def _naive(scores, allowed, losses, divisor, distills, teacher_kind=None):
             if teacher_kind:
                 group = GROUPS[query]
                 values[f"teacher_{name}"] = _naive_teacher(
-                    rows[name][query], group, seen, taught.scores_QG[query, : len(group)].tolist(), teacher_kind
+                    rows[name][query],
+                    group,
+                    seen,
+                    taught.scores_QG[query, : len(group)].tolist(),
+                    teacher_kind,
                 )
             first += losses[name] * sum(values.values()) / divisor
             if distills and name != "sum":
@@ -94,7 +105,9 @@ M3_DISTILLS = {"dense": 1.0, "lexical": 0.1, "multi_vector": 1.0}
 def test_equals_the_loop(in_batch, distill, teacher):
     scores, allowed = _scores(), _allowed(in_batch)
     settings = resolve_weights(UnifiedConfig(temperature=TAU, teacher=teacher))
-    terms = unified_loss(scores, POSITIVES, allowed, settings, 1 / 3, distill, _teacher() if teacher else None)
+    terms = unified_loss(
+        scores, POSITIVES, allowed, settings, 1 / 3, distill, _teacher() if teacher else None
+    )
     total, named = _naive(scores, allowed, M3_LOSSES, 4, M3_DISTILLS if distill else None, teacher)
     assert terms.total.item() == pytest.approx(total, rel=1e-12)
     assert {name: value.item() for name, value in terms.terms.items()} == pytest.approx(named, rel=1e-12)
@@ -110,9 +123,20 @@ def test_gradients_equal_finite_differences(teacher):
         # the distillation target carries no gradient: hold it still while differences are taken
         named = dict(zip(HEADS, heads))
         first = unified_loss(
-            {**named, "sum": heads[0] + 0.3 * heads[1] + heads[2]}, POSITIVES, allowed, settings, 1 / 3, False, taught
+            {**named, "sum": heads[0] + 0.3 * heads[1] + heads[2]},
+            POSITIVES,
+            allowed,
+            settings,
+            1 / 3,
+            False,
+            taught,
         ).total
-        return first + unified_loss({**named, "sum": frozen["sum"].detach()}, POSITIVES, allowed, settings, 1 / 3, True, taught).total
+        return (
+            first
+            + unified_loss(
+                {**named, "sum": frozen["sum"].detach()}, POSITIVES, allowed, settings, 1 / 3, True, taught
+            ).total
+        )
 
     assert torch.autograd.gradcheck(total, [frozen[name] for name in HEADS])
 
@@ -130,7 +154,9 @@ def test_alone_with_its_positive_the_loss_is_zero():
     allowed = torch.zeros(3, NUM_PASSAGES, dtype=torch.bool).scatter(1, POSITIVES[:, None], True)
     for teacher in (None, "kl_div", "m3_kd_loss"):
         settings = resolve_weights(UnifiedConfig(teacher=teacher))
-        terms = unified_loss(_scores(), POSITIVES, allowed, settings, 1.0, True, _teacher() if teacher else None)
+        terms = unified_loss(
+            _scores(), POSITIVES, allowed, settings, 1.0, True, _teacher() if teacher else None
+        )
         assert terms.total.item() == 0.0
         assert all(value.item() == 3.0 for value in terms.accuracy.values())
 
@@ -140,7 +166,10 @@ def test_order_of_negatives_in_a_record_does_not_matter():
     swap = torch.tensor([0, 2, 1])
     swapped = TeacherGroups(taught.scores_QG[:, swap], taught.columns_QG[:, swap], taught.exists_QG[:, swap])
     everything = torch.ones(3, NUM_PASSAGES, dtype=torch.bool)
-    values = [unified_loss(_scores(), POSITIVES, everything, settings, 1.0, False, each).total.item() for each in (taught, swapped)]
+    values = [
+        unified_loss(_scores(), POSITIVES, everything, settings, 1.0, False, each).total.item()
+        for each in (taught, swapped)
+    ]
     assert values[0] == pytest.approx(values[1], rel=1e-13)
 
 
@@ -158,13 +187,17 @@ def test_margin_rule_by_the_sum_and_by_the_teacher():
     mask = margin_mask(scores["sum"], scores["sum"].gather(1, POSITIVES[:, None]).squeeze(1), 0.5)
     for query in range(3):
         for column in range(NUM_PASSAGES):
-            assert mask[query, column] == (scores["sum"][query, column] > scores["sum"][query, POSITIVES[query]] + 0.5)
+            assert mask[query, column] == (
+                scores["sum"][query, column] > scores["sum"][query, POSITIVES[query]] + 0.5
+            )
     everything, plain = torch.ones(3, NUM_PASSAGES, dtype=torch.bool), resolve_weights(UnifiedConfig())
     with_margin = resolve_weights(UnifiedConfig(false_negative_margin=0.5))
     ours = unified_loss(scores, POSITIVES, everything, with_margin, 1.0, True).total
     assert ours.item() == unified_loss(scores, POSITIVES, ~mask, plain, 1.0, True).total.item()
 
-    by_teacher = resolve_weights(UnifiedConfig(false_negative_margin=0.4, false_negative_margin_source="teacher"))
+    by_teacher = resolve_weights(
+        UnifiedConfig(false_negative_margin=0.4, false_negative_margin_source="teacher")
+    )
     expected = everything.clone()
     expected[0, 2] = False  # 1.5 > 1.0 + 0.4; the 9.0 of group 1 belongs to no passage
     ours = unified_loss(scores, POSITIVES, everything, by_teacher, 1.0, True, _teacher()).total
@@ -175,10 +208,27 @@ def test_margin_rule_by_the_sum_and_by_the_teacher():
 
 def test_presets():
     m3, v1 = resolve_weights(UnifiedConfig()), resolve_weights(UnifiedConfig(preset="m3_v1"))
-    joint = resolve_weights(UnifiedConfig(preset="joint", loss_weights=LossWeights(dense=2.0, lexical=0.0, multi_vector=0.5)))
-    assert (m3.loss_weights.lexical, m3.sum_weights.lexical, m3.distill_weights.lexical, m3.loss_divisor) == (0.1, 0.3, 0.1, 4)
-    assert (v1.loss_weights.lexical, v1.sum_weights.lexical, v1.distill_weights.lexical, v1.loss_divisor) == (1.0, 1.0, 1.0, 4)
-    assert (joint.sum_weights, joint.distill_weights, joint.loss_weights.sum, joint.loss_divisor) == (None, None, 0.0, 1.0)
+    joint = resolve_weights(
+        UnifiedConfig(preset="joint", loss_weights=LossWeights(dense=2.0, lexical=0.0, multi_vector=0.5))
+    )
+    assert (m3.loss_weights.lexical, m3.sum_weights.lexical, m3.distill_weights.lexical, m3.loss_divisor) == (
+        0.1,
+        0.3,
+        0.1,
+        4,
+    )
+    assert (v1.loss_weights.lexical, v1.sum_weights.lexical, v1.distill_weights.lexical, v1.loss_divisor) == (
+        1.0,
+        1.0,
+        1.0,
+        4,
+    )
+    assert (joint.sum_weights, joint.distill_weights, joint.loss_weights.sum, joint.loss_divisor) == (
+        None,
+        None,
+        0.0,
+        1.0,
+    )
     assert joint.heads == ("dense", "multi_vector")
     assert m3.heads == HEADS
 
@@ -186,7 +236,9 @@ def test_presets():
     del scores["sum"], scores["lexical"]
     terms = unified_loss(scores, POSITIVES, _allowed(), joint, 1.0, False)
     assert list(terms.terms) == ["dense", "multi_vector"]
-    assert terms.total.item() == pytest.approx(2 * terms.terms["dense"].item() + 0.5 * terms.terms["multi_vector"].item())
+    assert terms.total.item() == pytest.approx(
+        2 * terms.terms["dense"].item() + 0.5 * terms.terms["multi_vector"].item()
+    )
 
 
 def test_the_recipes_own_weights_win():
@@ -197,13 +249,19 @@ def test_the_recipes_own_weights_win():
         self_distill_start_step=7,
     )
     settings = resolve_weights(config)
-    assert (settings.sum_weights.lexical, settings.loss_weights.lexical, settings.distill_weights.dense) == (2.0, 1.0, 0.0)
+    assert (settings.sum_weights.lexical, settings.loss_weights.lexical, settings.distill_weights.dense) == (
+        2.0,
+        1.0,
+        0.0,
+    )
     assert [settings.distills(step) for step in (0, 6, 7)] == [False, False, True]
     assert not resolve_weights(UnifiedConfig(self_distill=False)).distills(100)
     terms = unified_loss(_scores(), POSITIVES, _allowed(), settings, 1.0, True)
     assert [name for name in terms.terms if "distill" in name] == ["distill_lexical", "distill_multi_vector"]
     assert "sum" not in terms.terms
-    margin_only = resolve_weights(UnifiedConfig(preset="joint", false_negative_margin=1.0, loss_weights=LossWeights(lexical=0.0)))
+    margin_only = resolve_weights(
+        UnifiedConfig(preset="joint", false_negative_margin=1.0, loss_weights=LossWeights(lexical=0.0))
+    )
     assert margin_only.sum_weights == HeadWeights(dense=1, lexical=0, multi_vector=1)
 
 
@@ -212,7 +270,14 @@ def test_a_rank_without_queries_adds_zero():
     nothing = torch.zeros(0, dtype=torch.int64)
     for columns in (5, 0):
         scores = {name: torch.zeros(0, columns, requires_grad=True) for name in NAMES}
-        terms = unified_loss(scores, nothing, torch.zeros(0, columns, dtype=torch.bool), resolve_weights(UnifiedConfig()), 2.0, True)
+        terms = unified_loss(
+            scores,
+            nothing,
+            torch.zeros(0, columns, dtype=torch.bool),
+            resolve_weights(UnifiedConfig()),
+            2.0,
+            True,
+        )
         assert terms.total.item() == 0.0
         assert list(terms.accuracy) == list(NAMES)
         terms.total.backward()

@@ -49,7 +49,10 @@ def _saved_bytes(model: M3Model, lengths: list[int]) -> int:
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor stays alive, so that its address is not used again
+            kept[storage.data_ptr()] = (
+                storage.nbytes(),
+                tensor,
+            )  # the tensor stays alive, so that its address is not used again
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -58,12 +61,16 @@ def _saved_bytes(model: M3Model, lengths: list[int]) -> int:
     return sum(size for size, _ in kept.values())
 
 
-@pytest.mark.parametrize(("lengths", "dropout"), [([100] * 4, 0.0), ([100, 150, 120, 160], 0.0), ([100] * 4, 0.1)])
+@pytest.mark.parametrize(
+    ("lengths", "dropout"), [([100] * 4, 0.0), ([100, 150, 120, 160], 0.0), ([100] * 4, 0.1)]
+)
 def test_a_layer_saves_exactly_the_tensors_that_are_counted(tmp_path, lengths, dropout):
     # the difference of two depths is the layers alone
     saved = [_saved_bytes(_model(tmp_path / str(n), num_layers=n, dropout=dropout), lengths) for n in (1, 3)]
     shape = ModelShape(1, 64, 128, 4, 480, 514, hidden_dropout=dropout, attention_dropout=dropout)
-    counted = layer_bytes(shape, Strategy(precision_bytes=4, on_gpu=False), sum(lengths), max(lengths), len(set(lengths)) > 1)
+    counted = layer_bytes(
+        shape, Strategy(precision_bytes=4, on_gpu=False), sum(lengths), max(lengths), len(set(lengths)) > 1
+    )
     assert (saved[1] - saved[0]) / 2 == counted
 
 
@@ -80,9 +87,18 @@ def test_parameters_are_counted_as_the_model_has_them(tmp_path):
     config = model.encoder.config
     shape = ModelShape(2, 64, 128, 4, config.vocab_size, config.max_position_embeddings)
     assert shape.num_parameters == sum(p.numel() for p in model.parameters())
-    sizes = {"vocab_size": 250_002, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    sizes = {
+        "vocab_size": 250_002,
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    }
     with torch.device("meta"):
-        encoder = XLMRobertaModel(XLMRobertaConfig(**sizes, max_position_embeddings=8194, type_vocab_size=1), add_pooling_layer=False)
+        encoder = XLMRobertaModel(
+            XLMRobertaConfig(**sizes, max_position_embeddings=8194, type_vocab_size=1),
+            add_pooling_layer=False,
+        )
     assert BGE_M3.num_parameters == sum(p.numel() for p in encoder.parameters()) + 1025 + 1024 * 1025
 
 
@@ -100,7 +116,9 @@ def test_model_states_equal_deepspeeds_estimators_but_for_gradients_in_fp32():
     # it counts gradients in 16 bits; they are summed in 32
     assert sum(states.values()) - 2 * count // ranks == pytest.approx(wanted, rel=1e-6)
     states = state_bytes(BGE_M3, Strategy(zero_stage=3, world_size=ranks, live_parameters=1))
-    _, wanted, largest_layer = estimate_zero3_model_states_mem_needs(count, 0, num_gpus_per_node=ranks, cpu_offload=False)
+    _, wanted, largest_layer = estimate_zero3_model_states_mem_needs(
+        count, 0, num_gpus_per_node=ranks, cpu_offload=False
+    )
     assert largest_layer == 0
     # it leaves out one of the two copies, weights or gradients; both are partitioned and both are there
     assert sum(states.values()) - 4 * count // ranks == pytest.approx(wanted, rel=1e-6)
@@ -113,24 +131,42 @@ def test_model_states_equal_deepspeeds_estimators_but_for_gradients_in_fp32():
         (Strategy(zero_stage=0), 2 + 2 + 4 + 4 + 8),
         (Strategy(zero_stage=1, world_size=4), 2 + 2 + 16 / 4),
         (Strategy(zero_stage=2, world_size=4), 2 + 4 / 4 + 16 / 4),
-        (Strategy(zero_stage=3, world_size=4, optimizer_offload=True, parameter_offload=True, live_parameters=1), 4 / 4),
+        (
+            Strategy(
+                zero_stage=3, world_size=4, optimizer_offload=True, parameter_offload=True, live_parameters=1
+            ),
+            4 / 4,
+        ),
     ],
 )
 def test_bytes_per_parameter_by_stage(strategy, per_parameter):
-    assert sum(state_bytes(BGE_M3, strategy).values()) == pytest.approx(per_parameter * BGE_M3.num_parameters, rel=1e-6)
+    assert sum(state_bytes(BGE_M3, strategy).values()) == pytest.approx(
+        per_parameter * BGE_M3.num_parameters, rel=1e-6
+    )
 
 
 def test_memory_grows_with_the_work_and_shrinks_with_every_saving():
     base = Strategy(zero_stage=1, world_size=8, bucket_elements=1000)
     total = plan_memory(BGE_M3, base, replace(STEP, chunk_tokens=16_384)).total_bytes
-    for larger in ({"chunk_tokens": 32_768}, {"chunk_tokens": None}, {"num_passages": 64, "chunk_tokens": 16_384}):
+    for larger in (
+        {"chunk_tokens": 32_768},
+        {"chunk_tokens": None},
+        {"num_passages": 64, "chunk_tokens": 16_384},
+    ):
         assert plan_memory(BGE_M3, base, replace(STEP, **larger)).total_bytes > total
     saving = base
-    for change in ({"checkpointing": True}, {"activation_offload": True}, {"zero_stage": 2}, {"zero_stage": 3, "live_parameters": 10**8}):
+    for change in (
+        {"checkpointing": True},
+        {"activation_offload": True},
+        {"zero_stage": 2},
+        {"zero_stage": 3, "live_parameters": 10**8},
+    ):
         before, saving = saving, replace(saving, **change)
         whole = [plan_memory(BGE_M3, each, STEP).total_bytes for each in (before, saving)]
         assert whole[1] < whole[0], change
-    assert activation_bytes(BGE_M3, base, 16_384, 8192) > 3 * activation_bytes(BGE_M3, replace(base, checkpointing=True), 16_384, 8192)
+    assert activation_bytes(BGE_M3, base, 16_384, 8192) > 3 * activation_bytes(
+        BGE_M3, replace(base, checkpointing=True), 16_384, 8192
+    )
 
 
 def test_the_largest_chunk_fits_and_one_token_more_does_not():
@@ -154,9 +190,14 @@ def test_remedies_name_the_cheapest_settings_that_fit():
 
 def test_a_loss_in_tiles_holds_the_winners_of_one_tile():
     # 4 Mi query rows of all ranks × 288 passages: more winners than are held whole
-    step = StepShape(num_queries=1024, num_passages=288, query_tokens=512, passage_tokens=64, chunk_tokens=65_536)
+    step = StepShape(
+        num_queries=1024, num_passages=288, query_tokens=512, passage_tokens=64, chunk_tokens=65_536
+    )
     strategy = Strategy(zero_stage=3, world_size=8)
-    whole, tiled = (sum(loss_bytes(BGE_M3, strategy, replace(step, loss_tiles=mode)).values()) for mode in ("never", "auto"))
+    whole, tiled = (
+        sum(loss_bytes(BGE_M3, strategy, replace(step, loss_tiles=mode)).values())
+        for mode in ("never", "auto")
+    )
     gathered = 1024 * 512 * 8 * 1024 * (2 + 8)
     assert whole - gathered > 4 * 1024 * 512 * 8 * 288
     assert tiled - gathered < GIB

@@ -31,7 +31,12 @@ def encoder(tmp_path):
     return write
 
 
-SMALL = ["data.batch.buckets=null", "data.batch.global_queries=16", "engine.template=zero1", "engine.activation_offload=false"]
+SMALL = [
+    "data.batch.buckets=null",
+    "data.batch.global_queries=16",
+    "engine.template=zero1",
+    "engine.activation_offload=false",
+]
 
 
 def _run(capsys, *arguments: str) -> tuple[int, str]:
@@ -77,8 +82,14 @@ def test_what_cannot_fit_is_said_with_its_number_and_code_1(capsys, encoder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "modernbert"}, "(modernbert)': is an encoder whose activations this command has not counted; use one of: bert"),
-        ({"num_hidden_layers": None}, "config.json: num_hidden_layers = None: must be a number; use the encoder's own config.json"),
+        (
+            {"model_type": "modernbert"},
+            "(modernbert)': is an encoder whose activations this command has not counted; use one of: bert",
+        ),
+        (
+            {"num_hidden_layers": None},
+            "config.json: num_hidden_layers = None: must be a number; use the encoder's own config.json",
+        ),
     ],
 )
 def test_encoders_that_are_not_counted_are_refused(capsys, encoder, changes, message):

@@ -51,7 +51,11 @@ def bad_data(folder: Path) -> dict[str, list[str]]:
         path = write_jsonl(folder / "bad" / f"{name.replace(' ', '-')}.jsonl", records)
         calls[name] = [f"data.train.0.paths=[{path}]", f"data.store_dir={folder}/bad/{path.stem}"]
     path = write_jsonl(folder / "bad" / "all-bad.jsonl", ["{", "[]"])
-    calls["only bad records"] = [f"data.train.0.paths=[{path}]", f"data.store_dir={folder}/bad/all-bad", "data.on_bad_record=skip"]
+    calls["only bad records"] = [
+        f"data.train.0.paths=[{path}]",
+        f"data.store_dir={folder}/bad/all-bad",
+        "data.on_bad_record=skip",
+    ]
     calls["missing file"] = ["data.train.0.paths=[nowhere.jsonl]"]
     return calls
 
@@ -86,7 +90,11 @@ def calls(place: Workplace) -> dict[str, dict]:
         "hopeless": place.run("dead") / "checkpoints" / "step-000001" / "COMPLETE",
     }
     made = [
-        {"name": name, "arguments": [place.recipe, f"name={name.replace(' ', '-')}", *given], "damage": str(damage.get(name, ""))}
+        {
+            "name": name,
+            "arguments": [place.recipe, f"name={name.replace(' ', '-')}", *given],
+            "damage": str(damage.get(name, "")),
+        }
         for name, given in arguments.items()
     ]
     return run_ranks(train_calls, 1, [{"name": "no recipe", "arguments": []}, *made])[0]
@@ -95,14 +103,25 @@ def calls(place: Workplace) -> dict[str, dict]:
 MESSAGES = {
     "no recipe": ["recipe", "is required", "megam3 show-config --list"],
     "unknown key": ["optim.lrr (override optim.lrr=1) = 1: unknown key in optim; did you mean optim.lr?"],
-    "wrong type": ["train.steps (override train.steps=many) = 'many': must be an integer", "write it without quotes or letters"],
+    "wrong type": [
+        "train.steps (override train.steps=many) = 'many': must be an integer",
+        "write it without quotes or letters",
+    ],
     "missing file": ["data.train.0.paths.0 = 'nowhere.jsonl': no such file or folder"],
     "malformed line": ["malformed-line.jsonl:3", "is not valid JSON", "data.on_bad_record: skip"],
     "no pos": ["no-pos.jsonl:2 pos", "must hold at least one passage"],
     "empty query": ["empty-query.jsonl:1 query", "must not be empty"],
     "no records": ["dataset pairs = '0 records rejected': holds no usable record; its files are empty"],
-    "only bad records": ["dataset pairs = '2 records rejected': holds no usable record; see ", "rejects.jsonl for the reasons"],
-    "foreign tokenizer": ["foreign", "the tokenizer has", "rows", "use the tokenizer the encoder was trained with"],
+    "only bad records": [
+        "dataset pairs = '2 records rejected': holds no usable record; see ",
+        "rejects.jsonl for the reasons",
+    ],
+    "foreign tokenizer": [
+        "foreign",
+        "the tokenizer has",
+        "rows",
+        "use the tokenizer the encoder was trained with",
+    ],
     "no heads": ["head weights are missing", "model.missing_heads: init"],
     "positions": ["data.passage_max_tokens = 600", "positions for 512 tokens", "tools/extend_positions.py"],
     "other model": ["step-000002: model_signature", "parameters of another model", "train.resume=never"],
@@ -111,7 +130,13 @@ MESSAGES = {
         "the plan (seed, batch size, buckets, weights or draws) changed",
         "train.resume_with_other_data=true",
     ],
-    "poison": ["step 1, rank 0: loss/total", "loss/lexical", "lexical/mean_weight", "not finite", "engine.on_nonfinite=skip"],
+    "poison": [
+        "step 1, rank 0: loss/total",
+        "loss/lexical",
+        "lexical/mean_weight",
+        "not finite",
+        "engine.on_nonfinite=skip",
+    ],
     "hopeless": ["must hold at least one complete checkpoint", "train.resume=never"],
 }
 
@@ -126,15 +151,25 @@ def test_bad_input_is_one_clear_message_and_code_2(calls: dict[str, dict], name:
     assert not [part for part in MESSAGES[name] if part not in lines[0]], lines[0]
 
 
-def test_a_refused_run_changes_nothing_of_the_one_it_would_have_continued(place: Workplace, calls: dict[str, dict]) -> None:
+def test_a_refused_run_changes_nothing_of_the_one_it_would_have_continued(
+    place: Workplace, calls: dict[str, dict]
+) -> None:
     run = place.run("skip")
     recipe = load_config(run / "recipe.yaml")
-    assert (recipe.model.path, recipe.train.seed, recipe.engine.template) == (str(place.folder / "poisoned"), 42, "zero1")
-    assert (run / "model" / "config.json").read_bytes() == (place.folder / "model" / "config.json").read_bytes()
+    assert (recipe.model.path, recipe.train.seed, recipe.engine.template) == (
+        str(place.folder / "poisoned"),
+        42,
+        "zero1",
+    )
+    assert (run / "model" / "config.json").read_bytes() == (
+        place.folder / "model" / "config.json"
+    ).read_bytes()
     assert len(place.rows("skip")) == 2
 
 
-def test_a_non_finite_loss_stops_before_the_update_and_saves_nothing(place: Workplace, calls: dict[str, dict]) -> None:
+def test_a_non_finite_loss_stops_before_the_update_and_saves_nothing(
+    place: Workplace, calls: dict[str, dict]
+) -> None:
     assert not (place.run("poison") / "checkpoints").exists()
 
 
@@ -161,15 +196,21 @@ def test_text_over_the_limit_is_cut_and_counted(place: Workplace, calls: dict[st
     manifest = json.loads((place.folder / "store" / "pairs" / "manifest.json").read_text())["totals"]
     assert manifest["truncated"] > 0
     assert (
-        f"pairs: {manifest['truncated']} of {manifest['texts']} texts were longer than their limit and are cut" in calls["healthy"]["said"]
+        f"pairs: {manifest['truncated']} of {manifest['texts']} texts were longer than their limit and are cut"
+        in calls["healthy"]["said"]
     )
     assert sum(row["data/truncated_texts"] for row in place.rows("skip")) > 0
 
 
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(place: Workplace, calls: dict[str, dict]) -> None:
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    place: Workplace, calls: dict[str, dict]
+) -> None:
     said = calls["fallback"]["said"]
     assert calls["fallback"]["code"] == 0, said
-    assert "checkpoint step-000004 is not usable (state.json was changed after writing); trying the one before" in said
+    assert (
+        "checkpoint step-000004 is not usable (state.json was changed after writing); trying the one before"
+        in said
+    )
     assert f"resumed from {place.run('healthy')}/checkpoints/step-000002" in said
     assert "starting at step 2" in said
 

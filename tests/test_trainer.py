@@ -45,36 +45,63 @@ def pair(place: Workplace) -> list[dict[str, dict]]:
         template, stopped = f"engine.template=zero{stage}", f"name=stopped{stage}"
         calls += [
             {"name": f"whole{stage}", "arguments": [f"name=whole{stage}", template, *RESUMABLE]},
-            {"name": f"usr1 {stage}", "arguments": [stopped, template, *RESUMABLE], "signal": (1, 3, "SIGUSR1")},
-            {"name": f"term {stage}", "arguments": [stopped, template, *RESUMABLE], "signal": (0, STEPS_PER_EPOCH + 2, "SIGTERM")},
+            {
+                "name": f"usr1 {stage}",
+                "arguments": [stopped, template, *RESUMABLE],
+                "signal": (1, 3, "SIGUSR1"),
+            },
+            {
+                "name": f"term {stage}",
+                "arguments": [stopped, template, *RESUMABLE],
+                "signal": (0, STEPS_PER_EPOCH + 2, "SIGTERM"),
+            },
             {"name": f"last {stage}", "arguments": [stopped, template, *RESUMABLE]},
         ]
     for stage in (0, 2):
-        calls.append({"name": f"whole{stage}", "arguments": [f"name=whole{stage}", f"engine.template=zero{stage}", "train.steps=2"]})
+        calls.append(
+            {
+                "name": f"whole{stage}",
+                "arguments": [f"name=whole{stage}", f"engine.template=zero{stage}", "train.steps=2"],
+            }
+        )
     calls.append({"name": "long", "arguments": ["name=long", *LONG]})
-    return run_ranks(train_calls, 2, [{**call, "arguments": [place.recipe, *call["arguments"]]} for call in calls])
+    return run_ranks(
+        train_calls, 2, [{**call, "arguments": [place.recipe, *call["arguments"]]} for call in calls]
+    )
 
 
 @pytest.fixture(scope="module")
 def alone(place: Workplace) -> dict[str, dict]:
     """Two steps of each ZeRO stage in one process."""
     arguments = {
-        f"alone{stage}": [place.recipe, f"name=alone{stage}", f"engine.template=zero{stage}", "train.steps=2"] for stage in range(4)
+        f"alone{stage}": [place.recipe, f"name=alone{stage}", f"engine.template=zero{stage}", "train.steps=2"]
+        for stage in range(4)
     }
-    return run_ranks(train_calls, 1, [{"name": name, "arguments": given} for name, given in arguments.items()])[0]
+    return run_ranks(
+        train_calls, 1, [{"name": name, "arguments": given} for name, given in arguments.items()]
+    )[0]
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_signalled_run_saves_and_continues_to_the_same_bits(place: Workplace, pair: list[dict], stage: int) -> None:
-    assert [[rank[f"{name} {stage}"]["code"] for rank in pair] for name in ("usr1", "term", "last")] == [[85, 85], [85, 85], [0, 0]]
+def test_a_signalled_run_saves_and_continues_to_the_same_bits(
+    place: Workplace, pair: list[dict], stage: int
+) -> None:
+    assert [[rank[f"{name} {stage}"]["code"] for rank in pair] for name in ("usr1", "term", "last")] == [
+        [85, 85],
+        [85, 85],
+        [0, 0],
+    ]
     said = pair[0][f"usr1 {stage}"]["said"]
     assert "stopped at step 4 of 12; newest checkpoint: step 4" in said
     assert "resumed from" in pair[0][f"term {stage}"]["said"]
     # with dropout, workers, ragged groups and an epoch's edge after every fifth step
     assert place.figures(f"stopped{stage}") == place.figures(f"whole{stage}")
     assert [row["step"] for row in place.rows(f"stopped{stage}")] == list(range(1, 13))
-    ends = [consolidated_weights(str(place.run(f"{name}{stage}") / "checkpoints" / "step-000012")) for name in ("stopped", "whole")]
+    ends = [
+        consolidated_weights(str(place.run(f"{name}{stage}") / "checkpoints" / "step-000012"))
+        for name in ("stopped", "whole")
+    ]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
 
 
@@ -82,7 +109,9 @@ def test_a_signalled_run_saves_and_continues_to_the_same_bits(place: Workplace, 
 def test_a_world_size_that_does_not_divide_the_batch_is_told_once(pair: list[dict]) -> None:
     assert [rank["indivisible"]["code"] for rank in pair] == [2, 2]
     said = pair[0]["indivisible"]["said"]
-    assert "data.batch.global_queries = 7: 2 ranks must share the queries of a step equally; use 6 or 8" in said
+    assert (
+        "data.batch.global_queries = 7: 2 ranks must share the queries of a step equally; use 6 or 8" in said
+    )
     assert pair[1]["indivisible"]["said"] == ""
 
 
@@ -90,14 +119,25 @@ def test_a_world_size_that_does_not_divide_the_batch_is_told_once(pair: list[dic
 def test_a_run_folder_holds_what_the_readme_says(place: Workplace) -> None:
     evaluated = [f"evaluation.folders=[{place.folder}/beir]", "train.evaluate_every_steps=4"]
     started = launch(
-        place.recipe, "name=folder", "engine.template=zero3", "train.steps=6", *evaluated, flag="--num_gpus", DS_ACCELERATOR="cpu"
+        place.recipe,
+        "name=folder",
+        "engine.template=zero3",
+        "train.steps=6",
+        *evaluated,
+        flag="--num_gpus",
+        DS_ACCELERATOR="cpu",
     )
     said, _ = started.communicate(timeout=300)
     assert started.returncode == 0, said
     run = place.run("folder")
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     wanted = {"recipe.yaml", "ds_config.json", "env.json", "log.txt", "metrics.jsonl"}
-    wanted |= {"eval/step-000004-beir.json", "eval/step-000006-beir.json", "checkpoints/latest", "checkpoints/step-000006/COMPLETE"}
+    wanted |= {
+        "eval/step-000004-beir.json",
+        "eval/step-000006-beir.json",
+        "checkpoints/latest",
+        "checkpoints/step-000006/COMPLETE",
+    }
     assert wanted <= files, files
     assert not [name for name in files if ".partial" in name]
     recipe = load_config(run / "recipe.yaml")
@@ -114,8 +154,18 @@ def test_a_run_folder_holds_what_the_readme_says(place: Workplace) -> None:
 def check_metrics(place: Workplace, name: str) -> None:
     rows = place.rows(name)
     assert [row["step"] for row in rows] == list(range(1, 7))
-    wanted = {"loss/total", "optim/grad_norm", "optim/lr", "speed/tokens_per_second", "lexical/nonzero_share", "lexical/mean_weight"}
-    wanted |= {f"{kind}/{head}" for kind in ("loss", "accuracy") for head in HEADS} | {"memory/peak_bytes", "data/padding_avoided_share"}
+    wanted = {
+        "loss/total",
+        "optim/grad_norm",
+        "optim/lr",
+        "speed/tokens_per_second",
+        "lexical/nonzero_share",
+        "lexical/mean_weight",
+    }
+    wanted |= {f"{kind}/{head}" for kind in ("loss", "accuracy") for head in HEADS} | {
+        "memory/peak_bytes",
+        "data/padding_avoided_share",
+    }
     for row in rows:
         assert wanted <= row.keys(), row
         assert "nonfinite" not in row
@@ -165,21 +215,39 @@ def ranks_after(started: subprocess.Popen, marker: Path) -> list[psutil.Process]
         assert time.monotonic() < end, f"no {marker}"
         time.sleep(0.01)
     below = psutil.Process(started.pid).children(recursive=True)
-    return [process for process in below if any(word.startswith("--local_rank") for word in process.cmdline())]
+    return [
+        process for process in below if any(word.startswith("--local_rank") for word in process.cmdline())
+    ]
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_checkpoint_of_any_stage_and_world_size_becomes_a_folder(
-    place: Workplace, pair: list[dict], alone: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: int, world_size: int
+    place: Workplace,
+    pair: list[dict],
+    alone: dict,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    stage: int,
+    world_size: int,
 ) -> None:
     name = f"alone{stage}" if world_size == 1 else f"whole{stage}"
     result = (alone if world_size == 1 else pair[0])[name]
     assert result["code"] == 0, result["said"]
     newest = (place.run(name) / "checkpoints" / "latest").read_text()
-    assert report_user_errors(load_tool("convert_to_hf").main, [str(place.run(name) / "checkpoints" / newest), str(tmp_path / "out")]) == 0
-    differences = [float(line.rsplit(" ", 1)[1]) for line in capsys.readouterr().out.splitlines() if line.startswith("largest")]
+    assert (
+        report_user_errors(
+            load_tool("convert_to_hf").main,
+            [str(place.run(name) / "checkpoints" / newest), str(tmp_path / "out")],
+        )
+        == 0
+    )
+    differences = [
+        float(line.rsplit(" ", 1)[1])
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("largest")
+    ]
     assert len(differences) == 3
     assert max(differences) <= 1e-5
     encoded = M3Embedder(str(tmp_path / "out")).encode(["a text", "another one"], max_tokens=24)
@@ -197,11 +265,15 @@ def load_tool(name: str):
 
 
 @pytest.mark.ranks
-def test_conversion_from_the_command_line_without_the_model_it_started_from(place: Workplace, pair: list[dict], tmp_path: Path) -> None:
+def test_conversion_from_the_command_line_without_the_model_it_started_from(
+    place: Workplace, pair: list[dict], tmp_path: Path
+) -> None:
     copied = Path(shutil.copytree(place.run("whole3") / "checkpoints" / "step-000012", tmp_path / "copied"))
     command = [sys.executable, "tools/convert_to_hf.py"]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(copied), str(tmp_path / "out")], cwd=ROOT, env=environ, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, str(copied), str(tmp_path / "out")], cwd=ROOT, env=environ, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert f"written: {tmp_path / 'out'}" in done.stdout
     again = report_user_errors(load_tool("convert_to_hf").main, [str(copied), str(tmp_path / "out")])
@@ -211,12 +283,19 @@ def test_conversion_from_the_command_line_without_the_model_it_started_from(plac
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "out"], "must be a complete checkpoint (never completed); name a folder checkpoints/step-NNNNNN"),
+        (
+            ["nowhere", "out"],
+            "must be a complete checkpoint (never completed); name a folder checkpoints/step-NNNNNN",
+        ),
         (["torn", "out"], "must be a complete checkpoint (manifest.json was changed)"),
     ],
 )
 def test_conversion_says_what_is_wrong_with_its_input(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "torn").mkdir()
@@ -258,18 +337,30 @@ COUNTS = [4.0, 100.0, 120.0, 1.0, 0.0]
 
 
 def test_figures_are_means_and_counts_are_sums_over_ranks() -> None:
-    report = join_ranks(NAMES, torch.tensor([[1.0, 2.0, 3.0, *COUNTS], [3.0, 4.0, 5.0, *COUNTS[:-1], 1.0]]).double())
+    report = join_ranks(
+        NAMES, torch.tensor([[1.0, 2.0, 3.0, *COUNTS], [3.0, 4.0, 5.0, *COUNTS[:-1], 1.0]]).double()
+    )
     assert report.figures == {"loss/total": 2.0, "loss/lexical": 3.0, "lexical/mean_weight": 4.0}
-    assert (report.num_samples, report.num_tokens, report.padded_tokens, report.num_truncated) == (8, 200, 240, 2)
+    assert (report.num_samples, report.num_tokens, report.padded_tokens, report.num_truncated) == (
+        8,
+        200,
+        240,
+        2,
+    )
     assert (report.stop_requested, report.nonfinite) == (True, "")
 
 
 def test_a_non_finite_figure_is_traced_to_the_rank_it_came_from() -> None:
     nan = math.nan
-    report = join_ranks(NAMES, torch.tensor([[nan, nan, 3.0, *COUNTS], [nan, math.inf, nan, *COUNTS]]).double())
+    report = join_ranks(
+        NAMES, torch.tensor([[nan, nan, 3.0, *COUNTS], [nan, math.inf, nan, *COUNTS]]).double()
+    )
     assert report.nonfinite == "rank 1: loss/total, loss/lexical, lexical/mean_weight"
     skipped = StepResult(math.nan, 1e-3, skipped=True)
-    with pytest.raises(TrainingError, match=r"step 8, rank 1: loss/total, .* = 'not finite': .* before this step; lower optim.lr"):
+    with pytest.raises(
+        TrainingError,
+        match=r"step 8, rank 1: loss/total, .* = 'not finite': .* before this step; lower optim.lr",
+    ):
         check_finite("stop", report, skipped, 7)
     with pytest.raises(TrainingError, match="step 8, gradient norm = 'not finite'"):
         check_finite("stop", replace(report, nonfinite=""), skipped, 7)

@@ -18,15 +18,20 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         CheckpointError: no complete checkpoint, no source folder, an export that differs, or OUT exists.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", help="folder of one checkpoint")
     parser.add_argument("out", help="folder to write; must not exist")
     parser.add_argument(
-        "--model", help="folder the training started from (default: model.path of the run's recipe, else the checkpoint's model/)"
+        "--model",
+        help="folder the training started from (default: model.path of the run's recipe, else the checkpoint's model/)",
     )
     options = parser.parse_args(arguments)
     state = consolidated_weights(options.checkpoint)
-    differences = export_hf_folder(state, options.model or source_of_checkpoint(options.checkpoint), options.out)
+    differences = export_hf_folder(
+        state, options.model or source_of_checkpoint(options.checkpoint), options.out
+    )
     for head, value in differences.items():
         print(f"largest difference, {head} head: {value:.2e}")
     print(f"written: {options.out}")

@@ -13,13 +13,22 @@ from megam3.model.positions import extend_folder
 
 def main(arguments: Sequence[str]) -> int:
     """Extend, print what changed, return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", metavar="IN", help="folder of the encoder")
     parser.add_argument("out", metavar="OUT", help="folder to write; must not exist")
-    parser.add_argument("--max-tokens", type=int, default=8192, help="longest text, special tokens included (default: %(default)s)")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=8192,
+        help="longest text, special tokens included (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     before, after = extend_folder(options.source, options.out, options.max_tokens)
-    print(f"texts of up to {before} tokens → {after}; the first {before} positions are unchanged, the others repeat them")
+    print(
+        f"texts of up to {before} tokens → {after}; the first {before} positions are unchanged, the others repeat them"
+    )
     print(f"written: {options.out} (tokenizer copied, model_max_length {after})")
     return 0
 

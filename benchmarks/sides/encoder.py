@@ -19,20 +19,27 @@ from megam3.obs.clock import EncoderShape, measure_matmul_peak
 def _packed(folder: str, columns: list[list[list[int]]]) -> tuple[torch.nn.Module, Step]:
     encoder = load_backbone(folder)
     texts = pack_texts([ids for column in columns for ids in column])
-    return encoder, lambda: [encode_packed(encoder, texts.input_ids_T, texts.position_ids_T, texts.cu_seqlens_N1, texts.lengths)]
+    return encoder, lambda: [
+        encode_packed(encoder, texts.input_ids_T, texts.position_ids_T, texts.cu_seqlens_N1, texts.lengths)
+    ]
 
 
 def _padded(folder: str, columns: list[list[list[int]]]) -> tuple[torch.nn.Module, Step]:
     encoder = AutoModel.from_pretrained(folder, add_pooling_layer=False, attn_implementation="sdpa")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     batches = [tokenizer.pad({"input_ids": column}, return_tensors="pt") for column in columns if column]
-    return encoder, lambda: [encoder(**batch).last_hidden_state[batch["attention_mask"].bool()] for batch in batches]
+    return encoder, lambda: [
+        encoder(**batch).last_hidden_state[batch["attention_mask"].bool()] for batch in batches
+    ]
 
 
 def build(spec: dict) -> Step:
     """Both layouts get the same weights on their outputs' sum, so that their losses can be compared."""
     tokenizer = AutoTokenizer.from_pretrained(spec["model_folder"])
-    columns = [tokenizer(column)["input_ids"] if column else [] for column in (spec["texts"]["queries"], spec["texts"]["passages"])]
+    columns = [
+        tokenizer(column)["input_ids"] if column else []
+        for column in (spec["texts"]["queries"], spec["texts"]["passages"])
+    ]
     encoder, encode = {"packed": _packed, "padded": _padded}[spec["layout"]](spec["model_folder"], columns)
     encoder.train()
     config = encoder.config
@@ -49,7 +56,9 @@ def build(spec: dict) -> Step:
         loss.backward()
         seconds = time.perf_counter() - started
         figures = {"seconds": seconds, "loss": float(loss.detach())}
-        return {**figures, "peak_share": flops / seconds / max(peak, measure_matmul_peak())} if peak else figures
+        return (
+            {**figures, "peak_share": flops / seconds / max(peak, measure_matmul_peak())} if peak else figures
+        )
 
     return step
 

@@ -35,7 +35,11 @@ def build(spec: dict) -> Step:
         model.enable_input_require_grads()
     plain = [p for p in model.parameters() if p.dim() == 1]
     decayed = [p for p in model.parameters() if p.dim() > 1]
-    optimizer = torch.optim.AdamW([{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.01}], lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.01}],
+        lr=1e-5,
+        fused=True,
+    )
 
     def step() -> dict:
         loss = model(**batch).loss

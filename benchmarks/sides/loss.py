@@ -21,7 +21,9 @@ NUM_IDS = 20_000
 """Ids that texts draw from: two texts share some."""
 
 
-def make_representations(num_texts: int, num_rows: int, width: int, generator: torch.Generator) -> Representations:
+def make_representations(
+    num_texts: int, num_rows: int, width: int, generator: torch.Generator
+) -> Representations:
     """Texts of num_rows multi-vector rows and almost as many (id, weight) pairs; all floats are leaves."""
     text_Z = torch.arange(num_texts).repeat_interleave(num_rows)
     keys = torch.unique(text_Z * NUM_IDS + torch.randint(NUM_IDS, text_Z.shape, generator=generator))
@@ -44,12 +46,19 @@ def make_candidates(counts: RankCounts, num_queries: int, num_passages: int) -> 
 
 
 def whole_loss(
-    queries: Representations, passages: Representations, candidates: Candidates, settings: LossSettings, counts: RankCounts, distill: bool
+    queries: Representations,
+    passages: Representations,
+    candidates: Candidates,
+    settings: LossSettings,
+    counts: RankCounts,
+    distill: bool,
 ) -> LossTerms:
     """Through whole score matrices."""
     scores = score_global(queries, passages, settings.sum_weights, heads=settings.heads, counts=counts)
     scale = len(counts.queries) / sum(counts.queries)
-    return unified_loss(scores.by_name(), candidates.positive_column_Q, candidates.allowed(), settings, scale, distill)
+    return unified_loss(
+        scores.by_name(), candidates.positive_column_Q, candidates.allowed(), settings, scale, distill
+    )
 
 
 def build(spec: dict) -> Step:
@@ -59,12 +68,18 @@ def build(spec: dict) -> Step:
     generator = torch.Generator().manual_seed(rank)
     queries = make_representations(spec["num_queries"], spec["query_rows"], spec["width"], generator)
     passages = make_representations(spec["num_passages"], spec["passage_rows"], spec["width"], generator)
-    dense_alone = UnifiedConfig(preset="joint", loss_weights=LossWeights(dense=1.0, lexical=0.0, multi_vector=0.0))
+    dense_alone = UnifiedConfig(
+        preset="joint", loss_weights=LossWeights(dense=1.0, lexical=0.0, multi_vector=0.0)
+    )
     settings = resolve_weights(dense_alone if spec.get("heads") == "dense" else UnifiedConfig())
     counts = count_over_ranks(queries, passages)
     candidates = make_candidates(counts, spec["num_queries"], spec["num_passages"])
     loss = tiled_unified_loss if spec.get("tiles") else whole_loss
-    leaves = {f"{side} {name}": x for side, texts in (("query", queries), ("passage", passages)) for name, x in _named(texts)}
+    leaves = {
+        f"{side} {name}": x
+        for side, texts in (("query", queries), ("passage", passages))
+        for name, x in _named(texts)
+    }
 
     def step() -> dict:
         for process in other_ranks:
@@ -77,7 +92,10 @@ def build(spec: dict) -> Step:
             await_answer(process)
         norms = {name: float(leaf.grad.norm()) for name, leaf in leaves.items() if leaf.grad is not None}
         # a head that is not trained has no gradient, or one of zeros
-        return {"loss": terms.total.item(), "gradient_norms": {name: norm for name, norm in norms.items() if norm}}
+        return {
+            "loss": terms.total.item(),
+            "gradient_norms": {name: norm for name, norm in norms.items() if norm},
+        }
 
     for process in other_ranks:
         await_answer(process)

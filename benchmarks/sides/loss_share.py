@@ -34,14 +34,20 @@ def build(spec: dict) -> Step:
     """See the module's docstring."""
     folder = spec["model_folder"]
     model = load_m3(folder, ModelConfig(path=folder), special_ids=(0, 1, 2, 3)).train()
-    batch, objective, engine = make_batch(folder, spec["texts"]), UnifiedObjective(UnifiedConfig()), PlainEngine(model)
+    batch, objective, engine = (
+        make_batch(folder, spec["texts"]),
+        UnifiedObjective(UnifiedConfig()),
+        PlainEngine(model),
+    )
     texts = batch.texts
     upstream_TD = torch.randn(texts.num_tokens, model.encoder.config.hidden_size) * 1e-3
 
     def step() -> dict:
         model.zero_grad(set_to_none=True)
         started = time.perf_counter()
-        encode_packed(model.encoder, texts.input_ids_T, texts.position_ids_T, texts.cu_seqlens_N1, texts.lengths).backward(upstream_TD)
+        encode_packed(
+            model.encoder, texts.input_ids_T, texts.position_ids_T, texts.cu_seqlens_N1, texts.lengths
+        ).backward(upstream_TD)
         encoder_seconds = time.perf_counter() - started
         model.zero_grad(set_to_none=True)
         started = time.perf_counter()

@@ -29,7 +29,9 @@ def make_batch(folder: str, texts: dict, rank: int = 0) -> RetrievalBatch:
         "the tokenizer must give one token a word"
     )
     if rank:
-        token_ids = [[i if i < 5 else 5 + (i - 5 + rank) % (texts["vocab_size"] - 5) for i in ids] for ids in token_ids]
+        token_ids = [
+            [i if i < 5 else 5 + (i - 5 + rank) % (texts["vocab_size"] - 5) for i in ids] for ids in token_ids
+        ]
     num_queries, num_passages = len(texts["queries"]), len(texts["passages"])
     return RetrievalBatch(
         texts=pack_texts(token_ids),
@@ -55,7 +57,14 @@ def make_engine(spec: dict, world_size: int) -> Engine:
     folder = spec["model_folder"]
     with model_construction(ds_config):
         module = load_m3(folder, ModelConfig(path=folder), special_ids=(0, 1, 2, 3))
-    return Engine(module, OPTIM, ds_config, device, 1000, ActivationMemory(module, spec.get("checkpointing", False), False))
+    return Engine(
+        module,
+        OPTIM,
+        ds_config,
+        device,
+        1000,
+        ActivationMemory(module, spec.get("checkpointing", False), False),
+    )
 
 
 def build(spec: dict) -> Step:

@@ -35,7 +35,9 @@ def _multi_vector(folder: str, chunk: int) -> tuple[nn.Module, nn.Module]:
     width = transformer.get_embedding_dimension()
     head = torch.load(Path(folder) / "colbert_linear.pt", weights_only=True)
     tokens = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
-    linear = Dense(width, width, activation_function=None, init_weight=head["weight"], init_bias=head["bias"], **tokens)
+    linear = Dense(
+        width, width, activation_function=None, init_weight=head["weight"], init_bias=head["bias"], **tokens
+    )
     mask = MultiVectorMask(["<s>"], skiplist_tasks=["query", "document"])
     model = MultiVectorEncoder(modules=[transformer, linear, Normalize(**tokens), mask], device="cpu")
     loss = CachedMultiVectorMultipleNegativesRankingLoss(
@@ -45,7 +47,9 @@ def _multi_vector(folder: str, chunk: int) -> tuple[nn.Module, nn.Module]:
 
 
 def _sparse(folder: str, chunk: int) -> tuple[nn.Module, nn.Module]:
-    model = SparseEncoder(modules=[Transformer(folder, transformer_task="fill-mask"), SpladePooling("max")], device="cpu")
+    model = SparseEncoder(
+        modules=[Transformer(folder, transformer_task="fill-mask"), SpladePooling("max")], device="cpu"
+    )
     inner = SparseMultipleNegativesRankingLoss(model, scale=SCALE)
     return model, CachedSpladeLoss(model, inner, 3e-5, 5e-5, mini_batch_num_tokens=chunk)
 
@@ -63,7 +67,11 @@ def build(spec: dict) -> Step:
     model.train()
     plain = [p for p in model.parameters() if p.dim() == 1]
     decayed = [p for p in model.parameters() if p.dim() > 1]
-    optimizer = torch.optim.AdamW([{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.01}], lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.01}],
+        lr=1e-5,
+        fused=True,
+    )
 
     def step() -> dict:
         loss = loss_function([dict(column) for column in features], None)

@@ -18,18 +18,35 @@ from megam3.retrieval.results import group_table, overall_table
 
 def _parser() -> argparse.ArgumentParser:
     defaults = EvaluationConfig()
-    parser = argparse.ArgumentParser(prog="megam3 evaluate", description="Five retrieval modes and BM25 on test sets in BEIR format.")
+    parser = argparse.ArgumentParser(
+        prog="megam3 evaluate", description="Five retrieval modes and BM25 on test sets in BEIR format."
+    )
     parser.add_argument("model", help="folder of an exported model")
-    parser.add_argument("folders", nargs="+", help="folders with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv")
+    parser.add_argument(
+        "folders", nargs="+", help="folders with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv"
+    )
     parser.add_argument("--split", default=defaults.split, help="qrels/SPLIT.tsv (default: %(default)s)")
     parser.add_argument("--modes", default=",".join(MODES), help="comma-separated (default: %(default)s)")
     parser.add_argument("--out", default=None, help="folder for one JSON file per test set")
-    parser.add_argument("--by", choices=["language", "length"], action="append", default=[], help="also print a table of groups")
+    parser.add_argument(
+        "--by",
+        choices=["language", "length"],
+        action="append",
+        default=[],
+        help="also print a table of groups",
+    )
     parser.add_argument("--query-max-tokens", type=int, default=defaults.query_max_tokens)
     parser.add_argument("--passage-max-tokens", type=int, default=defaults.passage_max_tokens)
     parser.add_argument("--batch-tokens", type=int, default=defaults.batch_tokens)
-    parser.add_argument("--rerank-dense", type=int, default=defaults.rerank_dense, help="Multi-vec re-ranks this many")
-    parser.add_argument("--rerank-hybrid", type=int, default=defaults.rerank_hybrid, help="Dense+Sparse and All re-rank this many of each")
+    parser.add_argument(
+        "--rerank-dense", type=int, default=defaults.rerank_dense, help="Multi-vec re-ranks this many"
+    )
+    parser.add_argument(
+        "--rerank-hybrid",
+        type=int,
+        default=defaults.rerank_hybrid,
+        help="Dense+Sparse and All re-rank this many of each",
+    )
     parser.add_argument("--device", default=None, help="default: CUDA when there is one")
     return parser
 

@@ -37,7 +37,10 @@ def main(argv: Sequence[str]) -> int:
     size = config.data.batch.accumulation_steps
     for number in range(arguments.step * size, (arguments.step + 1) * size):
         draft = data.assembler().draft(number, arguments.rank, arguments.world_size)
-        print(batch_text(data.plan, data.plan.batch(number)) + f"; rank {arguments.rank} of {arguments.world_size}:")
+        print(
+            batch_text(data.plan, data.plan.batch(number))
+            + f"; rank {arguments.rank} of {arguments.world_size}:"
+        )
         print("\n".join(describe_draft(data, tokenizer, draft, arguments.characters)))
     return 0
 
@@ -58,7 +61,9 @@ def describe_draft(data: TrainingData, tokenizer: Tokenizer, draft: Draft, chara
         passage += size
 
 
-def _describe_sequences(data: TrainingData, tokenizer: Tokenizer, draft: Draft, characters: int) -> Iterator[str]:
+def _describe_sequences(
+    data: TrainingData, tokenizer: Tokenizer, draft: Draft, characters: int
+) -> Iterator[str]:
     rows = iter(draft.rows.tolist())
     for index, size in enumerate(draft.group_sizes):
         yield from (f"row {row} from {source_of(data, row)}" for row in islice(rows, size))

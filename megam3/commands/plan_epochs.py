@@ -24,7 +24,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--world-size", type=int, default=1, help="ranks (default: 1)")
     arguments = parser.parse_intermixed_args(argv)
     config = load_config(arguments.recipe, arguments.overrides)
-    data = open_training_data(config.data, load_tokenizer(config.model.path), store_folder(config), config.train.seed)
+    data = open_training_data(
+        config.data, load_tokenizer(config.model.path), store_folder(config), config.train.seed
+    )
     data.check_world_size(arguments.world_size)
     estimate = estimate_plan(data.plan, data.assembler(), arguments.world_size)
     print(plan_report(data.plan, estimate, config.data.batch.accumulation_steps, arguments.world_size))

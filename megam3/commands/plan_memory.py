@@ -20,12 +20,22 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ConfigError: a recipe that would not start, or an encoder of a family that is not counted.
     """
-    parser = argparse.ArgumentParser(prog="megam3 plan-memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="megam3 plan-memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", help="a YAML file, or the name of a packaged recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields that win over the recipe")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks, over all nodes (default: 1)")
-    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="memory of one GPU in GiB (default: 80)")
-    parser.add_argument("--reserve", type=float, default=2.0, metavar="GB", help="left to CUDA, NCCL and fragmentation (default: 2 GiB)")
+    parser.add_argument(
+        "--gpu-memory", type=float, default=80.0, metavar="GB", help="memory of one GPU in GiB (default: 80)"
+    )
+    parser.add_argument(
+        "--reserve",
+        type=float,
+        default=2.0,
+        metavar="GB",
+        help="left to CUDA, NCCL and fragmentation (default: 2 GiB)",
+    )
     arguments = parser.parse_intermixed_args(argv)
     if arguments.gpus < 1 or arguments.gpu_memory <= arguments.reserve:
         parser.error("--gpus must be at least 1 and --gpu-memory more than --reserve")

@@ -35,14 +35,30 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: bad input, a store made from other settings, a full disk.
     """
-    parser = argparse.ArgumentParser(prog="megam3 prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="megam3 prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", help="a YAML file, or the name of a packaged recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields that win over the recipe")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="background processes (default: one per core)")
     parser.add_argument(
-        "--shard", type=parse_shard, default=(0, 1), metavar="I/N", help="prepare every N-th unit, beginning with I (from 0)"
+        "--processes",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="background processes (default: one per core)",
     )
-    parser.add_argument("--unit-mb", type=int, default=UNIT_BYTES >> 20, help="text per shard, fixed when a store is begun (default: 64)")
+    parser.add_argument(
+        "--shard",
+        type=parse_shard,
+        default=(0, 1),
+        metavar="I/N",
+        help="prepare every N-th unit, beginning with I (from 0)",
+    )
+    parser.add_argument(
+        "--unit-mb",
+        type=int,
+        default=UNIT_BYTES >> 20,
+        help="text per shard, fixed when a store is begun (default: 64)",
+    )
     parser.add_argument("--verify", action="store_true", help="check a finished store instead")
     arguments = parser.parse_intermixed_args(argv)
     config = load_config(arguments.recipe, arguments.overrides)
@@ -53,7 +69,9 @@ def main(argv: Sequence[str]) -> int:
     with _bar() as bar:
         on_progress = _reporter(bar)
         size = arguments.unit_mb << 20
-        manifests = prepare_data(config.data, tokenizer, store_dir, arguments.processes, arguments.shard, on_progress, size)
+        manifests = prepare_data(
+            config.data, tokenizer, store_dir, arguments.processes, arguments.shard, on_progress, size
+        )
     for manifest in manifests:
         print(store_report(manifest))
     if len(manifests) == len(config.data.train):
@@ -61,7 +79,9 @@ def main(argv: Sequence[str]) -> int:
         draw_histogram(manifests, picture)
         print(f"store: {store_dir}, picture: {picture}")
     else:
-        print(f"store: {store_dir}: {len(config.data.train) - len(manifests)} datasets wait for units of other tasks")
+        print(
+            f"store: {store_dir}: {len(config.data.train) - len(manifests)} datasets wait for units of other tasks"
+        )
     return 0
 
 
@@ -79,7 +99,12 @@ def parse_shard(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     index, count = (int(found[1]), int(found[2])) if found else (0, 0)
     if index >= count:
-        raise ConfigError("--shard", text, "must be I/N with I below N, from 0", "write --shard 0/4 for the first task of four")
+        raise ConfigError(
+            "--shard",
+            text,
+            "must be I/N with I below N, from 0",
+            "write --shard 0/4 for the first task of four",
+        )
     return index, count
 
 
@@ -92,7 +117,12 @@ def _verify(config: RunConfig, store_dir: Path) -> int:
 
 
 def _bar() -> Progress:
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.fields[rate]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[rate]}"),
+    )
     return Progress(*columns, TimeRemainingColumn(), console=Console(file=sys.stderr))
 
 
@@ -102,9 +132,18 @@ def _reporter(bar: Progress) -> Callable[[Standing], None]:
 
     def report(standing: Standing) -> None:
         rate = f"{standing.records:,} records, {standing.records_per_second:,.0f}/s, {standing.rejected:,} rejected"
-        bar.update(task, description=standing.dataset, completed=standing.units_done, total=standing.units_total, rate=rate)
+        bar.update(
+            task,
+            description=standing.dataset,
+            completed=standing.units_done,
+            total=standing.units_total,
+            rate=rate,
+        )
         if not bar.console.is_terminal:
             rest = f"{standing.seconds_left:,.0f} s left"
-            print(f"{standing.dataset}: unit {standing.units_done} of {standing.units_total}, {rate}, {rest}", file=sys.stderr)
+            print(
+                f"{standing.dataset}: unit {standing.units_done} of {standing.units_total}, {rate}, {rest}",
+                file=sys.stderr,
+            )
 
     return report

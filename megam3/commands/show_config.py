@@ -22,10 +22,19 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="megam3 show-config", description=__doc__)
     parser.add_argument("recipe", nargs="?", help="a YAML file, or the name of a packaged recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields that win over the recipe, e.g. optim.lr=2e-5")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="fields that win over the recipe, e.g. optim.lr=2e-5",
+    )
     parser.add_argument("--list", action="store_true", help="list the packaged recipes")
-    parser.add_argument("--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), help="ranks (default: 1)")
-    parser.add_argument("--gpu", action="store_true", help="show what `engine.precision: auto` becomes on GPUs")
+    parser.add_argument(
+        "--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), help="ranks (default: 1)"
+    )
+    parser.add_argument(
+        "--gpu", action="store_true", help="show what `engine.precision: auto` becomes on GPUs"
+    )
     parser.add_argument("--no-files", action="store_true", help="do not check that data and model are there")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.world_size < 1:
@@ -54,10 +63,20 @@ def describe(config: RunConfig, world_size: int, *, has_gpu: bool) -> str:
 def batch_table(rows: Sequence[BatchRow]) -> list[str]:
     """Aligned lines, one per length bucket, under a heading."""
     heading = ("up to tokens", "queries", "a rank", "passages a rank", "tokens a rank", "chunks")
-    cells = [heading] + [tuple(f"{value:,}".replace(",", " ") if value is not None else "budget" for value in _values(row)) for row in rows]
+    cells = [heading] + [
+        tuple(f"{value:,}".replace(",", " ") if value is not None else "budget" for value in _values(row))
+        for row in rows
+    ]
     widths = [max(len(line[column]) for line in cells) for column in range(len(heading))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
 
 
 def _values(row: BatchRow) -> tuple[int | None, ...]:
-    return (row.max_tokens, row.global_queries, row.queries_per_rank, row.passages_per_rank, row.max_tokens_per_rank, row.chunks_per_rank)
+    return (
+        row.max_tokens,
+        row.global_queries,
+        row.queries_per_rank,
+        row.passages_per_rank,
+        row.max_tokens_per_rank,
+        row.chunks_per_rank,
+    )

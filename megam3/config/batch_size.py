@@ -13,7 +13,10 @@ _EDGES = (500, 1000, 2000, 3000, 4000, 5000, 6000, 7000, 8192)
 
 
 def _table(*global_queries: int) -> tuple[BucketConfig, ...]:
-    return tuple(BucketConfig(max_tokens=edge, global_queries=queries) for edge, queries in zip(_EDGES, global_queries, strict=True))
+    return tuple(
+        BucketConfig(max_tokens=edge, global_queries=queries)
+        for edge, queries in zip(_EDGES, global_queries, strict=True)
+    )
 
 
 M3_CONTRASTIVE = _table(67_200, 54_720, 37_248, 27_648, 21_504, 17_280, 15_072, 12_288, 9_984)

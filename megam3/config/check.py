@@ -13,13 +13,22 @@ from typing import Any
 
 from megam3.config.batch_size import bucket_table
 from megam3.config.problems import raise_problems
-from megam3.config.schema import DataConfig, EvaluationConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from megam3.config.schema import (
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megam3.errors import ConfigError
 
 MIN_TEXT_TOKENS = 3
 """The two special tokens and one of the text."""
 
-ROW_OFFSET_MODELS = frozenset({"xlm-roberta", "xlm-roberta-xl", "roberta", "camembert", "xmod", "data2vec-text"})
+ROW_OFFSET_MODELS = frozenset(
+    {"xlm-roberta", "xlm-roberta-xl", "roberta", "camembert", "xmod", "data2vec-text"}
+)
 """Encoders of the RoBERTa family: position rows start at pad_token_id + 1, so that many rows hold no position."""
 
 Problems = Iterator[ConfigError]
@@ -51,19 +60,27 @@ def check_config(config: RunConfig, world_size: int, *, files: bool = True) -> N
 def batch_size_choice(data: DataConfig) -> Problems:
     """Exactly one of global_queries, global_tokens and buckets."""
     batch = data.batch
-    given = {name: value for name in ("global_queries", "global_tokens", "buckets") if (value := getattr(batch, name)) is not None}
+    given = {
+        name: value
+        for name in ("global_queries", "global_tokens", "buckets")
+        if (value := getattr(batch, name)) is not None
+    }
     rule = "exactly one of global_queries, global_tokens and buckets says how large a step is"
     if not given:
         yield ConfigError("data.batch", None, rule, "set one, for example data.batch.global_queries=64")
     if len(given) > 1:
-        yield ConfigError("data.batch", given, rule, f"keep one and set the others to null: {', '.join(given)}")
+        yield ConfigError(
+            "data.batch", given, rule, f"keep one and set the others to null: {', '.join(given)}"
+        )
 
 
 def world_size_divides(data: DataConfig, world_size: int) -> Problems:
     """Every rank gets the same number of queries."""
     table = bucket_table(data.batch)
     sizes = [("data.batch.global_queries", data.batch.global_queries)] if data.batch.global_queries else []
-    sizes += [(f"data.batch.buckets up to {row.max_tokens} tokens", row.global_queries) for row in table or ()]
+    sizes += [
+        (f"data.batch.buckets up to {row.max_tokens} tokens", row.global_queries) for row in table or ()
+    ]
     for field, queries in sizes:
         if queries % world_size:
             down = queries // world_size * world_size
@@ -87,11 +104,21 @@ def batch_limits(data: DataConfig, world_size: int) -> Problems:
     chunk, budget = data.batch.chunk_tokens, data.batch.global_tokens
     if chunk is not None and chunk < longest:
         rule = f"one text can have {longest} tokens and is never split"
-        yield ConfigError("data.batch.chunk_tokens", chunk, rule, f"use at least {longest}, or lower data.passage_max_tokens")
+        yield ConfigError(
+            "data.batch.chunk_tokens",
+            chunk,
+            rule,
+            f"use at least {longest}, or lower data.passage_max_tokens",
+        )
     pair = data.query_max_tokens + data.passage_max_tokens
     if budget is not None and budget < pair * world_size:
         rule = f"{world_size} ranks must each hold a query and a passage, {pair} tokens at their limits"
-        yield ConfigError("data.batch.global_tokens", budget, rule, f"use at least {pair * world_size}, or lower the limits of texts")
+        yield ConfigError(
+            "data.batch.global_tokens",
+            budget,
+            rule,
+            f"use at least {pair * world_size}, or lower the limits of texts",
+        )
 
 
 def length_edges(data: DataConfig) -> Problems:
@@ -106,7 +133,12 @@ def length_edges(data: DataConfig) -> Problems:
         yield ConfigError(field, edges, "upper edges must ascend", "sort them and remove repeated ones")
     elif table is not None and edges[-1] < longest:
         rule = f"texts of up to {longest} tokens belong to no bucket"
-        yield ConfigError(field, edges[-1], rule, f"add a bucket with max_tokens: {longest}, or lower data.passage_max_tokens")
+        yield ConfigError(
+            field,
+            edges[-1],
+            rule,
+            f"add a bucket with max_tokens: {longest}, or lower data.passage_max_tokens",
+        )
 
 
 def datasets(data: DataConfig) -> Problems:
@@ -115,10 +147,20 @@ def datasets(data: DataConfig) -> Problems:
     for index, dataset in enumerate(data.train):
         if dataset.name in names[:index]:
             field = f"data.train.{index}.name"
-            yield ConfigError(field, dataset.name, f"dataset {names.index(dataset.name)} has this name too", "give each its own name")
+            yield ConfigError(
+                field,
+                dataset.name,
+                f"dataset {names.index(dataset.name)} has this name too",
+                "give each its own name",
+            )
         if not dataset.in_batch_negatives and (dataset.passages_per_query or data.passages_per_query) < 2:
             rule = "without in-batch negatives, a group of one passage has nothing to be told apart from"
-            yield ConfigError(f"data.train.{index}.passages_per_query", 1, rule, "use at least 2, or in_batch_negatives: true")
+            yield ConfigError(
+                f"data.train.{index}.passages_per_query",
+                1,
+                rule,
+                "use at least 2, or in_batch_negatives: true",
+            )
 
 
 def run_length(train: TrainConfig, evaluation: EvaluationConfig) -> Problems:
@@ -128,7 +170,9 @@ def run_length(train: TrainConfig, evaluation: EvaluationConfig) -> Problems:
         yield ConfigError("train", None, rule, "set one, for example train.epochs=1")
     if train.steps is not None and train.epochs is not None:
         given = {"steps": train.steps, "epochs": train.epochs}
-        yield ConfigError("train", given, rule, "keep one and set the other to null, for example train.epochs=null")
+        yield ConfigError(
+            "train", given, rule, "keep one and set the other to null, for example train.epochs=null"
+        )
     if train.evaluate_every_steps is not None and not evaluation.folders:
         yield ConfigError(
             "train.evaluate_every_steps",
@@ -143,14 +187,21 @@ def activation_offload(config: RunConfig) -> Problems:
     engine = config.engine
     if engine.activation_offload and not engine.activation_checkpointing:
         rule = "it moves the inputs that activation checkpointing keeps, and checkpointing is off"
-        yield ConfigError("engine.activation_offload", True, rule, "set engine.activation_checkpointing=true too")
+        yield ConfigError(
+            "engine.activation_offload", True, rule, "set engine.activation_checkpointing=true too"
+        )
 
 
 def optimizer(optim: OptimConfig) -> Problems:
     """AdamW's decays lie in [0, 1)."""
     for index, beta in enumerate(optim.betas):
         if not 0 <= beta < 1:
-            yield ConfigError(f"optim.betas.{index}", beta, "must be at least 0 and below 1", "the usual pair is [0.9, 0.999]")
+            yield ConfigError(
+                f"optim.betas.{index}",
+                beta,
+                "must be at least 0 and below 1",
+                "the usual pair is [0.9, 0.999]",
+            )
 
 
 def loss_weights(config: RunConfig) -> Problems:
@@ -159,7 +210,11 @@ def loss_weights(config: RunConfig) -> Problems:
         weights = getattr(config.objective, name)
         if weights is not None and not any(weights.model_dump().values()):
             rule = "all weights are 0"
-            remedy = "set one above 0, or self_distill: false" if name == "distill_weights" else "set one above 0, or null for the preset's"
+            remedy = (
+                "set one above 0, or self_distill: false"
+                if name == "distill_weights"
+                else "set one above 0, or null for the preset's"
+            )
             yield ConfigError(f"objective.{name}", weights.model_dump(), rule, remedy)
 
 
@@ -170,7 +225,9 @@ def data_files(data: DataConfig) -> Problems:
             field = f"data.train.{number}.paths.{index}"
             if Path(path).is_dir():
                 if not any(Path(path).iterdir()):
-                    yield ConfigError(field, path, "the folder is empty", "put data files there, or correct the path")
+                    yield ConfigError(
+                        field, path, "the folder is empty", "put data files there, or correct the path"
+                    )
             elif not Path(path).is_file() and not glob.glob(path, recursive=True):
                 is_pattern = glob.has_magic(path)
                 rule = "no file matches" if is_pattern else "no such file or folder"
@@ -185,7 +242,9 @@ def evaluation_folders(evaluation: EvaluationConfig) -> Problems:
         missing = [part for part in parts if not (Path(folder) / part).is_file()]
         if missing:
             rule = f"not a BEIR folder: it lacks {', '.join(missing)}"
-            yield ConfigError(f"evaluation.folders.{index}", folder, rule, "correct the path, or evaluation.split")
+            yield ConfigError(
+                f"evaluation.folders.{index}", folder, rule, "correct the path, or evaluation.split"
+            )
 
 
 def model_folder(config: RunConfig) -> Problems:
@@ -198,7 +257,9 @@ def model_folder(config: RunConfig) -> Problems:
     limits = {name: getattr(config.data, name) for name in ("query_max_tokens", "passage_max_tokens")}
     yield from position_rows(encoder, "data", limits)
     if config.evaluation.folders:
-        limits = {name: getattr(config.evaluation, name) for name in ("query_max_tokens", "passage_max_tokens")}
+        limits = {
+            name: getattr(config.evaluation, name) for name in ("query_max_tokens", "passage_max_tokens")
+        }
         yield from position_rows(encoder, "evaluation", limits)
 
 
@@ -214,13 +275,22 @@ def read_encoder_config(model: ModelConfig) -> dict[str, Any]:
         raise ConfigError("model.path", model.path, "no such folder", remedy)
     path = folder / "config.json"
     if not path.is_file():
-        raise ConfigError("model.path", model.path, "holds no config.json", "give the folder that `save_pretrained` wrote")
+        raise ConfigError(
+            "model.path", model.path, "holds no config.json", "give the folder that `save_pretrained` wrote"
+        )
     try:
         encoder = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(str(path), str(error), "is not readable JSON", "restore the file from the model's source") from None
+        raise ConfigError(
+            str(path), str(error), "is not readable JSON", "restore the file from the model's source"
+        ) from None
     if not isinstance(encoder, dict):
-        raise ConfigError(str(path), type(encoder).__name__, "must hold a JSON object", "restore the file from the model's source")
+        raise ConfigError(
+            str(path),
+            type(encoder).__name__,
+            "must hold a JSON object",
+            "restore the file from the model's source",
+        )
     return encoder
 
 

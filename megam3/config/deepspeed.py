@@ -36,11 +36,19 @@ RECIPE_FIELDS = {
 """DeepSpeed fields that the recipe decides, and where."""
 
 MEMORY_FIELDS = frozenset(
-    {"zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "aio", "communication_data_type"}
+    {
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "aio",
+        "communication_data_type",
+    }
 )
 """DeepSpeed fields that make up a memory strategy."""
 
-DIAGNOSTIC_FIELDS = frozenset({"comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state"})
+DIAGNOSTIC_FIELDS = frozenset(
+    {"comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state"}
+)
 """DeepSpeed fields that change what is printed, not what is computed."""
 
 FP32_SUMS_FROM_STAGE = 2
@@ -72,9 +80,17 @@ def build_deepspeed_config(
     Raises:
         ConfigError: unknown template, invalid JSON, a field that the recipe decides, or one that is no memory strategy.
     """
-    path = find_template(config.engine.template, default_template_dir() if template_dir is None else Path(template_dir))
+    path = find_template(
+        config.engine.template, default_template_dir() if template_dir is None else Path(template_dir)
+    )
     template = read_template(path)
-    raise_problems([*_foreign_fields(template, path), *_auto_values(template, path), *_partition_size(template, path, world_size)])
+    raise_problems(
+        [
+            *_foreign_fields(template, path),
+            *_auto_values(template, path),
+            *_partition_size(template, path, world_size),
+        ]
+    )
     is_bf16 = resolve_precision(config.engine.precision, has_gpu) == "bf16"
     sums_in_fp32 = _zero_stage(template, path) >= FP32_SUMS_FROM_STAGE and is_bf16
     return {
@@ -94,7 +110,10 @@ def bf16_sums_warning(config: RunConfig, final: dict[str, Any]) -> str | None:
     has_sums = batch.chunk_tokens is not None or batch.accumulation_steps > 1
     if not has_sums or not final["bf16"]["enabled"] or "data_types" in final:
         return None
-    template, field = config.engine.template, "chunk_tokens" if batch.chunk_tokens is not None else "accumulation_steps"
+    template, field = (
+        config.engine.template,
+        "chunk_tokens" if batch.chunk_tokens is not None else "accumulation_steps",
+    )
     return (
         f"engine.template = {template}: below ZeRO stage {FP32_SUMS_FROM_STAGE} DeepSpeed sums the gradients of a step in bf16, and"
         f" data.batch.{field} makes many of them; use zero2 or zero3, which sum in fp32, or engine.precision=fp32"
@@ -126,13 +145,22 @@ def read_template(path: Path) -> dict[str, Any]:
         ConfigError: unreadable, invalid JSON (with its line), a key written twice, or not an object.
     """
     try:
-        template = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _without_repeats(pairs, path))
+        template = json.loads(
+            path.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _without_repeats(pairs, path)
+        )
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}", error.msg, "is not valid JSON", "correct this line") from None
+        raise ConfigError(
+            f"{path}:{error.lineno}", error.msg, "is not valid JSON", "correct this line"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), str(error), "cannot be read", "give a readable UTF-8 file") from None
     if not isinstance(template, dict):
-        raise ConfigError(str(path), type(template).__name__, "a template is a JSON object", 'write {"zero_optimization": {"stage": 1}}')
+        raise ConfigError(
+            str(path),
+            type(template).__name__,
+            "a template is a JSON object",
+            'write {"zero_optimization": {"stage": 1}}',
+        )
     return template
 
 
@@ -150,11 +178,15 @@ def _foreign_fields(template: dict[str, Any], path: Path) -> Iterator[ConfigErro
         if key in RECIPE_FIELDS:
             field = RECIPE_FIELDS[key]
             rule = f"given in two places: here and by the recipe's {field}"
-            yield ConfigError(f"{path}:{key}", value, rule, f"remove it from the template and set {field} in the recipe")
+            yield ConfigError(
+                f"{path}:{key}", value, rule, f"remove it from the template and set {field} in the recipe"
+            )
         elif key not in MEMORY_FIELDS | DIAGNOSTIC_FIELDS:
             known = sorted(MEMORY_FIELDS | DIAGNOSTIC_FIELDS)
             near = difflib.get_close_matches(key, known, n=1)
-            remedy = f"did you mean {near[0]}?" if near else f"remove it; a template may hold: {', '.join(known)}"
+            remedy = (
+                f"did you mean {near[0]}?" if near else f"remove it; a template may hold: {', '.join(known)}"
+            )
             yield ConfigError(f"{path}:{key}", value, "is no memory strategy", remedy)
 
 
@@ -162,7 +194,10 @@ def _auto_values(node: Any, path: Path, key: str = "") -> Iterator[ConfigError]:
     # transformers' Trainer fills "auto" in before DeepSpeed sees it; DeepSpeed alone fails on it much later, without naming the file
     if node == "auto":
         yield ConfigError(
-            f"{path}:{key}", node, "DeepSpeed needs a value here", "write a number, or remove the key for DeepSpeed's default"
+            f"{path}:{key}",
+            node,
+            "DeepSpeed needs a value here",
+            "write a number, or remove the key for DeepSpeed's default",
         )
     elif isinstance(node, dict):
         for name, value in node.items():
@@ -173,9 +208,14 @@ def _zero_stage(template: dict[str, Any], path: Path) -> int:
     zero = template.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        name, value = ("zero_optimization.stage", stage) if isinstance(zero, dict) else ("zero_optimization", zero)
+        name, value = (
+            ("zero_optimization.stage", stage) if isinstance(zero, dict) else ("zero_optimization", zero)
+        )
         raise ConfigError(
-            f"{path}:{name}", value, "a template says its ZeRO stage: 0, 1, 2 or 3", 'write {"zero_optimization": {"stage": 1}}'
+            f"{path}:{name}",
+            value,
+            "a template says its ZeRO stage: 0, 1, 2 or 3",
+            'write {"zero_optimization": {"stage": 1}}',
         )
     return stage
 

@@ -44,8 +44,14 @@ def find_recipe(recipe: str | Path) -> Path:
     names = recipe_names()
     near = difflib.get_close_matches(path.stem, names, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    rule = "is a folder, not a recipe file" if path.is_dir() else "no such file, and no packaged recipe has this name"
-    raise ConfigError("recipe", str(recipe), rule, f"{hint}give a path to a YAML file or one of: {', '.join(names)}")
+    rule = (
+        "is a folder, not a recipe file"
+        if path.is_dir()
+        else "no such file, and no packaged recipe has this name"
+    )
+    raise ConfigError(
+        "recipe", str(recipe), rule, f"{hint}give a path to a YAML file or one of: {', '.join(names)}"
+    )
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -58,12 +64,18 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("recipe", str(path), f"cannot be read ({error})", "give a readable UTF-8 file") from None
+        raise ConfigError(
+            "recipe", str(path), f"cannot be read ({error})", "give a readable UTF-8 file"
+        ) from None
     document = recipe_yaml.parse(text, str(path))
     if not isinstance(document.data, dict):
-        raise ConfigError(str(path), document.data, "a recipe is a YAML mapping of sections", "start it with `name: …`")
+        raise ConfigError(
+            str(path), document.data, "a recipe is a YAML mapping of sections", "start it with `name: …`"
+        )
     where = dict(document.where)
-    raise_problems(problem for override in overrides if (problem := _try_override(document.data, override, where)))
+    raise_problems(
+        problem for override in overrides if (problem := _try_override(document.data, override, where))
+    )
     return parse_config(document.data, where)
 
 
@@ -85,7 +97,9 @@ def dump_config(config: RunConfig) -> str:
     return recipe_yaml.dump(config.model_dump())
 
 
-def _try_override(data: dict[str, Any], override: str, where: dict[recipe_yaml.Path, str]) -> ConfigError | None:
+def _try_override(
+    data: dict[str, Any], override: str, where: dict[recipe_yaml.Path, str]
+) -> ConfigError | None:
     try:
         _apply_override(data, override, where)
     except ConfigError as error:
@@ -97,11 +111,15 @@ def _apply_override(data: dict[str, Any], override: str, where: dict[recipe_yaml
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise ConfigError("override", override, "is not of the form key=value", "write for example optim.lr=2e-5")
+        raise ConfigError(
+            "override", override, "is not of the form key=value", "write for example optim.lr=2e-5"
+        )
     try:
         value = recipe_yaml.parse_value(text)
     except yaml.YAMLError:
-        raise ConfigError(f"override {key}", text, "its value is not valid YAML", "quote it, for example 'key=\"a: b\"'") from None
+        raise ConfigError(
+            f"override {key}", text, "its value is not valid YAML", "quote it, for example 'key=\"a: b\"'"
+        ) from None
     node: Any = data
     path: recipe_yaml.Path = ()
     for position, part in enumerate(parts):
@@ -124,11 +142,17 @@ def _step_into(node: Any, part: str, path: recipe_yaml.Path, override: str) -> s
     field = recipe_yaml.dotted(path)
     if not isinstance(node, list):
         raise ConfigError(
-            f"{field} (override {override})", node, f"is a value, so it has no part {part!r}", f"set {field} itself, or remove the rest"
+            f"{field} (override {override})",
+            node,
+            f"is a value, so it has no part {part!r}",
+            f"set {field} itself, or remove the rest",
         )
     if not part.isdecimal() or int(part) >= len(node):
         last = f"0 to {len(node) - 1}" if node else "none, the list is empty"
         raise ConfigError(
-            f"{field} (override {override})", part, f"is a list of {len(node)}, and this is no index of it", f"use an index: {last}"
+            f"{field} (override {override})",
+            part,
+            f"is a list of {len(node)}, and this is no index of it",
+            f"use an index: {last}",
         )
     return int(part)

@@ -21,7 +21,9 @@ _RESOLVERS = (
     ("tag:yaml.org,2002:int", re.compile(r"^(?:[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789")),
     (
         "tag:yaml.org,2002:float",
-        re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+        re.compile(
+            r"^(?:[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+        ),
         list("-+0123456789."),
     ),
     ("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"]),
@@ -86,7 +88,10 @@ def parse(text: str, source: str) -> Document:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         raise ConfigError(
-            f"{source}:{line}", _line_of(text, line), f"not valid YAML ({error.problem or error.context})", "correct this line"
+            f"{source}:{line}",
+            _line_of(text, line),
+            f"not valid YAML ({error.problem or error.context})",
+            "correct this line",
         ) from None
     finally:
         loader.dispose()
@@ -108,7 +113,10 @@ def _note_lines(node: yaml.Node, path: Path, source: str, where: dict[Path, str]
             line = f"{source}:{key.start_mark.line + 1}"
             if child in where:
                 raise ConfigError(
-                    f"{dotted(child)} ({line})", key.value, f"is written twice, first at {where[child]}", "keep one of the two"
+                    f"{dotted(child)} ({line})",
+                    key.value,
+                    f"is written twice, first at {where[child]}",
+                    "keep one of the two",
                 )
             where[child] = line
             _note_lines(value, child, source, where)

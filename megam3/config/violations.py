@@ -51,7 +51,9 @@ def explain(error: ValidationError, data: Any, where: dict[Path, str]) -> list[C
     by_path: dict[Path, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         by_path.setdefault(_path_in(data, detail), []).append(detail)
-    deepest = [path for path in by_path if not any(other != path and other[: len(path)] == path for other in by_path)]
+    deepest = [
+        path for path in by_path if not any(other != path and other[: len(path)] == path for other in by_path)
+    ]
     return [_explain_one(path, by_path[path], where) for path in deepest]
 
 
@@ -91,7 +93,11 @@ def _rule(detail: ErrorDetails) -> str:
     message = detail["msg"]
     for prefix in ("Input should be ", "Value should be "):
         if message.startswith(prefix):
-            return message.removeprefix(prefix).replace("a valid integer", "an integer").replace("a valid ", "a ")
+            return (
+                message.removeprefix(prefix)
+                .replace("a valid integer", "an integer")
+                .replace("a valid ", "a ")
+            )
     return f"right ({message})"
 
 
@@ -152,7 +158,9 @@ def _nearest(path: Path) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if near:
         return f"did you mean {prefix}.{near[0]}?" if prefix else f"did you mean {near[0]}?"
-    elsewhere = FOREIGN_NAMES.get(name) or next((field for field in _all_fields() if field.rsplit(".", 1)[-1] == name), None)
+    elsewhere = FOREIGN_NAMES.get(name) or next(
+        (field for field in _all_fields() if field.rsplit(".", 1)[-1] == name), None
+    )
     if elsewhere:
         return f"did you mean {elsewhere}?"
     return f"remove it, or use one of: {', '.join(dict.fromkeys(names))}"

@@ -56,7 +56,14 @@ class Draft:
 class Assembler:
     """Builds drafts from a plan and the opened datasets (in the plan's order)."""
 
-    def __init__(self, plan: Plan, datasets: Sequence[StoredDataset], frame: TextFrame, shuffle: Shuffle, pack_tokens: int | None):
+    def __init__(
+        self,
+        plan: Plan,
+        datasets: Sequence[StoredDataset],
+        frame: TextFrame,
+        shuffle: Shuffle,
+        pack_tokens: int | None,
+    ):
         self.plan, self.datasets = plan, list(datasets)
         self._frame, self._shuffle, self._pack_tokens = frame, shuffle, pack_tokens
 
@@ -98,13 +105,18 @@ class Assembler:
 
     def _labels(self, planned: PlannedBatch) -> dict:
         strata = [self.plan.strata[index] for index in np.unique(planned.strata).tolist()]
-        owners = {self.plan.datasets[stratum.dataset].name: self.plan.datasets[stratum.dataset] for stratum in strata}
+        owners = {
+            self.plan.datasets[stratum.dataset].name: self.plan.datasets[stratum.dataset]
+            for stratum in strata
+        }
         languages = {stratum.language for stratum in strata}
         first = next(iter(owners.values()))
         return {
             "kind": "text" if first.is_text else "pair",
             "dataset": first.name if len(owners) == 1 else "mixed",
-            "language": next(iter(languages)) if len(languages) == 1 else "mul",  # ISO 639-2 for several languages
+            "language": next(iter(languages))
+            if len(languages) == 1
+            else "mul",  # ISO 639-2 for several languages
             "in_batch_negatives": first.in_batch_negatives,
             "epoch": planned.epoch,
             "max_tokens": self.plan.cells[planned.cell].max_tokens,
@@ -138,11 +150,15 @@ class Assembler:
         draft.labels = labels | {"num_truncated": num_truncated}
         return draft
 
-    def _shuffled(self, stored: StoredRow, index: int, dataset: int, key: int, row: int, turn: int) -> np.ndarray:
+    def _shuffled(
+        self, stored: StoredRow, index: int, dataset: int, key: int, row: int, turn: int
+    ) -> np.ndarray:
         text = stored.text(index)
         if not self._shuffle.probability or len(text) < self._shuffle.min_tokens:
             return text
-        first, second = draw(key, np.array([row, row]), np.array([turn, turn]), np.array([index, index]), np.array([-1, -2]))
+        first, second = draw(
+            key, np.array([row, row]), np.array([turn, turn]), np.array([index, index]), np.array([-1, -2])
+        )
         if float(first) / 2.0**64 >= self._shuffle.probability:
             return text
         start = len(self._frame.prefix) + self._frame.instruction_tokens[dataset]
@@ -183,7 +199,9 @@ def shuffle_segments(text: np.ndarray, start: int, stop: int, order: Sequence[in
     return np.concatenate([text[:start], *(segments[index] for index in order), text[stop:]])
 
 
-def pack_documents(texts: Sequence[np.ndarray], max_tokens: int, num_prefix: int) -> tuple[list[np.ndarray], list[int]]:
+def pack_documents(
+    texts: Sequence[np.ndarray], max_tokens: int, num_prefix: int
+) -> tuple[list[np.ndarray], list[int]]:
     """Join documents, in order, into sequences of at most `max_tokens`: `<s> a a </s> b b b </s>`.
 
     A document longer than `max_tokens` is a sequence of its own. Returns the sequences and the documents in each.
@@ -204,6 +222,11 @@ def pack_documents(texts: Sequence[np.ndarray], max_tokens: int, num_prefix: int
 def draft_to_frame(draft: Draft) -> tuple[dict, list[np.ndarray]]:
     """What a worker sends: labels, and tokens, lengths, group offsets, rows, hashes and scores as flat arrays."""
     tokens = np.concatenate(draft.texts).astype(np.int32, copy=False)
-    integers = ([len(text) for text in draft.texts], np.cumsum([0, *draft.group_sizes]), draft.rows, draft.hashes)
+    integers = (
+        [len(text) for text in draft.texts],
+        np.cumsum([0, *draft.group_sizes]),
+        draft.rows,
+        draft.hashes,
+    )
     arrays = [np.asarray(values, dtype=np.int64) for values in integers]
     return draft.labels, [tokens, *arrays, np.asarray(draft.scores, dtype=np.float32)]

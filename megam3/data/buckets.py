@@ -14,13 +14,19 @@ def bucket_edges(config: DataConfig) -> list[int]:
         ConfigError: edges that do not ascend, or a table that ends below the limits.
     """
     table, longest = bucket_table(config.batch), max(config.query_max_tokens, config.passage_max_tokens)
-    edges = [row.max_tokens for row in table] if table else [*(e for e in config.length_buckets if e < longest), longest]
+    edges = (
+        [row.max_tokens for row in table]
+        if table
+        else [*(e for e in config.length_buckets if e < longest), longest]
+    )
     field = "data.batch.buckets" if table else "data.length_buckets"
     if edges != sorted(set(edges)):
         raise ConfigError(field, edges, "must ascend", "sort the buckets by tokens and name each edge once")
     if edges[-1] < longest:
         rule = f"must reach the longest text, {longest} tokens"
-        raise ConfigError(field, edges, rule, f"add a bucket of {longest} tokens, or lower data.passage_max_tokens")
+        raise ConfigError(
+            field, edges, rule, f"add a bucket of {longest} tokens, or lower data.passage_max_tokens"
+        )
     return edges
 
 
@@ -33,9 +39,16 @@ def bucket_queries(config: DataConfig, passages_per_query: int, is_text: bool) -
         ConfigError: none or several of the three ways to give a size.
     """
     batch, edges = config.batch, bucket_edges(config)
-    given = [name for name in ("global_queries", "global_tokens", "buckets") if getattr(batch, name) is not None]
+    given = [
+        name for name in ("global_queries", "global_tokens", "buckets") if getattr(batch, name) is not None
+    ]
     if len(given) != 1:
-        raise ConfigError("data.batch", given, "must give exactly one of global_queries, global_tokens and buckets", "keep one of them")
+        raise ConfigError(
+            "data.batch",
+            given,
+            "must give exactly one of global_queries, global_tokens and buckets",
+            "keep one of them",
+        )
     if batch.global_queries is not None:
         return [batch.global_queries] * len(edges)
     table = bucket_table(batch)

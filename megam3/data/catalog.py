@@ -33,7 +33,9 @@ def finish_dataset(folder: Path, name: str, spec: dict, summaries: list[dict]) -
     languages = sorted({run[0] for summary in summaries for run in summary["runs"]})
     _write_index(folder, summaries)
     runs = _runs(summaries, languages)
-    write_checked(folder / "runs.npy", [_npy_header(np.lib.format.header_data_from_array_1_0(runs)), runs.tobytes()])
+    write_checked(
+        folder / "runs.npy", [_npy_header(np.lib.format.header_data_from_array_1_0(runs)), runs.tobytes()]
+    )
     _merge_rejects(folder, len(summaries))
     manifest = {
         "format": FORMAT,
@@ -42,7 +44,8 @@ def finish_dataset(folder: Path, name: str, spec: dict, summaries: list[dict]) -
         "spec": spec,
         "languages": languages,
         "shards": [
-            {"file": f"{i:05d}.arrow"} | {key: s[key] for key in ("rows", "bytes", "checksum", "input_digest")}
+            {"file": f"{i:05d}.arrow"}
+            | {key: s[key] for key in ("rows", "bytes", "checksum", "input_digest")}
             for i, s in enumerate(summaries)
         ],
         "totals": _totals(summaries),
@@ -70,11 +73,16 @@ def duplicate_lines(folder: Path, summaries: list[dict]) -> dict[int, list[int]]
     return {unit: sorted(lines) for unit, lines in sorted(found.items())}
 
 
-def _ids(folder: Path, summaries: list[dict], part: int, num_parts: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _ids(
+    folder: Path, summaries: list[dict], part: int, num_parts: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     for unit, summary in enumerate(summaries):
         if summary["with_ids"]:
             columns = Shard(folder / "shards" / f"{unit:05d}.arrow", summary["bytes"]).columns
-            chosen = np.flatnonzero((columns["id_hash"] != 0) & (columns["id_hash"].view(np.uint64) % np.uint64(num_parts) == part))
+            chosen = np.flatnonzero(
+                (columns["id_hash"] != 0)
+                & (columns["id_hash"].view(np.uint64) % np.uint64(num_parts) == part)
+            )
             yield columns["id_hash"][chosen], np.full(len(chosen), unit), columns["line"][chosen]
 
 
@@ -86,7 +94,11 @@ def _check_kind(folder: Path, name: str, summaries: list[dict]) -> str:
                 firsts.setdefault(kind, summary["first"][kind])
     if not firsts:
         rejected = sum(summary["rejected"] for summary in summaries)
-        remedy = f"see {folder}/shards/*.rejects.jsonl for the reasons" if rejected else "its files are empty; correct the paths"
+        remedy = (
+            f"see {folder}/shards/*.rejects.jsonl for the reasons"
+            if rejected
+            else "its files are empty; correct the paths"
+        )
         raise DataError(f"dataset {name}", f"{rejected} records rejected", "holds no usable record", remedy)
     if len(firsts) == 2:
         rule = f"mixes pairs (first at {firsts['pair']}) and texts (first at {firsts['text']})"
@@ -99,12 +111,21 @@ def _check_scores(name: str, summaries: list[dict]) -> None:
     without = [s["first"]["pair_without_scores"] for s in summaries if "pair_without_scores" in s["first"]]
     if with_scores and without:
         rule = f"has teacher scores in {with_scores} records but not in all (first without: {without[0]})"
-        raise DataError(f"dataset {name} pos_scores", None, rule, "score every record of the dataset, or make two datasets of it")
+        raise DataError(
+            f"dataset {name} pos_scores",
+            None,
+            rule,
+            "score every record of the dataset, or make two datasets of it",
+        )
 
 
 def _write_index(folder: Path, summaries: list[dict]) -> None:
     """index.npy shard by shard: 8 bytes a row are too many to hold for a billion rows."""
-    header = {"descr": np.lib.format.dtype_to_descr(INDEX_DTYPE), "fortran_order": False, "shape": (sum(s["rows"] for s in summaries),)}
+    header = {
+        "descr": np.lib.format.dtype_to_descr(INDEX_DTYPE),
+        "fortran_order": False,
+        "shape": (sum(s["rows"] for s in summaries),),
+    }
 
     def blocks() -> Iterator[bytes]:
         yield _npy_header(header)
@@ -126,7 +147,11 @@ def _npy_header(header: dict) -> bytes:
 
 def _runs(summaries: list[dict], languages: list[str]) -> np.ndarray:
     code = {language: number for number, language in enumerate(languages)}
-    entries = [(code[lang], longest, rows, tokens) for summary in summaries for lang, longest, rows, tokens in summary["runs"]]
+    entries = [
+        (code[lang], longest, rows, tokens)
+        for summary in summaries
+        for lang, longest, rows, tokens in summary["runs"]
+    ]
     runs = np.empty(len(entries), RUN_DTYPE)
     for column, field in enumerate(("language", "longest", "num_rows", "tokens")):
         runs[field] = [entry[column] for entry in entries]
@@ -143,19 +168,25 @@ def _merge_rejects(folder: Path, num_units: int) -> None:
 def _totals(summaries: list[dict]) -> dict:
     names = ("rows", "texts", "tokens", "truncated", "rejected", "with_ids", "with_scores", "bytes")
     reasons: Counter[str] = sum((Counter(summary["reasons"]) for summary in summaries), Counter())
-    return {name: sum(summary[name] for summary in summaries) for name in names} | {"reasons": dict(sorted(reasons.items()))}
+    return {name: sum(summary[name] for summary in summaries) for name in names} | {
+        "reasons": dict(sorted(reasons.items()))
+    }
 
 
 def _per_language(runs: np.ndarray, languages: list[str]) -> dict:
     rows = np.bincount(runs["language"], weights=runs["num_rows"], minlength=len(languages))
     tokens = np.bincount(runs["language"], weights=runs["tokens"], minlength=len(languages))
-    return {language: {"rows": int(rows[i]), "tokens": int(tokens[i])} for i, language in enumerate(languages)}
+    return {
+        language: {"rows": int(rows[i]), "tokens": int(tokens[i])} for i, language in enumerate(languages)
+    }
 
 
 def _histogram(runs: np.ndarray) -> list[list[int]]:
     """[upper edge in tokens, rows whose longest text is at most that and above the edge before], edges doubling from 16."""
     edges = [16 << i for i in range(13)]
-    counts = np.bincount(np.searchsorted(edges, runs["longest"]), weights=runs["num_rows"], minlength=len(edges))
+    counts = np.bincount(
+        np.searchsorted(edges, runs["longest"]), weights=runs["num_rows"], minlength=len(edges)
+    )
     return [[edge, int(count)] for edge, count in zip(edges, counts)]
 
 

@@ -43,12 +43,17 @@ class TextBatch:
         return replace(self, texts=self.texts.to(device))
 
 
-def frame_to_batch(labels: dict, arrays: Sequence[np.ndarray], pin: bool = False) -> RetrievalBatch | TextBatch:
+def frame_to_batch(
+    labels: dict, arrays: Sequence[np.ndarray], pin: bool = False
+) -> RetrievalBatch | TextBatch:
     """The batch; with `pin` its texts lie in page-locked memory, so that copies to a GPU overlap with compute."""
     tokens, lengths, offsets, rows, hashes, scores = arrays
     texts = _packed(tokens, lengths)
     if pin:
-        streams = {name: getattr(texts, name).pin_memory() for name in ("input_ids_T", "position_ids_T", "cu_seqlens_N1")}
+        streams = {
+            name: getattr(texts, name).pin_memory()
+            for name in ("input_ids_T", "position_ids_T", "cu_seqlens_N1")
+        }
         texts = replace(texts, **streams)
     shared = {name: labels[name] for name in ("dataset", "language", "num_truncated")}
     if labels["kind"] == "text":

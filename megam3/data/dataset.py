@@ -70,7 +70,12 @@ class TrainingData:
 
     def state(self, step: int) -> dict:
         """What a checkpoint keeps of the data's position before `step`."""
-        return {"seed": self.plan.seed, "epoch": self.epoch_of(step), "step": step, "fingerprint": self.fingerprint}
+        return {
+            "seed": self.plan.seed,
+            "epoch": self.epoch_of(step),
+            "step": step,
+            "fingerprint": self.fingerprint,
+        }
 
     def check_fingerprint(self, saved: str) -> None:
         """Refuse to continue a run on other data.
@@ -80,10 +85,17 @@ class TrainingData:
         """
         changed = changed_parts(saved, self.fingerprint)
         if changed:
-            meaning = {"plan": "plan (seed, batch size, buckets, weights or draws)", "data": "data (contents of the store)"}
+            meaning = {
+                "plan": "plan (seed, batch size, buckets, weights or draws)",
+                "data": "data (contents of the store)",
+            }
             what = " and ".join(meaning.get(name, name) for name in changed)
-            remedy = "restore it, start a new run, or continue all the same with train.resume_with_other_data=true"
-            raise DataError("data fingerprint", self.fingerprint, f"is not the run's: the {what} changed", remedy)
+            remedy = (
+                "restore it, start a new run, or continue all the same with train.resume_with_other_data=true"
+            )
+            raise DataError(
+                "data fingerprint", self.fingerprint, f"is not the run's: the {what} changed", remedy
+            )
 
     def batches(self, rank: int, world_size: int, start_step: int, stop_step: int) -> Iterator[list[Batch]]:
         """This rank's batches of optimizer steps start_step … stop_step-1, each a list of `accumulation_steps`.
@@ -111,7 +123,9 @@ class TrainingData:
         smallest = self.plan.smallest_batch
         if smallest < world_size:
             rule = f"the plan's smallest batch has {smallest} queries, fewer than the {world_size} ranks"
-            raise ConfigError("data.batch", smallest, rule, "use fewer ranks, or batches of at least two queries per rank")
+            raise ConfigError(
+                "data.batch", smallest, rule, "use fewer ranks, or batches of at least two queries per rank"
+            )
 
     def assembler(self) -> Assembler:
         """Builds any batch of any rank in this process (inspection, tests, `num_workers: 0`)."""
@@ -130,7 +144,9 @@ class TrainingData:
         }
 
 
-def open_training_data(config: DataConfig, tokenizer: Tokenizer, store_dir: str | Path, seed: int) -> TrainingData:
+def open_training_data(
+    config: DataConfig, tokenizer: Tokenizer, store_dir: str | Path, seed: int
+) -> TrainingData:
     """Open the store of a recipe, prepare first what is not in it yet, check it, and lay out its batches.
 
     Preparing uses every core this process may use. Several ranks: let one open, wait for it, then open on the others.
@@ -139,14 +155,24 @@ def open_training_data(config: DataConfig, tokenizer: Tokenizer, store_dir: str 
         DataError: bad input, a store made from something else (named), or a damaged one.
         ConfigError: batch sizes or buckets that do not fit the data.
     """
-    prepare_data(config, tokenizer, store_dir, num_processes=len(os.sched_getaffinity(0)), on_progress=_log_progress)
+    prepare_data(
+        config, tokenizer, store_dir, num_processes=len(os.sched_getaffinity(0)), on_progress=_log_progress
+    )
     opened = open_all(config, store_dir)
     framed = len(tokenizer.prefix) + len(tokenizer.suffix)
     instructions, _ = tokenizer.encode([dataset.passage_instruction for dataset in config.train], 65535)
-    frame = TextFrame(tokenizer.prefix, tokenizer.suffix, tuple(max(0, len(ids) - framed) for ids in instructions))
+    frame = TextFrame(
+        tokenizer.prefix, tokenizer.suffix, tuple(max(0, len(ids) - framed) for ids in instructions)
+    )
     plan = build_plan(config, describe(config, opened), seed)
     return TrainingData(config, str(store_dir), opened, plan, frame, tokenizer.fingerprint)
 
 
 def _log_progress(progress: Progress) -> None:
-    logger.info("preparing %s: unit %d of %d, %d records", progress.dataset, progress.units_done, progress.units_total, progress.records)
+    logger.info(
+        "preparing %s: unit %d of %d, %d records",
+        progress.dataset,
+        progress.units_done,
+        progress.units_total,
+        progress.records,
+    )

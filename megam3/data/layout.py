@@ -106,8 +106,12 @@ class Cell:
 
     def span(self, batch: int) -> tuple[int, int]:
         """Positions start … stop-1 of one batch."""
-        start = min(batch, self.num_full) * self.batch_queries + sum(self.tails[: max(0, batch - self.num_full)])
-        return start, start + (self.batch_queries if batch < self.num_full else self.tails[batch - self.num_full])
+        start = min(batch, self.num_full) * self.batch_queries + sum(
+            self.tails[: max(0, batch - self.num_full)]
+        )
+        return start, start + (
+            self.batch_queries if batch < self.num_full else self.tails[batch - self.num_full]
+        )
 
 
 def build_strata(config: DataConfig, datasets: Sequence[DatasetRows]) -> list[Stratum]:
@@ -145,13 +149,21 @@ def _ranges(dataset: DatasetRows, edges: list[int]) -> dict[tuple[int, int], tup
         assert bucket.max() < len(edges), "the last bucket holds the longest text the store's limits allow"
         cell = block["language"].astype(np.int64) * len(edges) + bucket
         heads = np.flatnonzero(np.diff(cell, prepend=-1))
-        counts, first = np.add.reduceat(block["num_rows"], heads), block["first_row"][heads] + dataset.first_row
+        counts, first = (
+            np.add.reduceat(block["num_rows"], heads),
+            block["first_row"][heads] + dataset.first_row,
+        )
         for value in np.unique(cell[heads]).tolist():
             chosen = cell[heads] == value
             parts.setdefault(divmod(value, len(edges)), []).append((first[chosen], counts[chosen]))
         if isinstance(dataset.runs.base, mmap.mmap):
-            dataset.runs.base.madvise(mmap.MADV_DONTNEED)  # read once: its pages need not stay in this process
-    return {key: (np.concatenate([f for f, _ in found]), np.concatenate([c for _, c in found])) for key, found in parts.items()}
+            dataset.runs.base.madvise(
+                mmap.MADV_DONTNEED
+            )  # read once: its pages need not stay in this process
+    return {
+        key: (np.concatenate([f for f, _ in found]), np.concatenate([c for _, c in found]))
+        for key, found in parts.items()
+    }
 
 
 def _language_factors(rows_of: dict[str, int], temperature: float) -> dict[str, float]:
@@ -168,9 +180,13 @@ def build_cells(config: DataConfig, datasets: Sequence[DatasetRows], strata: Seq
     groups: dict[tuple[bool, bool], dict[str, list[int]]] = {}
     for index, stratum in enumerate(strata):
         dataset = datasets[stratum.dataset]
-        label = {"dataset": dataset.name, "language": stratum.language, "task": dataset.task}[config.homogeneous_by]
+        label = {"dataset": dataset.name, "language": stratum.language, "task": dataset.task}[
+            config.homogeneous_by
+        ]
         if stratum.num_served:
-            groups.setdefault((dataset.is_text, dataset.in_batch_negatives), {}).setdefault(label, []).append(index)
+            groups.setdefault((dataset.is_text, dataset.in_batch_negatives), {}).setdefault(label, []).append(
+                index
+            )
     cells: list[Cell] = []
     for _, group in sorted(groups.items()):
         for label, members in _merge_small(config, datasets, strata, group).items():
@@ -179,10 +195,17 @@ def build_cells(config: DataConfig, datasets: Sequence[DatasetRows], strata: Seq
 
 
 def _merge_small(
-    config: DataConfig, datasets: Sequence[DatasetRows], strata: Sequence[Stratum], group: dict[str, list[int]]
+    config: DataConfig,
+    datasets: Sequence[DatasetRows],
+    strata: Sequence[Stratum],
+    group: dict[str, list[int]],
 ) -> dict[str, list[int]]:
     """Groups that cannot fill half a batch become one; if that one cannot either, it joins the largest group."""
-    large = {label: members for label, members in group.items() if _place(config, datasets, strata, members) is not None}
+    large = {
+        label: members
+        for label, members in group.items()
+        if _place(config, datasets, strata, members) is not None
+    }
     small = [index for label, members in group.items() if label not in large for index in members]
     if not small:
         return large
@@ -200,16 +223,23 @@ def _sizes(
     owners = [datasets[strata[index].dataset] for index in members]
     queries = bucket_queries(config, max(owner.passages_per_query for owner in owners), owners[0].is_text)
     buckets = sorted({strata[index].bucket for index in members})
-    rows = [sum(strata[index].num_served for index in members if strata[index].bucket == bucket) for bucket in buckets]
+    rows = [
+        sum(strata[index].num_served for index in members if strata[index].bucket == bucket)
+        for bucket in buckets
+    ]
     return buckets, rows, [queries[bucket] for bucket in buckets]
 
 
-def _place(config: DataConfig, datasets: Sequence[DatasetRows], strata: Sequence[Stratum], members: list[int]) -> list | None:
+def _place(
+    config: DataConfig, datasets: Sequence[DatasetRows], strata: Sequence[Stratum], members: list[int]
+) -> list | None:
     _, rows, queries = _sizes(config, datasets, strata, members)
     return place_rows(rows, queries)
 
 
-def place_rows(rows: list[int], queries: list[int], may_be_small: bool = False) -> list[tuple[int, tuple[int, ...]]] | None:
+def place_rows(
+    rows: list[int], queries: list[int], may_be_small: bool = False
+) -> list[tuple[int, tuple[int, ...]]] | None:
     """(full batches, sizes of short batches) of each of a group's cells, shortest first; what a cell does not place is carried to the next.
 
     Returns None if all the rows together cannot fill half a batch of the last cell, unless `may_be_small`.
@@ -235,7 +265,12 @@ def place_rows(rows: list[int], queries: list[int], may_be_small: bool = False) 
 
 
 def _group_cells(
-    config: DataConfig, datasets: Sequence[DatasetRows], strata: Sequence[Stratum], label: str, members: list[int], first: int
+    config: DataConfig,
+    datasets: Sequence[DatasetRows],
+    strata: Sequence[Stratum],
+    label: str,
+    members: list[int],
+    first: int,
 ) -> list[Cell]:
     buckets, rows, queries = _sizes(config, datasets, strata, members)
     placed = place_rows(rows, queries, may_be_small=True)

@@ -33,7 +33,15 @@ class Loader:
         pin: put texts into page-locked memory.
     """
 
-    def __init__(self, make_handler: MakeHandler, setup: dict, numbers: range, num_workers: int, prefetch: int, pin: bool):
+    def __init__(
+        self,
+        make_handler: MakeHandler,
+        setup: dict,
+        numbers: range,
+        num_workers: int,
+        prefetch: int,
+        pin: bool,
+    ):
         self._make_handler, self._setup, self._numbers, self._pin = make_handler, setup, numbers, pin
         self._workers = [Worker(make_handler, setup) for _ in range(min(num_workers, len(numbers)))]
         self._window = max(prefetch, len(self._workers))

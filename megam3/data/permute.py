@@ -32,9 +32,13 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 def draw(key: int, *columns: np.ndarray) -> np.ndarray:
     """A uint64 draw for each row of the integer columns, e.g. (row, pass, slot)."""
-    state = np.full(np.broadcast_shapes(*(np.shape(column) for column in columns)), key & _MASK, dtype=np.uint64)
+    state = np.full(
+        np.broadcast_shapes(*(np.shape(column) for column in columns)), key & _MASK, dtype=np.uint64
+    )
     for column in columns:
-        state = mix(state + np.asarray(column).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1))
+        state = mix(
+            state + np.asarray(column).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1)
+        )
     return state
 
 
@@ -59,7 +63,11 @@ def _small(size: int, key: int) -> np.ndarray:
 
 def _feistel(values: np.ndarray, low_bits: int, high_bits: int, key: int) -> np.ndarray:
     """A bijection of 0 … 2**(low_bits + high_bits) - 1: each half in turn is xored with a hash of the other."""
-    low_mask, high_mask, shift = np.uint64((1 << low_bits) - 1), np.uint64((1 << high_bits) - 1), np.uint64(low_bits)
+    low_mask, high_mask, shift = (
+        np.uint64((1 << low_bits) - 1),
+        np.uint64((1 << high_bits) - 1),
+        np.uint64(low_bits),
+    )
     low, high = values & low_mask, values >> shift
     for number in range(0, ROUNDS, 2):
         high = high ^ (_round(low, key, number) & high_mask)

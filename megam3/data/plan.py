@@ -70,7 +70,11 @@ class Plan:
     @property
     def smallest_batch(self) -> int:
         """Queries of the smallest batch: no more ranks than this can share the plan."""
-        return min(size for cell in self.cells for size in (*cell.tails, *([cell.batch_queries] if cell.num_full else [])))
+        return min(
+            size
+            for cell in self.cells
+            for size in (*cell.tails, *([cell.batch_queries] if cell.num_full else []))
+        )
 
     def batch(self, number: int) -> PlannedBatch:
         """Batch `number`, counted over all epochs from 0."""
@@ -80,7 +84,9 @@ class Plan:
         start, stop = self.cells[cell].span(place - int(self._cell_ends[cell] - self.cells[cell].num_batches))
         return PlannedBatch(epoch, index, cell, *self._resolve(cell, epoch, np.arange(start, stop)))
 
-    def _resolve(self, number: int, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _resolve(
+        self, number: int, epoch: int, positions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows, passes and strata at positions of a cell."""
         cell = self.cells[number]
         places = permute(positions, cell.size, key_of(self.seed, epoch, "cell", number))
@@ -98,7 +104,9 @@ class Plan:
             rows[rest], passes[rest], strata[rest] = found
         return rows, passes, strata
 
-    def _stratum_rows(self, strata: np.ndarray, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _stratum_rows(
+        self, strata: np.ndarray, epoch: int, positions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Rows and passes at positions of several strata at once."""
         flat = self._flat
         passes, inside = np.divmod(positions, flat.num_rows[strata])
@@ -106,7 +114,11 @@ class Plan:
             # the last pass takes part of the rows: another part every epoch
             for turn in np.unique(passes[strata == number]).tolist():
                 chosen = (strata == number) & (passes == turn)
-                inside[chosen] = permute(inside[chosen], int(flat.num_rows[number]), key_of(self.seed, epoch, "stratum", number, turn))
+                inside[chosen] = permute(
+                    inside[chosen],
+                    int(flat.num_rows[number]),
+                    key_of(self.seed, epoch, "stratum", number, turn),
+                )
         inside += flat.row_starts[strata]
         span = np.searchsorted(flat.range_ends, inside, side="right")
         return flat.range_lasts[span] - (flat.range_ends[span] - inside), passes
@@ -120,7 +132,9 @@ class _Flat:
         self.served = np.asarray([stratum.num_served for stratum in strata])
         self.is_partial = self.served % self.num_rows != 0
         self.row_starts = np.cumsum(self.num_rows) - self.num_rows
-        self.range_ends = np.concatenate([stratum.ends + start for stratum, start in zip(strata, self.row_starts)])
+        self.range_ends = np.concatenate(
+            [stratum.ends + start for stratum, start in zip(strata, self.row_starts)]
+        )
         counts = np.concatenate([np.diff(stratum.ends, prepend=0) for stratum in strata])
         self.range_lasts = np.concatenate([stratum.first_rows for stratum in strata]) + counts
         """First row after each range."""
@@ -135,18 +149,38 @@ def build_plan(config: DataConfig, datasets: Sequence[DatasetRows], seed: int) -
     """
     strata = build_strata(config, datasets)
     cells = build_cells(config, datasets, strata)
-    return Plan(seed, tuple(datasets), tuple(strata), tuple(cells), _fingerprint(config, datasets, strata, cells, seed))
+    return Plan(
+        seed,
+        tuple(datasets),
+        tuple(strata),
+        tuple(cells),
+        _fingerprint(config, datasets, strata, cells, seed),
+    )
 
 
-def _fingerprint(config: DataConfig, datasets: Sequence[DatasetRows], strata: Sequence[Stratum], cells: Sequence[Cell], seed: int) -> str:
+def _fingerprint(
+    config: DataConfig,
+    datasets: Sequence[DatasetRows],
+    strata: Sequence[Stratum],
+    cells: Sequence[Cell],
+    seed: int,
+) -> str:
     hasher = hashlib.blake2b(digest_size=16)
-    drawn = {name: getattr(config, name) for name in ("segment_shuffle_probability", "segment_shuffle_min_tokens", "pack_texts_tokens")}
+    drawn = {
+        name: getattr(config, name)
+        for name in ("segment_shuffle_probability", "segment_shuffle_min_tokens", "pack_texts_tokens")
+    }
     facts = {
         "seed": seed,
         "accumulation_steps": config.batch.accumulation_steps,
         "drawn": drawn,
-        "datasets": [[d.name, d.in_batch_negatives, d.passages_per_query, d.is_text, d.first_row] for d in datasets],
-        "cells": [[c.group, c.max_tokens, list(c.strata), c.size, c.num_full, c.batch_queries, list(c.tails)] for c in cells],
+        "datasets": [
+            [d.name, d.in_batch_negatives, d.passages_per_query, d.is_text, d.first_row] for d in datasets
+        ],
+        "cells": [
+            [c.group, c.max_tokens, list(c.strata), c.size, c.num_full, c.batch_queries, list(c.tails)]
+            for c in cells
+        ],
         "strata": [[s.dataset, s.language, s.bucket, s.num_rows, s.num_served] for s in strata],
     }
     hasher.update(json.dumps(facts, sort_keys=True).encode())

@@ -84,16 +84,28 @@ def prepare_data(
         DataError: bad input (records beyond the limit included), a store made from other settings, or a full disk.
     """
     if config.passage_max_tokens > 65535 or config.query_max_tokens > 65535:
-        raise ConfigError("data.passage_max_tokens", config.passage_max_tokens, "must be at most 65535", "lower it")
-    specs = {dataset.name: _spec(config, dataset, tokenizer, store_dir, unit_bytes) for dataset in config.train}
+        raise ConfigError(
+            "data.passage_max_tokens", config.passage_max_tokens, "must be at most 65535", "lower it"
+        )
+    specs = {
+        dataset.name: _spec(config, dataset, tokenizer, store_dir, unit_bytes) for dataset in config.train
+    }
     jobs = [job for name, spec in specs.items() for job in _unfinished(store_dir, name, spec, shard)]
     _run_jobs(config, specs, jobs, tokenizer, store_dir, num_processes, on_progress)
-    return [manifest for name, spec in specs.items() if (manifest := _finish(config, name, spec, tokenizer, store_dir)) is not None]
+    return [
+        manifest
+        for name, spec in specs.items()
+        if (manifest := _finish(config, name, spec, tokenizer, store_dir)) is not None
+    ]
 
 
 def _settings(config: DataConfig, dataset: DatasetConfig, tokenizer: Tokenizer) -> dict:
     rules = TextRules(
-        dataset.language, dataset.query_instruction, dataset.passage_instruction, config.query_max_tokens, config.passage_max_tokens
+        dataset.language,
+        dataset.query_instruction,
+        dataset.passage_instruction,
+        config.query_max_tokens,
+        config.passage_max_tokens,
     )
     return {"format": FORMAT, "tokenizer": tokenizer.fingerprint, **asdict(rules)}
 
@@ -104,7 +116,11 @@ def _inputs(dataset: DatasetConfig, store_dir: str | Path) -> dict[str, list[int
 
 
 def _changes(old: dict, new: dict, content_changed: Callable[[str], bool]) -> list[str]:
-    changes = [f"{key} was {old[key]!r}, is {new[key]!r}" for key in new if key not in ("inputs", "units") and old.get(key) != new[key]]
+    changes = [
+        f"{key} was {old[key]!r}, is {new[key]!r}"
+        for key in new
+        if key not in ("inputs", "units") and old.get(key) != new[key]
+    ]
     before, after = old["inputs"], new["inputs"]
     changes += [f"{path} was not there" for path in after if path not in before]
     changes += [f"{path} is gone" for path in before if path not in after]
@@ -121,7 +137,9 @@ def _changed(name: str, changes: list[str]) -> DataError:
     return DataError(f"store of dataset {name}", "; ".join(changes), "does not match the recipe", remedy)
 
 
-def _spec(config: DataConfig, dataset: DatasetConfig, tokenizer: Tokenizer, store_dir: str | Path, unit_bytes: int) -> dict:
+def _spec(
+    config: DataConfig, dataset: DatasetConfig, tokenizer: Tokenizer, store_dir: str | Path, unit_bytes: int
+) -> dict:
     """What this dataset's shards are made from: read from disk when it was begun before, and then it must match."""
     folder = dataset_folder(store_dir, dataset.name)
     settings = _settings(config, dataset, tokenizer) | {"inputs": _inputs(dataset, store_dir)}
@@ -132,7 +150,10 @@ def _spec(config: DataConfig, dataset: DatasetConfig, tokenizer: Tokenizer, stor
             raise _changed(dataset.name, changes)
         return found
     units = [unit for path in settings["inputs"] for unit in split_file(path, unit_bytes)]
-    spec = settings | {"unit_bytes": unit_bytes, "units": [[u.path, u.format, u.start, u.stop] for u in units]}
+    spec = settings | {
+        "unit_bytes": unit_bytes,
+        "units": [[u.path, u.format, u.start, u.stop] for u in units],
+    }
     _make_folder(folder / "shards")
     write_checked(folder / "spec.json", [json.dumps(spec, sort_keys=True).encode()])
     return spec
@@ -150,7 +171,12 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError("data.store_dir", str(folder), f"cannot be made ({error})", "choose a folder that can be written to") from error
+        raise DataError(
+            "data.store_dir",
+            str(folder),
+            f"cannot be made ({error})",
+            "choose a folder that can be written to",
+        ) from error
 
 
 def _summary_path(folder: Path, number: int) -> Path:
@@ -162,7 +188,11 @@ def _unfinished(store_dir: str | Path, name: str, spec: dict, shard: tuple[int, 
     if (folder / "manifest.json").is_file():
         return []
     mine = range(shard[0], len(spec["units"]), shard[1])
-    return [Job(name, number, Unit(*spec["units"][number])) for number in mine if not _summary_path(folder, number).is_file()]
+    return [
+        Job(name, number, Unit(*spec["units"][number]))
+        for number in mine
+        if not _summary_path(folder, number).is_file()
+    ]
 
 
 def _job_request(config: DataConfig, spec: dict, job: Job, store_dir: str | Path) -> dict:
@@ -208,8 +238,14 @@ def _run_jobs(
     records = tokens = rejected = 0
     started = time.monotonic()
     for done, (job, answer) in enumerate(zip(jobs, _answers(requests, tokenizer, num_processes)), start=1):
-        records, tokens, rejected = records + answer["rows"], tokens + answer["tokens"], rejected + answer["rejected"]
-        on_progress(Progress(job.dataset, done, len(jobs), records, tokens, rejected, time.monotonic() - started))
+        records, tokens, rejected = (
+            records + answer["rows"],
+            tokens + answer["tokens"],
+            rejected + answer["rejected"],
+        )
+        on_progress(
+            Progress(job.dataset, done, len(jobs), records, tokens, rejected, time.monotonic() - started)
+        )
         if rejected > config.max_bad_records:
             raise _too_many(config, rejected)
 
@@ -244,11 +280,16 @@ def _dispatch(workers: list[Worker], requests: Iterable[dict]) -> Iterator[dict]
 def _too_many(config: DataConfig, rejected: int) -> DataError:
     rule = f"is more than data.max_bad_records = {config.max_bad_records}"
     return DataError(
-        "rejected records", rejected, rule, "see the *.rejects.jsonl files beside the shards; correct the data or raise the limit"
+        "rejected records",
+        rejected,
+        rule,
+        "see the *.rejects.jsonl files beside the shards; correct the data or raise the limit",
     )
 
 
-def _finish(config: DataConfig, name: str, spec: dict, tokenizer: Tokenizer, store_dir: str | Path) -> dict | None:
+def _finish(
+    config: DataConfig, name: str, spec: dict, tokenizer: Tokenizer, store_dir: str | Path
+) -> dict | None:
     """Finish a dataset if all its units are complete; None if some are still missing (an array job of others)."""
     folder = dataset_folder(store_dir, name)
     manifest = read_json(folder / "manifest.json")
@@ -274,12 +315,21 @@ def _summaries(folder: Path, spec: dict) -> list[dict] | None:
 
 
 def _drop_duplicates(
-    config: DataConfig, name: str, spec: dict, tokenizer: Tokenizer, store_dir: str | Path, duplicates: dict[int, list[int]]
+    config: DataConfig,
+    name: str,
+    spec: dict,
+    tokenizer: Tokenizer,
+    store_dir: str | Path,
+    duplicates: dict[int, list[int]],
 ) -> None:
     """Write the shards that hold repeated ids again without them (with `stop`, the first one is an error instead)."""
     handle = make_handler({"tokenizer": tokenizer.to_json()})
     for number, lines in duplicates.items():
-        handle(_job_request(config, spec, Job(name, number, Unit(*spec["units"][number]), tuple(lines)), store_dir))
+        handle(
+            _job_request(
+                config, spec, Job(name, number, Unit(*spec["units"][number]), tuple(lines)), store_dir
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -131,7 +131,15 @@ def serve(make_handler: MakeHandler, requests: IO[bytes], answers: IO[bytes]) ->
                 answers.write(array.data)
             answers.flush()
     except errors.UserError as error:
-        _last_words(answers, {"user_error": [type(error).__name__, _plain([error.what, error.value, error.rule, error.remedy])]})
+        _last_words(
+            answers,
+            {
+                "user_error": [
+                    type(error).__name__,
+                    _plain([error.what, error.value, error.rule, error.remedy]),
+                ]
+            },
+        )
     except Exception:  # everything must reach the parent: a worker has nobody else to tell
         _last_words(answers, {"traceback": traceback.format_exc()})
 

@@ -97,7 +97,9 @@ def parse_record(parsed: object) -> Record:
     prompt = _text_or_none(parsed, "prompt") or None
     passages = positives + negatives
     symmetric = kind in ("symmetric_sts", "symmetric_clustering")
-    return Record(query, passages, len(positives), scores, prompt, kind == "only_1neg", symmetric, language, record_id)
+    return Record(
+        query, passages, len(positives), scores, prompt, kind == "only_1neg", symmetric, language, record_id
+    )
 
 
 def _required_text(parsed: dict, key: str) -> str:
@@ -114,7 +116,9 @@ def _encodable(key: str, value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise BadRecord(key, value.encode("utf-8", "backslashreplace").decode(), "holds half of a surrogate pair") from error
+        raise BadRecord(
+            key, value.encode("utf-8", "backslashreplace").decode(), "holds half of a surrogate pair"
+        ) from error
     return value
 
 

@@ -28,7 +28,10 @@ def store_report(manifest: dict) -> str:
         "  language       records         tokens",
     ]
     ranked = sorted(manifest["per_language"].items(), key=lambda item: (-item[1]["rows"], item[0]))
-    lines += [f"  {name:<10} {counts['rows']:>11,} {counts['tokens']:>14,}" for name, counts in ranked[:LANGUAGES_SHOWN]]
+    lines += [
+        f"  {name:<10} {counts['rows']:>11,} {counts['tokens']:>14,}"
+        for name, counts in ranked[:LANGUAGES_SHOWN]
+    ]
     if len(ranked) > LANGUAGES_SHOWN:
         rest = ranked[LANGUAGES_SHOWN:]
         rows, tokens = (sum(counts[key] for _, counts in rest) for key in ("rows", "tokens"))
@@ -36,7 +39,10 @@ def store_report(manifest: dict) -> str:
     lines.append("  longest text of a record, in tokens")
     shown = [(edge, count) for edge, count in manifest["length_histogram"] if count]
     most = max(count for _, count in shown)
-    lines += [f"  ≤ {edge:>6,} {count:>12,} {'█' * max(1, round(BAR_WIDTH * count / most))}" for edge, count in shown]
+    lines += [
+        f"  ≤ {edge:>6,} {count:>12,} {'█' * max(1, round(BAR_WIDTH * count / most))}"
+        for edge, count in shown
+    ]
     return "\n".join(lines)
 
 
@@ -70,7 +76,9 @@ class PlanEstimate:
 
 def estimate_plan(plan: Plan, assembler: Assembler, world_size: int, max_batches: int = 200) -> PlanEstimate:
     """Read the index (no tokens) for evenly spaced batches of the first epoch. Texts drawn from many count with their mean length."""
-    numbers = np.unique(np.linspace(0, plan.num_batches - 1, min(max_batches, plan.num_batches)).astype(int)).tolist()
+    numbers = np.unique(
+        np.linspace(0, plan.num_batches - 1, min(max_batches, plan.num_batches)).astype(int)
+    ).tolist()
     tokens, padded, imbalances = [], [], []
     for number in numbers:
         planned = plan.batch(number)
@@ -81,7 +89,12 @@ def estimate_plan(plan: Plan, assembler: Assembler, world_size: int, max_batches
         padded.append(sum(_padded(lengths[:, share]) for share in shares))
         loads = np.array([costs[share].sum() for share in shares])
         imbalances.append(loads.max() / loads.mean() - 1)
-    return PlanEstimate(len(numbers), float(np.mean(tokens)), 1 - float(np.sum(tokens) / np.sum(padded)), float(np.mean(imbalances)))
+    return PlanEstimate(
+        len(numbers),
+        float(np.mean(tokens)),
+        1 - float(np.sum(tokens) / np.sum(padded)),
+        float(np.mean(imbalances)),
+    )
 
 
 def _padded(lengths: np.ndarray) -> float:
@@ -113,7 +126,9 @@ def plan_report(plan: Plan, estimate: PlanEstimate, accumulation_steps: int, wor
         )
     lines += ["", f"{'language':<24} {'queries':>12} {'share':>8}"]
     ranked = sorted(served.items(), key=lambda item: (-item[1], item[0]))
-    return "\n".join([*lines, *(f"{name:<24} {count:>12,} {count / plan.num_served:>8.2%}" for name, count in ranked)])
+    return "\n".join(
+        [*lines, *(f"{name:<24} {count:>12,} {count / plan.num_served:>8.2%}" for name, count in ranked)]
+    )
 
 
 def batch_text(plan: Plan, planned: PlannedBatch) -> str:

@@ -38,7 +38,9 @@ from megam3.data.source import READ_BYTES, HugeLine, Unit, place, read_unit
 from megam3.data.tokenizer import Tokenizer
 from megam3.errors import DataError
 
-RECORDS_PER_CALL = 256  # texts go to the tokenizer in groups: one call per text would cost as much as the tokenizing
+RECORDS_PER_CALL = (
+    256  # texts go to the tokenizer in groups: one call per text would cost as much as the tokenizing
+)
 INDEX_FIELDS = ("query_tokens", "positive_tokens", "negative_tokens", "num_negatives")
 
 
@@ -70,7 +72,13 @@ class Rejects:
         if len(self.lines) >= self.limit:
             raise why.at(place(self.unit, number))
         text = line.decode("utf-8", "surrogateescape") if isinstance(line, bytes) else repr(line)
-        kept = {"file": self.unit.path, "unit_start": self.unit.start, "line_in_unit": number, "reason": str(why), "record": text}
+        kept = {
+            "file": self.unit.path,
+            "unit_start": self.unit.start,
+            "line_in_unit": number,
+            "reason": str(why),
+            "record": text,
+        }
         self.lines.append(json.dumps(kept) + "\n")
         self.reasons[f"{why.field.split('[')[0]}: {why.rule.split('(')[0].strip()}"] += 1
 
@@ -97,7 +105,15 @@ def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def build_shard(unit: Unit, rules: TextRules, tokenizer: Tokenizer, folder: Path, name: str, limit: int, drop: frozenset[int]) -> dict:
+def build_shard(
+    unit: Unit,
+    rules: TextRules,
+    tokenizer: Tokenizer,
+    folder: Path,
+    name: str,
+    limit: int,
+    drop: frozenset[int],
+) -> dict:
     """Prepare one unit: write `name`.arrow, its rejects if any, and last `name`.json, whose presence means that all is complete.
 
     Args:
@@ -114,7 +130,10 @@ def build_shard(unit: Unit, rules: TextRules, tokenizer: Tokenizer, folder: Path
     rows = list(_encode_rows(unit, rules, tokenizer, rejects, drop))
     rows.sort(key=lambda row: (row.language, row.longest, row.line))
     payload = _to_arrow(rows)
-    summary = _summarise(rows, rejects, unit) | {"bytes": len(payload), "checksum": hashlib.blake2b(payload, digest_size=16).hexdigest()}
+    summary = _summarise(rows, rejects, unit) | {
+        "bytes": len(payload),
+        "checksum": hashlib.blake2b(payload, digest_size=16).hexdigest(),
+    }
     if rejects.lines:
         write_checked(folder / f"{name}.rejects.jsonl", ["".join(rejects.lines).encode()])
     write_checked(folder / f"{name}.arrow", [payload])
@@ -170,11 +189,21 @@ def input_digest(unit: Unit) -> str:
     return hasher.hexdigest()
 
 
-def _encode_rows(unit: Unit, rules: TextRules, tokenizer: Tokenizer, rejects: Rejects, drop: frozenset[int]) -> Iterator[EncodedRow]:
+def _encode_rows(
+    unit: Unit, rules: TextRules, tokenizer: Tokenizer, rejects: Rejects, drop: frozenset[int]
+) -> Iterator[EncodedRow]:
     records = _checked_records(unit, rejects, drop)
     while block := list(islice(records, RECORDS_PER_CALL)):
-        queries = [_instruct(record.prompt or rules.query_instruction, record.query) for _, record in block if record.query is not None]
-        passages = [_instruct(_passage_instruction(record, rules), text) for _, record in block for text in record.passages]
+        queries = [
+            _instruct(record.prompt or rules.query_instruction, record.query)
+            for _, record in block
+            if record.query is not None
+        ]
+        passages = [
+            _instruct(_passage_instruction(record, rules), text)
+            for _, record in block
+            for text in record.passages
+        ]
         query_ids = iter(zip(*tokenizer.encode_marking(queries, rules.query_max_tokens), strict=True))
         passage_ids = iter(zip(*tokenizer.encode_marking(passages, rules.passage_max_tokens), strict=True))
         for number, record in block:
@@ -182,11 +211,22 @@ def _encode_rows(unit: Unit, rules: TextRules, tokenizer: Tokenizer, rejects: Re
             own += islice(passage_ids, len(record.passages))
             raw = ([] if record.query is None else [record.query]) + list(record.passages)
             texts, truncated = [ids for ids, _ in own], [cut for _, cut in own]
-            yield EncodedRow(texts, truncated, [text_hash(t) for t in raw], record, number, record.language or rules.language)
+            yield EncodedRow(
+                texts,
+                truncated,
+                [text_hash(t) for t in raw],
+                record,
+                number,
+                record.language or rules.language,
+            )
 
 
 def _passage_instruction(record: Record, rules: TextRules) -> str:
-    return (record.prompt or rules.query_instruction) if record.passages_are_queries else rules.passage_instruction
+    return (
+        (record.prompt or rules.query_instruction)
+        if record.passages_are_queries
+        else rules.passage_instruction
+    )
 
 
 def _instruct(instruction: str | None, text: str | None) -> str:
@@ -219,7 +259,12 @@ def _to_arrow(rows: list[EncodedRow]) -> memoryview:
     texts = [text for row in rows for text in row.texts]
     token_offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
     if token_offsets[-1] >= 2**31:
-        raise DataError("unit", int(token_offsets[-1]), "holds more tokens than a shard can (2 ** 31)", "prepare with smaller units")
+        raise DataError(
+            "unit",
+            int(token_offsets[-1]),
+            "holds more tokens than a shard can (2 ** 31)",
+            "prepare with smaller units",
+        )
     tokens = np.concatenate(texts) if texts else np.zeros(0, np.int32)
     text_lists = pa.ListArray.from_arrays(pa.array(token_offsets.astype(np.int32)), pa.array(tokens))
     row_offsets = pa.array(np.cumsum([0, *(len(row.texts) for row in rows)], dtype=np.int32))
@@ -231,7 +276,10 @@ def _to_arrow(rows: list[EncodedRow]) -> memoryview:
         "num_positives": pa.array([row.record.num_positives for row in rows], pa.uint16()),
         "only_one_negative": pa.array([int(row.record.only_one_negative) for row in rows], pa.uint8()),
         "line": pa.array([row.line for row in rows], pa.int64()),
-        "id_hash": pa.array([0 if row.record.record_id is None else text_hash(row.record.record_id) or 1 for row in rows], pa.int64()),
+        "id_hash": pa.array(
+            [0 if row.record.record_id is None else text_hash(row.record.record_id) or 1 for row in rows],
+            pa.int64(),
+        ),
         "checksum": pa.array([row_checksum(np.concatenate(row.texts)) for row in rows], pa.uint32()),
     }
     statistics = [_index_entry(row) for row in rows]

@@ -48,7 +48,9 @@ def fingerprint_of(tokenizer: str, opened: Sequence[StoredDataset], plan: Plan) 
     >>> changed_parts("tokenizer:aa data:bb plan:cc", "tokenizer:aa data:b2 plan:c2")
     ['data']
     """
-    data = hashlib.blake2b(" ".join(stored.manifest["fingerprint"] for stored in opened).encode(), digest_size=16).hexdigest()
+    data = hashlib.blake2b(
+        " ".join(stored.manifest["fingerprint"] for stored in opened).encode(), digest_size=16
+    ).hexdigest()
     return f"tokenizer:{tokenizer} data:{data} plan:{plan.fingerprint}"
 
 
@@ -59,7 +61,9 @@ def changed_parts(saved: str, now: str) -> list[str]:
     return [name for name in changed if name != "plan"] or changed
 
 
-def make_assembler(config: DataConfig, plan: Plan, opened: Sequence[StoredDataset], frame: TextFrame) -> Assembler:
+def make_assembler(
+    config: DataConfig, plan: Plan, opened: Sequence[StoredDataset], frame: TextFrame
+) -> Assembler:
     """The assembler with the recipe's shuffle and packing."""
     shuffle = Shuffle(config.segment_shuffle_probability, config.segment_shuffle_min_tokens)
     return Assembler(plan, opened, frame, shuffle, config.pack_texts_tokens)
@@ -75,10 +79,17 @@ def make_handler(setup: dict) -> Handler:
     opened = open_all(config, setup["store_dir"])
     plan = build_plan(config, describe(config, opened), setup["seed"])
     if fingerprint_of(setup["tokenizer"], opened, plan) != setup["fingerprint"]:
-        raise DataError("data.store_dir", setup["store_dir"], "was changed while a run was reading it", "prepare into another folder")
+        raise DataError(
+            "data.store_dir",
+            setup["store_dir"],
+            "was changed while a run was reading it",
+            "prepare into another folder",
+        )
     prefix, suffix, instruction_tokens = (tuple(ids) for ids in setup["frame"])
     assembler = make_assembler(config, plan, opened, TextFrame(prefix, suffix, instruction_tokens))
-    return lambda request: draft_to_frame(assembler.draft(request["number"], setup["rank"], setup["world_size"]))
+    return lambda request: draft_to_frame(
+        assembler.draft(request["number"], setup["rank"], setup["world_size"])
+    )
 
 
 if __name__ == "__main__":

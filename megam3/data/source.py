@@ -72,11 +72,24 @@ def find_files(patterns: list[str], field: str, outside: Path | None = None) -> 
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            matches = sorted(str(p) for p in path.rglob("*") if p.is_file() and format_of(str(p)) and not _inside(p, outside))
+            matches = sorted(
+                str(p)
+                for p in path.rglob("*")
+                if p.is_file() and format_of(str(p)) and not _inside(p, outside)
+            )
         else:
-            matches = [pattern] if path.is_file() else sorted(p for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+            matches = (
+                [pattern]
+                if path.is_file()
+                else sorted(p for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+            )
         if not matches:
-            raise DataError(field, pattern, "matches no data file", "check the path; relative paths start at the working directory")
+            raise DataError(
+                field,
+                pattern,
+                "matches no data file",
+                "check the path; relative paths start at the working directory",
+            )
         for match in matches:
             if format_of(match) is None:
                 raise DataError(field, match, "has no known format", f"use one of {', '.join(SUFFIXES)}")
@@ -90,7 +103,14 @@ def _inside(path: Path, folder: Path | None) -> bool:
 
 def format_of(path: str) -> str | None:
     """Format by file name; None when it is none of ours."""
-    return next((name for suffix, name in sorted(SUFFIXES.items(), key=lambda x: -len(x[0])) if path.endswith(suffix)), None)
+    return next(
+        (
+            name
+            for suffix, name in sorted(SUFFIXES.items(), key=lambda x: -len(x[0]))
+            if path.endswith(suffix)
+        ),
+        None,
+    )
 
 
 def split_file(path: str, unit_bytes: int) -> list[Unit]:
@@ -104,7 +124,10 @@ def split_file(path: str, unit_bytes: int) -> list[Unit]:
     with reading(path):
         if file_format.startswith("jsonl"):
             size = Path(path).stat().st_size if file_format == "jsonl" else _text_size(path, file_format)
-            return [Unit(path, file_format, start, min(start + unit_bytes, size)) for start in range(0, size, unit_bytes)]
+            return [
+                Unit(path, file_format, start, min(start + unit_bytes, size))
+                for start in range(0, size, unit_bytes)
+            ]
         return [Unit(path, file_format, *span) for span in _group(_part_sizes(path, file_format), unit_bytes)]
 
 
@@ -143,7 +166,9 @@ def reading(path: str) -> Iterator[None]:
         yield
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         rule = f"cannot be read to its end ({type(error).__name__}: {error})"
-        raise DataError("data file", path, rule, "check its permissions, or write or fetch it again") from error
+        raise DataError(
+            "data file", path, rule, "check its permissions, or write or fetch it again"
+        ) from error
 
 
 def _open_text(path: str, file_format: str) -> IO[bytes]:

@@ -30,8 +30,12 @@ from megam3.errors import DataError
 
 FORMAT = 1
 INDEX_DTYPE = np.dtype([(name, "<u2") for name in INDEX_FIELDS])
-RUN_DTYPE = np.dtype([("first_row", "<i8"), ("num_rows", "<i8"), ("tokens", "<i8"), ("language", "<u2"), ("longest", "<u2")])
-MAX_OPEN_SHARDS = 256  # each holds a file descriptor; 1024 is a common limit and the training process needs some
+RUN_DTYPE = np.dtype(
+    [("first_row", "<i8"), ("num_rows", "<i8"), ("tokens", "<i8"), ("language", "<u2"), ("longest", "<u2")]
+)
+MAX_OPEN_SHARDS = (
+    256  # each holds a file descriptor; 1024 is a common limit and the training process needs some
+)
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,10 @@ class Shard:
 def corrupt(path: Path, value: object, rule: str) -> DataError:
     """The error for a shard that changed after it was written."""
     return DataError(
-        f"store file {path}", value, rule, f"delete it with its .json and run `megam3 prepare` again; only {path.stem} is redone"
+        f"store file {path}",
+        value,
+        rule,
+        f"delete it with its .json and run `megam3 prepare` again; only {path.stem} is redone",
     )
 
 
@@ -183,7 +190,12 @@ def read_json(path: Path) -> dict | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise DataError("store file", str(path), f"cannot be read ({error})", "delete the dataset's folder and prepare it again") from error
+        raise DataError(
+            "store file",
+            str(path),
+            f"cannot be read ({error})",
+            "delete the dataset's folder and prepare it again",
+        ) from error
 
 
 def open_dataset(store_dir: str | Path, name: str) -> StoredDataset:
@@ -195,14 +207,26 @@ def open_dataset(store_dir: str | Path, name: str) -> StoredDataset:
     folder = dataset_folder(store_dir, name)
     manifest = read_json(folder / "manifest.json")
     if manifest is None:
-        raise DataError("data.store_dir", str(folder), "holds no finished dataset", "run `megam3 prepare` with this recipe first")
+        raise DataError(
+            "data.store_dir",
+            str(folder),
+            "holds no finished dataset",
+            "run `megam3 prepare` with this recipe first",
+        )
     if manifest["format"] != FORMAT:
-        raise DataError("store format", manifest["format"], f"this version reads format {FORMAT}", "prepare the data again")
+        raise DataError(
+            "store format",
+            manifest["format"],
+            f"this version reads format {FORMAT}",
+            "prepare the data again",
+        )
     try:
         index = np.load(folder / "index.npy", mmap_mode="r")
         runs = np.load(folder / "runs.npy", mmap_mode="r")
         if isinstance(index.base, mmap.mmap):
-            index.base.madvise(mmap.MADV_RANDOM)  # 8 bytes here and there: reading ahead would fetch 128 KB for each
+            index.base.madvise(
+                mmap.MADV_RANDOM
+            )  # 8 bytes here and there: reading ahead would fetch 128 KB for each
     except (OSError, ValueError) as error:
         raise corrupt(folder / "index.npy", None, f"cannot be read ({error})") from error
     starts = np.cumsum([0, *(entry["rows"] for entry in manifest["shards"])], dtype=np.int64)

@@ -95,17 +95,27 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
     from transformers import AutoTokenizer
 
     if not Path(path).is_dir():
-        raise ConfigError("model.path", str(path), "is not a folder", "give the path of a Hugging Face model folder")
+        raise ConfigError(
+            "model.path", str(path), "is not a folder", "give the path of a Hugging Face model folder"
+        )
     try:
         loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
         backend = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
     except (OSError, ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
         remedy = "put tokenizer.json, or sentencepiece.bpe.model with tokenizer_config.json, into the folder"
         raise ConfigError(
-            "model.path", str(path), f"holds no tokenizer that can be read ({str(error).partition(chr(10))[0]})", remedy
+            "model.path",
+            str(path),
+            f"holds no tokenizer that can be read ({str(error).partition(chr(10))[0]})",
+            remedy,
         ) from error
-    special = {role: getattr(loaded, f"{role}_token_id", None) for role in ("cls", "sep", "pad", "unk", "mask", "bos", "eos")}
-    tokenizer = Tokenizer(backend, {role: int(token_id) for role, token_id in special.items() if token_id is not None})
+    special = {
+        role: getattr(loaded, f"{role}_token_id", None)
+        for role in ("cls", "sep", "pad", "unk", "mask", "bos", "eos")
+    }
+    tokenizer = Tokenizer(
+        backend, {role: int(token_id) for role, token_id in special.items() if token_id is not None}
+    )
     if vocab_size is not None:
         check_vocabulary(tokenizer, vocab_size, path)
     return tokenizer

@@ -51,7 +51,9 @@ class ActivationMemory:
 
     def _checkpoint(self, function: Callable, *args: Any) -> Any:
         if not torch.is_grad_enabled():
-            return function(*args)  # nothing will be saved, and a mark nobody meets would stick to the next tensor at this address
+            return function(
+                *args
+            )  # nothing will be saved, and a mark nobody meets would stick to the next tensor at this address
         if self._offload is not None:
             self._offload.mark(args[0])
         return checkpoint(function, *args, use_reentrant=False)
@@ -62,10 +64,14 @@ def _checkpoint_layers(module: nn.Module, function: Callable) -> None:
     layers = []
     if encoder is not None and encoder.supports_gradient_checkpointing:
         encoder.activation_checkpointing_enable()
-        encoder.config.use_cache = False  # an encoder has no cache, but transformers warns at every layer that it switches it off
+        encoder.config.use_cache = (
+            False  # an encoder has no cache, but transformers warns at every layer that it switches it off
+        )
         # transformers keeps the function to call on each layer; ours marks the input first
         layers = [
-            m for m in encoder.modules() if getattr(m, "gradient_checkpointing", False) and hasattr(m, "_gradient_checkpointing_func")
+            m
+            for m in encoder.modules()
+            if getattr(m, "gradient_checkpointing", False) and hasattr(m, "_gradient_checkpointing_func")
         ]
     if not layers:
         name = type(encoder or module).__name__

@@ -42,7 +42,9 @@ def weights_only_loads() -> Iterator[None]:
     name, before = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ[name] = "1"
     try:
-        with torch.serialization.safe_globals([fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler]):
+        with torch.serialization.safe_globals(
+            [fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler]
+        ):
             yield
     finally:
         if before is None:
@@ -58,8 +60,14 @@ class SavedStates:
         """Open the files of `folder` (any ZeRO stage and world size); tensors are read when asked for."""
         root = os.path.join(folder, TAG)
         files = sorted(os.listdir(root), key=_rank_in_name)
-        shards = [_load(os.path.join(root, file))["optimizer_state_dict"] for file in files if file.endswith("_optim_states.pt")]
-        self._model = _load(os.path.join(root, next(file for file in files if file.endswith("_model_states.pt"))))
+        shards = [
+            _load(os.path.join(root, file))["optimizer_state_dict"]
+            for file in files
+            if file.endswith("_optim_states.pt")
+        ]
+        self._model = _load(
+            os.path.join(root, next(file for file in files if file.endswith("_model_states.pt")))
+        )
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, list[Place]] = {}
         self._streams: dict[str, list[list[Tensor]]] = {}
@@ -82,7 +90,13 @@ class SavedStates:
     def read(self, name: str, kind: str = WEIGHT) -> Tensor:
         """One parameter's fp32 weight or moment in its full shape, on the CPU; a copy."""
         streams, shape = self._streams[kind], self._shapes[name]
-        flat = torch.cat([piece for stream, offset, count in self._places[name] for piece in _cut(streams[stream], offset, count)])
+        flat = torch.cat(
+            [
+                piece
+                for stream, offset, count in self._places[name]
+                for piece in _cut(streams[stream], offset, count)
+            ]
+        )
         return flat[: torch.Size(shape).numel()].reshape(shape).float()
 
     @property
@@ -93,14 +107,20 @@ class SavedStates:
     def untrained(self) -> dict[str, Tensor]:
         """Buffers, frozen parameters of an unpartitioned model, and second names of shared parameters."""
         module, shared = self._model["module"], self._model.get("shared_params") or {}
-        own = {name: tensor.detach().clone().float() for name, tensor in module.items() if name not in self._places and tensor.numel()}
+        own = {
+            name: tensor.detach().clone().float()
+            for name, tensor in module.items()
+            if name not in self._places and tensor.numel()
+        }
         return own | {alias: self.read(name) for alias, name in dict(shared).items()}
 
     def _open_whole(self) -> list[dict]:
         optimizer, names = self._model["optimizer"], self._model[NAMES]
         # under bf16 a wrapper keeps fp32 masters beside the module's rounded weights
         states = optimizer.get("optimizer_state_dict", optimizer)["state"]
-        masters = [x for group in optimizer["fp32_groups"] for x in group] if "fp32_groups" in optimizer else None
+        masters = (
+            [x for group in optimizer["fp32_groups"] for x in group] if "fp32_groups" in optimizer else None
+        )
         weights = masters or [self._model["module"][name] for name in names]
         for index, (name, weight) in enumerate(zip(names, weights, strict=True)):
             self._shapes[name], self._places[name] = tuple(weight.shape), [(index, 0, weight.numel())]
@@ -112,13 +132,16 @@ class SavedStates:
 
     def _open_groups(self, shards: Sequence[dict]) -> list[dict]:
         # empty when AdamW has not stepped yet: every step so far was skipped
-        states = [[state for _, state in sorted(shard["base_optimizer_state"]["state"].items())] for shard in shards]
+        states = [
+            [state for _, state in sorted(shard["base_optimizer_state"]["state"].items())] for shard in shards
+        ]
         weights = [shard["single_partition_of_fp32_groups"] for shard in shards]
         self._streams[WEIGHT] = [list(parts) for parts in zip(*weights, strict=True)]
         for kind in MOMENTS if states[0] else ():
             # the moments still have the last rank's padding, which the weights have lost
             moments = [
-                [state[kind][: weight.numel()] for state, weight in zip(*rank, strict=True)] for rank in zip(states, weights, strict=True)
+                [state[kind][: weight.numel()] for state, weight in zip(*rank, strict=True)]
+                for rank in zip(states, weights, strict=True)
             ]
             self._streams[kind] = [list(parts) for parts in zip(*moments, strict=True)]
         for stream, shapes in enumerate(self._model["param_shapes"]):
@@ -129,7 +152,9 @@ class SavedStates:
         return [state for rank in states for state in rank]
 
     def _open_sub_groups(self, shards: Sequence[dict]) -> list[dict]:
-        states = [[state for _, state in sorted(shard["optimizer_state_dict"]["state"].items())] for shard in shards]
+        states = [
+            [state for _, state in sorted(shard["optimizer_state_dict"]["state"].items())] for shard in shards
+        ]
         self._streams[WEIGHT] = [list(shard["fp32_flat_groups"]) for shard in shards]
         for kind in MOMENTS if states[0] else ():
             self._streams[kind] = [[state[kind] for state in rank] for rank in states]

@@ -60,7 +60,9 @@ def join(device: torch.device) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        torch.distributed.init_process_group(
+            backend, store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
     deepspeed.init_distributed(auto_mpi_discovery=False)
 
 
@@ -76,7 +78,13 @@ class Engine:
     """A model under DeepSpeed. Collective: every rank makes the same calls in the same order."""
 
     def __init__(
-        self, module: nn.Module, optim: OptimConfig, ds_config: dict, device: torch.device, total_steps: int, activations: ActivationMemory
+        self,
+        module: nn.Module,
+        optim: OptimConfig,
+        ds_config: dict,
+        device: torch.device,
+        total_steps: int,
+        activations: ActivationMemory,
     ):
         """Wrap `module` (moved to `device` by DeepSpeed). `total_steps` shapes the learning rate."""
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -90,7 +98,9 @@ class Engine:
         self._peak_lrs = [group.pop("peak_lr") for group in groups]
         self._torch_optimizer = build_adamw(groups, optim, device)
         self._torch_optimizer.register_step_pre_hook(self._guard_update)
-        self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._torch_optimizer, config=ds_config, dist_init_required=False)
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=self._torch_optimizer, config=ds_config, dist_init_required=False
+        )
         if self.stage == 0 and comm.world_size() == 1:
             # nobody to reduce with: DeepSpeed would copy all gradients into a flat buffer and back, a fifth of a step at XLM-R's vocabulary
             self._engine.enable_backward_allreduce = False
@@ -169,7 +179,13 @@ class Engine:
 
     def load_elastic(self, folder: str) -> None:
         """Read what an engine of any world size and ZeRO stage wrote: weights, moments and AdamW's step count, by parameter name."""
-        restore(SavedStates(folder), self._engine.module, self._engine.optimizer, self._torch_optimizer, self._names)
+        restore(
+            SavedStates(folder),
+            self._engine.module,
+            self._engine.optimizer,
+            self._torch_optimizer,
+            self._names,
+        )
 
     def _plain_norm(self) -> float:
         # without ZeRO, DeepSpeed clips in place and keeps no norm: read it from the reduced gradients before the step

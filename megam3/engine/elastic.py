@@ -22,7 +22,9 @@ from megam3.engine.consolidate import MOMENTS, SavedStates
 
 
 @torch.no_grad()
-def restore(saved: SavedStates, module: nn.Module, zero: Any, adamw: torch.optim.Optimizer, names: Sequence[str]) -> None:
+def restore(
+    saved: SavedStates, module: nn.Module, zero: Any, adamw: torch.optim.Optimizer, names: Sequence[str]
+) -> None:
     """Overwrite weights (in the model's precision and their fp32 masters), moments and step count; collective.
 
     Args:
@@ -86,7 +88,12 @@ def _fill_flat_groups(saved: SavedStates, parameters: dict[str, nn.Parameter]) -
             safe_set_full_optimizer_state(parameter, saved.read(name, kind), kind)
 
 
-def _fill_whole(saved: SavedStates, parameters: dict[str, nn.Parameter], masters: dict[str, Tensor], adamw: torch.optim.Optimizer) -> None:
+def _fill_whole(
+    saved: SavedStates,
+    parameters: dict[str, nn.Parameter],
+    masters: dict[str, Tensor],
+    adamw: torch.optim.Optimizer,
+) -> None:
     """Stage 0: AdamW steps the parameters themselves or, under bf16, their fp32 masters."""
     for name, master in masters.items():
         weight = saved.read(name)

@@ -34,4 +34,6 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], confi
 def build_adamw(groups: list[dict], config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101) over `groups`; one fused kernel per step where the device has it."""
     beta1, beta2 = config.betas
-    return torch.optim.AdamW(groups, betas=(beta1, beta2), eps=config.eps, fused=device.type in ("cuda", "cpu"))
+    return torch.optim.AdamW(
+        groups, betas=(beta1, beta2), eps=config.eps, fused=device.type in ("cuda", "cpu")
+    )

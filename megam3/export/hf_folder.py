@@ -31,7 +31,12 @@ from megam3.model.m3 import M3Model
 from megam3.model.pretrained import LEXICAL_FILE, MULTI_VECTOR_FILE, load_tokenizer_of
 
 # fields of the published config.json that transformers 5 no longer writes and older readers look for
-_PUBLISHED_FIELDS = {"classifier_dropout": None, "output_past": True, "position_embedding_type": "absolute", "use_cache": True}
+_PUBLISHED_FIELDS = {
+    "classifier_dropout": None,
+    "output_past": True,
+    "position_embedding_type": "absolute",
+    "use_cache": True,
+}
 
 
 def export_hf_folder(state: Mapping[str, Tensor], source: str, out: str | Path) -> dict[str, float]:
@@ -63,24 +68,44 @@ def write_hf_folder(out: Path, model: M3Model, source: Path) -> None:
     """All files of the layout into the empty folder `out`, unchecked (see `export_hf_folder`)."""
     config = model.encoder.config
     max_tokens = min(max_text_tokens(config), load_tokenizer_of(str(source)).model_max_length)
-    _write_json(out / "config.json", published_config(json.loads((source / "config.json").read_text()), type(model.encoder).__name__))
-    weights = {name: tensor.detach().cpu().float().contiguous() for name, tensor in model.encoder.state_dict().items()}
+    _write_json(
+        out / "config.json",
+        published_config(json.loads((source / "config.json").read_text()), type(model.encoder).__name__),
+    )
+    weights = {
+        name: tensor.detach().cpu().float().contiguous()
+        for name, tensor in model.encoder.state_dict().items()
+    }
     save_file({**weights, **read_pooler(source)}, out / "model.safetensors", metadata={"format": "pt"})
     for file, head in ((LEXICAL_FILE, model.lexical_head), (MULTI_VECTOR_FILE, model.multi_vector_head)):
-        torch.save({name: tensor.detach().cpu().float().clone() for name, tensor in head.state_dict().items()}, out / file)
+        torch.save(
+            {name: tensor.detach().cpu().float().clone() for name, tensor in head.state_dict().items()},
+            out / file,
+        )
     write_tokenizer_files(source, out, max_tokens)
     write_sentence_transformers_files(out, config.hidden_size, max_tokens)
     width = model.multi_vector_head.out_features
-    own = {"megam3_version": __version__, "multi_vector_dim": width, "max_tokens": max_tokens, "special_ids": list(model.special_ids)}
+    own = {
+        "megam3_version": __version__,
+        "multi_vector_dim": width,
+        "max_tokens": max_tokens,
+        "special_ids": list(model.special_ids),
+    }
     _write_json(out / "megam3_config.json", own)
     (out / "README.md").write_text(_readme(width, config.hidden_size, max_tokens), encoding="utf-8")
 
 
 def published_config(config: dict, architecture: str) -> dict:
     """The source's config.json as released models have it: class named, and `torch_dtype`, since `dtype` is unknown to older readers."""
-    kept = {key: value for key, value in config.items() if key not in ("dtype", "transformers_version", "_name_or_path")}
+    kept = {
+        key: value
+        for key, value in config.items()
+        if key not in ("dtype", "transformers_version", "_name_or_path")
+    }
     defaults = _PUBLISHED_FIELDS if config["model_type"] != "modernbert" else {}
-    return dict(sorted({**defaults, **kept, "architectures": [architecture], "torch_dtype": "float32"}.items()))
+    return dict(
+        sorted({**defaults, **kept, "architectures": [architecture], "torch_dtype": "float32"}.items())
+    )
 
 
 def read_pooler(source: Path) -> dict[str, Tensor]:
@@ -89,7 +114,9 @@ def read_pooler(source: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for file in sorted(source.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
-            found |= {match[1]: weights.get_tensor(key) for key in weights.keys() if (match := pattern.match(key))}  # noqa: SIM118
+            found |= {
+                match[1]: weights.get_tensor(key) for key in weights.keys() if (match := pattern.match(key))
+            }  # noqa: SIM118
     if not found:
         for file in sorted(source.glob("pytorch_model*.bin")):
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -115,7 +142,9 @@ def source_of_checkpoint(checkpoint: str | Path) -> str:
     if (folder / "model" / "config.json").is_file():
         return str(folder / "model")
     rule = "no folder of the model it was trained from: neither model.path of its run nor a model/ of its own"
-    raise CheckpointError("checkpoint", str(checkpoint), rule, "name a checkpoint folder, or the model's folder with --model")
+    raise CheckpointError(
+        "checkpoint", str(checkpoint), rule, "name a checkpoint folder, or the model's folder with --model"
+    )
 
 
 def _write_json(file: Path, content: dict) -> None:

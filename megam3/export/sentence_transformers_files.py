@@ -20,7 +20,10 @@ def write_sentence_transformers_files(out: Path, hidden_size: int, max_tokens: i
         "pooling_mode_mean_sqrt_len_tokens": False,
     }
     files: dict[str, object] = {
-        "modules.json": [{"idx": i, "name": str(i), "path": path, "type": f"{_CLASSES}.{name}"} for i, (path, name) in enumerate(modules)],
+        "modules.json": [
+            {"idx": i, "name": str(i), "path": path, "type": f"{_CLASSES}.{name}"}
+            for i, (path, name) in enumerate(modules)
+        ],
         "1_Pooling/config.json": pooling,
         "sentence_bert_config.json": {"max_seq_length": max_tokens, "do_lower_case": False},
         "config_sentence_transformers.json": {

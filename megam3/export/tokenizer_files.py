@@ -11,7 +11,14 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-_COPIED = ("tokenizer.json", "sentencepiece.bpe.model", "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json")
+_COPIED = (
+    "tokenizer.json",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+)
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _WRITTEN_BY_V5_ONLY = ("backend", "is_local", "local_files_only")
 

@@ -34,28 +34,45 @@ def model_from_state(state: Mapping[str, Tensor], source: str) -> M3Model:
     """
     config = read_encoder_config(source)
     head = state.get("multi_vector_head.weight")
-    model = M3Model(build_backbone(config), read_special_ids(source), multi_vector_dim=None if head is None else head.shape[0])
+    model = M3Model(
+        build_backbone(config),
+        read_special_ids(source),
+        multi_vector_dim=None if head is None else head.shape[0],
+    )
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     shapes = [
-        f"{n} {tuple(state[n].shape)} instead of {tuple(wanted[n])}" for n in wanted.keys() & state.keys() if state[n].shape != wanted[n]
+        f"{n} {tuple(state[n].shape)} instead of {tuple(wanted[n])}"
+        for n in wanted.keys() & state.keys()
+        if state[n].shape != wanted[n]
     ]
-    for names, fault in ((missing, "lacks"), (unknown, "holds unknown"), (sorted(shapes), "has other shapes:")):
+    for names, fault in (
+        (missing, "lacks"),
+        (unknown, "holds unknown"),
+        (sorted(shapes), "has other shapes:"),
+    ):
         if names:
             rest = f" and {len(names) - 2} more" if len(names) > 2 else ""
             raise CheckpointError(
-                "checkpoint", source, f"it {fault} {', '.join(names[:2])}{rest}", "name the folder this checkpoint was trained from"
+                "checkpoint",
+                source,
+                f"it {fault} {', '.join(names[:2])}{rest}",
+                "name the folder this checkpoint was trained from",
             )
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return model.eval()
 
 
 @torch.no_grad()
-def largest_differences(folder: Path, model: M3Model, texts: Sequence[str] = SAMPLE_TEXTS) -> dict[str, float]:
+def largest_differences(
+    folder: Path, model: M3Model, texts: Sequence[str] = SAMPLE_TEXTS
+) -> dict[str, float]:
     """Largest absolute difference per head between the model in `folder`, read back, and `model`; inf where shapes or ids differ."""
     tokenizer = load_tokenizer_of(str(folder))
     texts = [*texts, " ".join([*texts] * 64)]
-    token_ids = tokenizer(texts, truncation=True, max_length=min(2048, tokenizer.model_max_length))["input_ids"]
+    token_ids = tokenizer(texts, truncation=True, max_length=min(2048, tokenizer.model_max_length))[
+        "input_ids"
+    ]
     reloaded = load_m3(str(folder), ModelConfig(path=str(folder))).eval()
     packed = pack_texts(token_ids)
     ours, theirs = represent(model, packed), represent(reloaded, packed)
@@ -80,12 +97,18 @@ def verify_folder(folder: Path, model: M3Model, source: str) -> dict[str, float]
     texts = list(SAMPLE_TEXTS)
     if load_tokenizer_of(str(folder))(texts)["input_ids"] != load_tokenizer_of(source)(texts)["input_ids"]:
         raise CheckpointError(
-            "export", str(folder), "its tokenizer reads the sample texts differently", f"check the tokenizer files of {source}"
+            "export",
+            str(folder),
+            "its tokenizer reads the sample texts differently",
+            f"check the tokenizer files of {source}",
         )
     differences = largest_differences(folder, model)
     for head, value in differences.items():
         if not value <= TOLERANCE:
             raise CheckpointError(
-                "export", value, f"largest difference of the {head} head must be at most {TOLERANCE}", "nothing was written"
+                "export",
+                value,
+                f"largest difference of the {head} head must be at most {TOLERANCE}",
+                "nothing was written",
             )
     return differences

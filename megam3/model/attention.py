@@ -28,7 +28,9 @@ _MIN_BLOCK_TOKENS = 64
 _VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def uses_varlen_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float, half_window: int | None = None) -> bool:
+def uses_varlen_kernel(
+    device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float, half_window: int | None = None
+) -> bool:
     """Whether a stream with these properties takes torch's varlen kernel, which has no dropout, no fp32 and wants head_dim % 8 == 0."""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or dropout > 0:
         return False
@@ -74,7 +76,13 @@ def packed_attention(
 
 
 def _varlen(
-    query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, cu_seqlens: Tensor, max_length: int, scale: float, half_window: int | None
+    query_THd: Tensor,
+    key_THd: Tensor,
+    value_THd: Tensor,
+    cu_seqlens: Tensor,
+    max_length: int,
+    scale: float,
+    half_window: int | None,
 ):
     options: dict = {}
     if "scale" in _VARLEN_PARAMETERS:
@@ -83,7 +91,9 @@ def _varlen(
         query_THd = query_THd * (scale * query_THd.shape[-1] ** 0.5)
     if half_window is not None:
         options["window_size"] = (half_window, half_window)
-    return varlen_attn(query_THd, key_THd, value_THd, cu_seqlens, cu_seqlens, max_length, max_length, **options)
+    return varlen_attn(
+        query_THd, key_THd, value_THd, cu_seqlens, cu_seqlens, max_length, max_length, **options
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -97,7 +107,13 @@ def equal_length_runs(lengths: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
 
 
 def _equal_length_runs(
-    query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, lengths: tuple[int, ...], scale: float, dropout: float, half_window: int | None
+    query_THd: Tensor,
+    key_THd: Tensor,
+    value_THd: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    dropout: float,
+    half_window: int | None,
 ) -> Tensor:
     runs = equal_length_runs(lengths)
     # split, not slices: its backward is one concatenation, where every slice would add a zero-filled gradient of the whole stream
@@ -127,7 +143,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, half_
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
 
 
-def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, half_window: int, block: int) -> Tensor:
+def _attend_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, half_window: int, block: int
+) -> Tensor:
     """Banded attention: blocks of `block` >= half_window queries over their own and both neighbouring blocks of keys."""
     num_texts, num_heads, length, head_dim = q.shape
     num_blocks = -(-length // block)
@@ -146,7 +164,9 @@ def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: fl
     # queries of the padded tail may see padding: a row without any key would be NaN, and these rows are cut off below
     real = ((key_position >= 0) & (key_position < length)) | (query_position >= length)
     mask = (near & real).repeat(num_texts, 1, 1).unsqueeze(1)
-    out = scaled_dot_product_attention(q_blocks, with_neighbours(k), with_neighbours(v), attn_mask=mask, dropout_p=dropout, scale=scale)
+    out = scaled_dot_product_attention(
+        q_blocks, with_neighbours(k), with_neighbours(v), attn_mask=mask, dropout_p=dropout, scale=scale
+    )
     return out.unflatten(0, (num_texts, num_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 

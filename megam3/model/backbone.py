@@ -48,14 +48,25 @@ def check_encoder_config(config: PretrainedConfig, source: str) -> None:
     remedy = f"use an encoder of one of these families: {', '.join(SERVED_FAMILIES)}"
     if config.model_type not in _POSITIONS_AFTER_PADDING:
         raise ConfigError(
-            "model.path", source, f"is a {config.model_type!r} model, which does not run on packed texts (cu_seqlens, position_ids)", remedy
+            "model.path",
+            source,
+            f"is a {config.model_type!r} model, which does not run on packed texts (cu_seqlens, position_ids)",
+            remedy,
         )
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
-        raise ConfigError("model.path", source, "is configured as a decoder; retrieval needs attention in both directions", remedy)
+        raise ConfigError(
+            "model.path",
+            source,
+            "is configured as a decoder; retrieval needs attention in both directions",
+            remedy,
+        )
     kind = getattr(config, "position_embedding_type", None) or "absolute"
     if kind != "absolute":
         raise ConfigError(
-            "model.path", source, f"has position_embedding_type {kind!r}, which transformers no longer runs", "use absolute positions"
+            "model.path",
+            source,
+            f"has position_embedding_type {kind!r}, which transformers no longer runs",
+            "use absolute positions",
         )
 
 
@@ -70,7 +81,11 @@ def max_text_tokens(config: PretrainedConfig) -> int:
 
 
 def load_backbone(
-    source: str, *, hidden_dropout: float | None = None, attention_dropout: float | None = None, dtype: torch.dtype = torch.float32
+    source: str,
+    *,
+    hidden_dropout: float | None = None,
+    attention_dropout: float | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """The encoder in folder `source`, without pooler, set to packed attention; an HfDeepSpeedConfig that is alive partitions it.
 
@@ -80,12 +95,19 @@ def load_backbone(
     """
     config = read_encoder_config(source)
     _override_dropout(config, hidden_dropout, attention_dropout)
-    options = {"config": config, "attn_implementation": PACKED_ATTENTION, "dtype": dtype, **_without_pooler(config)}
+    options = {
+        "config": config,
+        "attn_implementation": PACKED_ATTENTION,
+        "dtype": dtype,
+        **_without_pooler(config),
+    }
     try:
         with _quiet_transformers():
             encoder, report = AutoModel.from_pretrained(source, output_loading_info=True, **options)
     except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError("model.path", source, f"the encoder's weights cannot be loaded ({error})", "check the folder") from error
+        raise CheckpointError(
+            "model.path", source, f"the encoder's weights cannot be loaded ({error})", "check the folder"
+        ) from error
     _check_loading(source, report)
     return encoder
 
@@ -99,7 +121,9 @@ def build_backbone(config: PretrainedConfig, *, dtype: torch.dtype = torch.float
     check_encoder_config(config, config.name_or_path or config.model_type)
     # a copy: whoever builds a second model from the same object sets its attention, and so would change this encoder's
     config = copy.deepcopy(config)
-    return AutoModel.from_config(config, attn_implementation=PACKED_ATTENTION, dtype=dtype, **_without_pooler(config))
+    return AutoModel.from_config(
+        config, attn_implementation=PACKED_ATTENTION, dtype=dtype, **_without_pooler(config)
+    )
 
 
 def read_encoder_config(source: str) -> PretrainedConfig:
@@ -113,24 +137,35 @@ def read_encoder_config(source: str) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            "model.path", source, f"holds no readable config.json ({error})", "give a Hugging Face encoder folder"
+            "model.path",
+            source,
+            f"holds no readable config.json ({error})",
+            "give a Hugging Face encoder folder",
         ) from error
     check_encoder_config(config, source)
     return config
 
 
 def encode_packed(
-    encoder: PreTrainedModel, input_ids_T: Tensor, position_ids_T: Tensor, cu_seqlens_N1: Tensor, lengths: tuple[int, ...]
+    encoder: PreTrainedModel,
+    input_ids_T: Tensor,
+    position_ids_T: Tensor,
+    cu_seqlens_N1: Tensor,
+    lengths: tuple[int, ...],
 ) -> Tensor:
     """Last hidden states [T, D] of a packed stream; equal to the encoder's own padded forward at the real tokens.
 
     A stream without texts gives [0, D] that still hangs on every parameter: a rank with nothing to encode takes part in the backward pass.
     """
     # any other attention would run without complaint and let every text see all others
-    assert encoder.config._attn_implementation == PACKED_ATTENTION, "the encoder's attention was changed after it was loaded"
+    assert encoder.config._attn_implementation == PACKED_ATTENTION, (
+        "the encoder's attention was changed after it was loaded"
+    )
     if not lengths:
         one = input_ids_T.new_zeros(1)
-        return encode_packed(encoder, one, one, torch.tensor([0, 1], dtype=torch.int32, device=one.device), (1,))[:0]
+        return encode_packed(
+            encoder, one, one, torch.tensor([0, 1], dtype=torch.int32, device=one.device), (1,)
+        )[:0]
     order_T = None
     if not _takes_varlen_kernel(encoder, input_ids_T.device):
         order_T, lengths = _equal_lengths_together(lengths, cu_seqlens_N1)
@@ -148,11 +183,19 @@ def encode_packed(
 
 def _takes_varlen_kernel(encoder: PreTrainedModel, device: torch.device) -> bool:
     config = encoder.config
-    dropout = getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0)) if encoder.training else 0.0
-    return uses_varlen_kernel(device, encoder.dtype, config.hidden_size // config.num_attention_heads, dropout)
+    dropout = (
+        getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0))
+        if encoder.training
+        else 0.0
+    )
+    return uses_varlen_kernel(
+        device, encoder.dtype, config.hidden_size // config.num_attention_heads, dropout
+    )
 
 
-def _equal_lengths_together(lengths: tuple[int, ...], cu_seqlens_N1: Tensor) -> tuple[Tensor | None, tuple[int, ...]]:
+def _equal_lengths_together(
+    lengths: tuple[int, ...], cu_seqlens_N1: Tensor
+) -> tuple[Tensor | None, tuple[int, ...]]:
     """Token order that sorts the texts by length, and the lengths in it; no order when equal lengths are neighbours already."""
     if len(equal_length_runs(lengths)) == len(set(lengths)):
         return None, lengths
@@ -163,7 +206,9 @@ def _equal_lengths_together(lengths: tuple[int, ...], cu_seqlens_N1: Tensor) -> 
     # token t of the new stream, in text n, comes from: old start of n + (t - new start of n)
     shift_N = cu_seqlens_N1[:-1].long()[order_N] - (lengths_N.cumsum(0) - lengths_N)
     num_tokens = sum(lengths)
-    return torch.arange(num_tokens, device=device) + shift_N.repeat_interleave(lengths_N, output_size=num_tokens), new_lengths
+    return torch.arange(num_tokens, device=device) + shift_N.repeat_interleave(
+        lengths_N, output_size=num_tokens
+    ), new_lengths
 
 
 def _without_pooler(config: PretrainedConfig) -> dict[str, bool]:
@@ -206,5 +251,8 @@ def _check_loading(source: str, report: dict) -> None:
         if keys:
             names = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise CheckpointError(
-                "model.path", source, f"the weight file {fault} {names}", "use the config.json that belongs to the weights"
+                "model.path",
+                source,
+                f"the weight file {fault} {names}",
+                "use the config.json that belongs to the weights",
             )

@@ -47,7 +47,9 @@ class LexicalStructure:
     """int64: the pair of each token; Z for special tokens, which feed none."""
 
 
-def lexical_structure(input_ids_T: Tensor, text_ids_T: Tensor, num_texts: int, special_ids: Sequence[int]) -> LexicalStructure:
+def lexical_structure(
+    input_ids_T: Tensor, text_ids_T: Tensor, num_texts: int, special_ids: Sequence[int]
+) -> LexicalStructure:
     """Find the distinct (text, id) pairs of a stream. It waits for the device once, so run it before the encoder."""
     keep_T = torch.ones_like(input_ids_T, dtype=torch.bool)
     for special_id in special_ids:
@@ -66,16 +68,22 @@ def lexical_weights(logits_T: Tensor, structure: LexicalStructure) -> Tensor:
     weights_T = torch.relu(logits_T.to(torch.promote_types(logits_T.dtype, torch.float32)))
     num_pairs = structure.ids_Z.shape[0]
     # special tokens fall into one spare bucket at the end
-    weights = weights_T.new_zeros(num_pairs + 1).scatter_reduce(0, structure.pair_T, weights_T, "amax", include_self=True)
+    weights = weights_T.new_zeros(num_pairs + 1).scatter_reduce(
+        0, structure.pair_T, weights_T, "amax", include_self=True
+    )
     return weights[:num_pairs]
 
 
-def multi_vector_rows(projected_TC: Tensor, text_ids_T: Tensor, cu_seqlens_N1: Tensor) -> tuple[Tensor, Tensor]:
+def multi_vector_rows(
+    projected_TC: Tensor, text_ids_T: Tensor, cu_seqlens_N1: Tensor
+) -> tuple[Tensor, Tensor]:
     """([K, C], [N + 1]): normalised rows of every token but each text's first, K = T - N, and the offsets of each text's rows."""
     num_texts = cu_seqlens_N1.shape[0] - 1
     num_rows = projected_TC.shape[0] - num_texts
     offsets_N1 = cu_seqlens_N1.long() - torch.arange(num_texts + 1, device=cu_seqlens_N1.device)
     counts_N = offsets_N1[1:] - offsets_N1[:-1]
-    texts_before_K = torch.repeat_interleave(torch.arange(num_texts, device=counts_N.device), counts_N, output_size=num_rows)
+    texts_before_K = torch.repeat_interleave(
+        torch.arange(num_texts, device=counts_N.device), counts_N, output_size=num_rows
+    )
     index_K = torch.arange(num_rows, device=counts_N.device) + texts_before_K + 1
     return normalize_rows(select_unique_rows(projected_TC, index_K)), offsets_N1

@@ -28,7 +28,12 @@ class M3Model(nn.Module):
     """
 
     def __init__(
-        self, encoder: PreTrainedModel, special_ids: Iterable[int], *, multi_vector_dim: int | None = None, lexical_init_bias: float = 0.3
+        self,
+        encoder: PreTrainedModel,
+        special_ids: Iterable[int],
+        *,
+        multi_vector_dim: int | None = None,
+        lexical_init_bias: float = 0.3,
     ):
         super().__init__()
         hidden_size = encoder.config.hidden_size
@@ -38,16 +43,22 @@ class M3Model(nn.Module):
         self.multi_vector_head = nn.Linear(hidden_size, multi_vector_dim or hidden_size)
         init_heads(self, lexical_init_bias)
 
-    def forward(self, input_ids_T: Tensor, position_ids_T: Tensor, cu_seqlens_N1: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, ...]:
+    def forward(
+        self, input_ids_T: Tensor, position_ids_T: Tensor, cu_seqlens_N1: Tensor, lengths: tuple[int, ...]
+    ) -> tuple[Tensor, ...]:
         """The fields of Representations, in order, as a plain tuple (ZeRO-3's hooks find tensors in tuples, lists and dicts only)."""
         num_texts, num_tokens = len(lengths), input_ids_T.shape[0]
         lengths_N = (cu_seqlens_N1[1:] - cu_seqlens_N1[:-1]).long()
-        text_ids_T = torch.repeat_interleave(torch.arange(num_texts, device=input_ids_T.device), lengths_N, output_size=num_tokens)
+        text_ids_T = torch.repeat_interleave(
+            torch.arange(num_texts, device=input_ids_T.device), lengths_N, output_size=num_tokens
+        )
         # before the encoder: this waits for the device, and now there is nothing queued to wait for
         structure = lexical_structure(input_ids_T, text_ids_T, num_texts, self.special_ids)
         hidden_TD = encode_packed(self.encoder, input_ids_T, position_ids_T, cu_seqlens_N1, lengths)
         weights_Z = lexical_weights(self.lexical_head(hidden_TD).squeeze(-1), structure)
-        multi_KC, multi_offsets_N1 = multi_vector_rows(self.multi_vector_head(hidden_TD), text_ids_T, cu_seqlens_N1)
+        multi_KC, multi_offsets_N1 = multi_vector_rows(
+            self.multi_vector_head(hidden_TD), text_ids_T, cu_seqlens_N1
+        )
         dense_ND = dense_vectors(hidden_TD, cu_seqlens_N1)
         return dense_ND, weights_Z, structure.ids_Z, structure.offsets_N1, multi_KC, multi_offsets_N1
 
@@ -76,4 +87,6 @@ def is_head_parameter(name: str) -> bool:
 
 def represent(module: Callable[..., tuple[Tensor, ...]], texts: PackedTexts) -> Representations:
     """One forward pass of `module` (an M3Model, or an engine around one) over `texts`."""
-    return Representations(*module(texts.input_ids_T, texts.position_ids_T, texts.cu_seqlens_N1, texts.lengths))
+    return Representations(
+        *module(texts.input_ids_T, texts.position_ids_T, texts.cu_seqlens_N1, texts.lengths)
+    )

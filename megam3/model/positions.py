@@ -49,11 +49,21 @@ def extend_folder(source: str | Path, out: str | Path, max_tokens: int) -> tuple
     source, out = Path(source), Path(out)
     config = read_encoder_config(str(source))
     if config.model_type == "modernbert":
-        raise ConfigError("IN", str(source), "is a ModernBERT model, whose positions are rotary: it has no rows to add", "use it as it is")
+        raise ConfigError(
+            "IN",
+            str(source),
+            "is a ModernBERT model, whose positions are rotary: it has no rows to add",
+            "use it as it is",
+        )
     offset = position_offset(config)
     old = config.max_position_embeddings - offset
     if max_tokens <= old:
-        raise ConfigError("--max-tokens", max_tokens, f"must exceed the {old} tokens that {source} takes already", "rows are never removed")
+        raise ConfigError(
+            "--max-tokens",
+            max_tokens,
+            f"must exceed the {old} tokens that {source} takes already",
+            "rows are never removed",
+        )
     if out.exists():
         raise CheckpointError("OUT", str(out), "exists already", "remove it or choose another name")
     name, weights = _read_weights(source)
@@ -63,7 +73,11 @@ def extend_folder(source: str | Path, out: str | Path, max_tokens: int) -> tuple
     shutil.copytree(source, aside, ignore=lambda _, names: [n for n in names if n.endswith(weight_files)])
     try:
         weights[name] = extend_position_rows(weights[name], max_tokens, offset)
-        save_file({key: tensor.contiguous() for key, tensor in weights.items()}, aside / _WEIGHTS, metadata={"format": "pt"})
+        save_file(
+            {key: tensor.contiguous() for key, tensor in weights.items()},
+            aside / _WEIGHTS,
+            metadata={"format": "pt"},
+        )
         _update_json(aside / "config.json", "max_position_embeddings", max_tokens + offset)
         _update_json(aside / "tokenizer_config.json", "model_max_length", max_tokens)
         if (aside / "sentence_bert_config.json").exists():
@@ -90,9 +104,13 @@ def _read_weights(source: Path) -> tuple[str, dict[str, Tensor]]:
         rule = f"its weight files hold {len(names)} tensors named {_ROWS_NAME}, not one"
         raise CheckpointError("IN", str(source), rule, "give the folder of an encoder with its weights")
     # buffers of old versions are as long as the positions were
-    return names[0], {key: tensor for key, tensor in weights.items() if not key.endswith(("position_ids", "token_type_ids"))}
+    return names[0], {
+        key: tensor for key, tensor in weights.items() if not key.endswith(("position_ids", "token_type_ids"))
+    }
 
 
 def _update_json(file: Path, key: str, value: int) -> None:
     content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    file.write_text(json.dumps({**content, key: value}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_text(
+        json.dumps({**content, key: value}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

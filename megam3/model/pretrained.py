@@ -19,7 +19,13 @@ MULTI_VECTOR_FILE = "colbert_linear.pt"
 _VOCABULARY_FILES = ("tokenizer.json", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
 
 
-def load_m3(path: str, config: ModelConfig, *, special_ids: tuple[int, ...] | None = None, dtype: torch.dtype = torch.float32) -> M3Model:
+def load_m3(
+    path: str,
+    config: ModelConfig,
+    *,
+    special_ids: tuple[int, ...] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> M3Model:
     """The model in folder `path`; `config` gives dropout, the width of the multi-vector head and what to do about missing heads.
 
     Under ZeRO-3 keep an HfDeepSpeedConfig alive and call this outside `deepspeed.zero.Init`: transformers partitions the encoder while it
@@ -37,7 +43,9 @@ def load_m3(path: str, config: ModelConfig, *, special_ids: tuple[int, ...] | No
     heads = {name: _read_head(folder / name, config) for name in (LEXICAL_FILE, MULTI_VECTOR_FILE)}
     if special_ids is None:
         special_ids = read_special_ids(path)
-    encoder = load_backbone(path, hidden_dropout=config.hidden_dropout, attention_dropout=config.attention_dropout, dtype=dtype)
+    encoder = load_backbone(
+        path, hidden_dropout=config.hidden_dropout, attention_dropout=config.attention_dropout, dtype=dtype
+    )
     width = config.multi_vector_dim
     multi_vector = heads[MULTI_VECTOR_FILE]
     if width is None and multi_vector is not None:
@@ -57,11 +65,15 @@ def load_tokenizer_of(path: str) -> PreTrainedTokenizerBase:
     remedy = "put the encoder's tokenizer files there"
     # without any of them transformers 5 builds a tokenizer of 5 tokens and says nothing
     if not any((Path(path) / name).exists() for name in _VOCABULARY_FILES):
-        raise CheckpointError("model.path", path, f"holds no tokenizer (none of {', '.join(_VOCABULARY_FILES)})", remedy)
+        raise CheckpointError(
+            "model.path", path, f"holds no tokenizer (none of {', '.join(_VOCABULARY_FILES)})", remedy
+        )
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # the Rust tokenizer raises bare Exceptions for damaged files
-        raise CheckpointError("model.path", path, f"holds no readable tokenizer ({str(error).splitlines()[0]})", remedy) from error
+        raise CheckpointError(
+            "model.path", path, f"holds no readable tokenizer ({str(error).splitlines()[0]})", remedy
+        ) from error
 
 
 def read_special_ids(path: str) -> tuple[int, ...]:
@@ -80,18 +92,29 @@ def _read_head(file: Path, config: ModelConfig) -> dict[str, Tensor] | None:
     if not file.exists():
         if config.missing_heads == "error":
             raise CheckpointError(
-                "model.path", str(file), "head weights are missing", "set model.missing_heads: init to start this head from scratch"
+                "model.path",
+                str(file),
+                "head weights are missing",
+                "set model.missing_heads: init to start this head from scratch",
             )
         return None
     try:
         head = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different class for each way in which a file can be damaged
         raise CheckpointError(
-            "model.path", str(file), f"cannot be read ({error})", "write it with torch.save({'weight': …, 'bias': …})"
+            "model.path",
+            str(file),
+            f"cannot be read ({error})",
+            "write it with torch.save({'weight': …, 'bias': …})",
         ) from error
     if not isinstance(head, dict) or set(head) != {"weight", "bias"}:
         found = sorted(head) if isinstance(head, dict) else type(head).__name__
-        raise CheckpointError("model.path", str(file), f"must hold exactly weight and bias, not {found}", "export the head again")
+        raise CheckpointError(
+            "model.path",
+            str(file),
+            f"must hold exactly weight and bias, not {found}",
+            "export the head again",
+        )
     return head
 
 

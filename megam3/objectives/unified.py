@@ -43,21 +43,31 @@ class UnifiedObjective:
         teacher = None
         if settings.teacher is not None and batch.teacher_scores_P is not None:
             columns_QG, exists_QG = candidates.group_columns()
-            teacher = TeacherGroups(group_rows(batch.teacher_scores_P, batch.group_offsets_Q1, 0.0).to(device), columns_QG, exists_QG)
+            teacher = TeacherGroups(
+                group_rows(batch.teacher_scores_P, batch.group_offsets_Q1, 0.0).to(device),
+                columns_QG,
+                exists_QG,
+            )
         distill = settings.distills(step)
         if self._tiles(counts):
-            return tiled_unified_loss(queries, passages, candidates, settings, counts, distill, self._config.maxsim, teacher)
+            return tiled_unified_loss(
+                queries, passages, candidates, settings, counts, distill, self._config.maxsim, teacher
+            )
         scoring = (queries, passages, settings.sum_weights, self._config.maxsim, settings.heads)
         scores = score_global(*scoring, counts) if batch.in_batch_negatives else score_heads(*scoring)
         row_scale = comm.world_size() / sum(counts.queries)
         positive_Q = candidates.positive_column_Q
-        return unified_loss(scores.by_name(), positive_Q, candidates.allowed(), settings, row_scale, distill, teacher)
+        return unified_loss(
+            scores.by_name(), positive_Q, candidates.allowed(), settings, row_scale, distill, teacher
+        )
 
     def _tiles(self, counts: RankCounts) -> bool:
         """Every rank decides by the same numbers, because the two losses talk differently."""
         if self._config.loss_tiles == "auto":
             query_rows = sum(counts.query_rows) if "multi_vector" in self._settings.heads else 0
-            return loss_needs_tiles(max(counts.queries), sum(counts.passages), query_rows, max(counts.passages))
+            return loss_needs_tiles(
+                max(counts.queries), sum(counts.passages), query_rows, max(counts.passages)
+            )
         return self._config.loss_tiles == "always"
 
 

@@ -48,12 +48,18 @@ def _synchronize(device: torch.device) -> None:
 
 
 def measure_matmul_peak(
-    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, size: int | None = None, min_seconds: float = 0.3
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    size: int | None = None,
+    min_seconds: float = 0.3,
 ) -> float:
     """FLOPs per second of the best of many square matrix products, with the threads this process has. Takes about `min_seconds`."""
     device = torch.device(device)
     size = size or (8192 if device.type == "cuda" else 1024)
-    left, right = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
+    left, right = (
+        torch.randn(size, size, device=device, dtype=dtype),
+        torch.randn(size, size, device=device, dtype=dtype),
+    )
     product = torch.mm(left, right)  # the first call pays for threads and kernels
     best, started = float("inf"), time.perf_counter()
     while time.perf_counter() - started < min_seconds:

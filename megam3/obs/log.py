@@ -45,5 +45,7 @@ def setup_logging(run_dir: str | Path | None, is_main: bool, rank: int = 0) -> N
     if is_main and run_dir is not None:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         file_handler = logging.FileHandler(Path(run_dir) / "log.txt", encoding="utf-8")
-        file_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+        file_handler.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+        )
         logger.addHandler(file_handler)

@@ -41,7 +41,9 @@ class TrainingProgress:
     with a bar it goes to the file only, since the bar shows the same.
     """
 
-    def __init__(self, total_steps: int, start_step: int = 0, log_every_steps: int = 10, console: Console | None = None):
+    def __init__(
+        self, total_steps: int, start_step: int = 0, log_every_steps: int = 10, console: Console | None = None
+    ):
         self.total_steps, self.start_step, self.log_every_steps = total_steps, start_step, log_every_steps
         self._console = console or Console(file=sys.stderr)
         self._bar: Progress | None = None
@@ -51,13 +53,22 @@ class TrainingProgress:
     def __enter__(self) -> TrainingProgress:
         self._started = self._line_time = time.monotonic()
         if self._console.is_terminal:
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"))
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[text]}"),
+            )
             self._bar = Progress(*columns, TimeElapsedColumn(), console=self._console)
-            self._task = self._bar.add_task("train", total=self.total_steps, completed=self.start_step, text="")
+            self._task = self._bar.add_task(
+                "train", total=self.total_steps, completed=self.start_step, text=""
+            )
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -77,7 +88,9 @@ class TrainingProgress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
         if line_due:
-            logger.info("step %d/%d  %s", step, self.total_steps, text, extra={"file_only": self._bar is not None})
+            logger.info(
+                "step %d/%d  %s", step, self.total_steps, text, extra={"file_only": self._bar is not None}
+            )
             self._tokens_since_line, self._line_time = 0, now
 
     def remaining_seconds(self, step: int, now: float) -> float:

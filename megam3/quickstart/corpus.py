@@ -74,12 +74,23 @@ def _read_pair(where: str, line: str) -> dict:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(where, line[:80], f"is not JSON ({error.msg})", _PAIR_REMEDY) from None
-    if not isinstance(record, dict) or not isinstance(record.get("query"), str) or not record["query"].strip():
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("query"), str)
+        or not record["query"].strip()
+    ):
         raise DataError(where, line[:80], "needs a non-empty text under `query`", _PAIR_REMEDY)
     positives = record.get("pos")
-    if not isinstance(positives, list) or not positives or not all(isinstance(text, str) and text.strip() for text in positives):
+    if (
+        not isinstance(positives, list)
+        or not positives
+        or not all(isinstance(text, str) and text.strip() for text in positives)
+    ):
         raise DataError(
-            where, positives, "`pos` must be a list of at least one non-empty text", 'write one {"query": …, "pos": […]} a line'
+            where,
+            positives,
+            "`pos` must be a list of at least one non-empty text",
+            'write one {"query": …, "pos": […]} a line',
         )
     return record
 
@@ -94,7 +105,12 @@ def corpus_from_pairs(path: str | Path) -> Corpus:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError("DATA", str(path), "is not a file", "give a JSONL file of pairs, or leave DATA out to use the help pages")
+        raise DataError(
+            "DATA",
+            str(path),
+            "is not a file",
+            "give a JSONL file of pairs, or leave DATA out to use the help pages",
+        )
     train: list[dict] = []
     passages: dict[str, str] = {}
     queries: list[Query] = []
@@ -111,14 +127,21 @@ def corpus_from_pairs(path: str | Path) -> Corpus:
             parts = {tenth(text) for text in record["pos"]}
             if HELD_OUT_TENTH in parts:
                 found = {passage_id(text): text for text in record["pos"]}
-                queries.append(Query(f"q{number}", record["query"], str(record.get("lang", "und")), tuple(found)))
+                queries.append(
+                    Query(f"q{number}", record["query"], str(record.get("lang", "und")), tuple(found))
+                )
                 passages.update(found)
                 continue
             train.append(record)
             if parts.intersection(DISTRACTOR_TENTHS):
                 passages.update({passage_id(text): text for text in [*record["pos"], *record.get("neg", [])]})
     if not train or not queries:
-        raise DataError("DATA", str(path), f"gives {len(train)} training and {len(queries)} held-out pairs", "give a few hundred pairs")
+        raise DataError(
+            "DATA",
+            str(path),
+            f"gives {len(train)} training and {len(queries)} held-out pairs",
+            "give a few hundred pairs",
+        )
     return Corpus(train, passages, queries)
 
 
@@ -136,15 +159,23 @@ def write_corpus(corpus: Corpus, folder: str | Path) -> None:
 
     _write_lines(folder / "train.jsonl", (line(**record) for record in corpus.train))
     heldout = folder / "heldout"
-    _write_lines(heldout / "corpus.jsonl", (line(_id=key, title="", text=text) for key, text in corpus.passages.items()))
-    _write_lines(heldout / "queries.jsonl", (line(_id=query.id, text=query.text, lang=query.language) for query in corpus.queries))
+    _write_lines(
+        heldout / "corpus.jsonl",
+        (line(_id=key, title="", text=text) for key, text in corpus.passages.items()),
+    )
+    _write_lines(
+        heldout / "queries.jsonl",
+        (line(_id=query.id, text=query.text, lang=query.language) for query in corpus.queries),
+    )
     judgements = (f"{query.id}\t{passage}\t1" for query in corpus.queries for passage in query.passage_ids)
     _write_lines(heldout / "qrels" / "test.tsv", ["query-id\tcorpus-id\tscore", *judgements])
 
 
 def training_texts(corpus: Corpus) -> list[str]:
     """The distinct texts of the training side, in order: what a tokenizer may learn from."""
-    texts = [text for record in corpus.train for text in (record["query"], *record["pos"], *record.get("neg", []))]
+    texts = [
+        text for record in corpus.train for text in (record["query"], *record["pos"], *record.get("neg", []))
+    ]
     return list(dict.fromkeys(texts))
 
 

@@ -88,7 +88,9 @@ def count_pieces(tokenizer: PreTrainedTokenizerBase, passages: Sequence[str]) ->
             counts.append(times[known])
     lengths = torch.tensor([len(column) for column in columns])
     passage_Z = torch.repeat_interleave(torch.arange(len(passages)), lengths)
-    return PassageCounts(len(passages), len(tokenizer), passage_Z, torch.cat(columns), torch.cat(counts).float())
+    return PassageCounts(
+        len(passages), len(tokenizer), passage_Z, torch.cat(columns), torch.cat(counts).float()
+    )
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,9 @@ class Rarity:
 def measure_rarity(counts: PassageCounts) -> Rarity:
     """BM25's idf of every id; ids that never occur count as occurring in one passage."""
     frequency_V = torch.bincount(counts.ids_Z, minlength=counts.vocab_size).float().clamp(min=1)
-    rarity_V = torch.log1p((counts.num_passages - frequency_V + 0.5).clamp(min=0) / (frequency_V + 0.5)).sqrt()
+    rarity_V = torch.log1p(
+        (counts.num_passages - frequency_V + 0.5).clamp(min=0) / (frequency_V + 0.5)
+    ).sqrt()
     share_V = frequency_V / frequency_V[FIRST_PIECE_ID:].sum()
     share_V[:FIRST_PIECE_ID] = 0.0
     mean = float((share_V * rarity_V).sum())
@@ -129,7 +133,9 @@ def find_topics(counts: PassageCounts, rarity: Rarity, num_topics: int, seed: in
     lengths_N = torch.zeros(counts.num_passages).index_add_(0, counts.passage_Z, values_Z**2).sqrt()
     indices = torch.stack([counts.passage_Z, counts.ids_Z])
     shape = (counts.num_passages, counts.vocab_size)
-    matrix = torch.sparse_coo_tensor(indices, values_Z / lengths_N[counts.passage_Z], shape, check_invariants=False).coalesce()
+    matrix = torch.sparse_coo_tensor(
+        indices, values_Z / lengths_N[counts.passage_Z], shape, check_invariants=False
+    ).coalesce()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the SVD starts from random directions
         _, singular_S, topics_VS = torch.svd_lowrank(matrix, q=num_topics, niter=2)
@@ -180,7 +186,12 @@ def _fill_matrices(model: XLMRobertaModel, init: EncoderInit, generator: torch.G
 
 
 def initialise(
-    model: XLMRobertaModel, size: EncoderSize, init: EncoderInit, rarity: Rarity, topics_VS: Tensor | None, generator: torch.Generator
+    model: XLMRobertaModel,
+    size: EncoderSize,
+    init: EncoderInit,
+    rarity: Rarity,
+    topics_VS: Tensor | None,
+    generator: torch.Generator,
 ) -> None:
     """Fill every weight of `model` as the module's docstring says."""
     with torch.no_grad():
@@ -192,7 +203,9 @@ def initialise(
         words_VH = embeddings.word_embeddings.weight.normal_(0.0, init.word_std, generator=generator)
         coordinates = rarity_coordinates(size)
         if topics_VS is not None:
-            free = [column for column in range(size.hidden_size) if column not in coordinates][: topics_VS.shape[1]]
+            free = [column for column in range(size.hidden_size) if column not in coordinates][
+                : topics_VS.shape[1]
+            ]
             noise_share = math.sqrt(1 - init.topic_share**2)
             known_V = topics_VS.abs().sum(1) > 0
             mixed = noise_share * words_VH[:, free] + init.topic_share * init.word_std * topics_VS
@@ -200,7 +213,9 @@ def initialise(
         if init.rarity_gain > 0:
             words_VH[:, coordinates] = (rarity.standard_V() * init.rarity_gain * init.word_std)[:, None]
         words_VH[:2] = 0.0  # `<s>` and padding
-        words_VH[0, coordinates] = init.start_gain * init.word_std * math.sqrt(size.hidden_size / size.num_heads)
+        words_VH[0, coordinates] = (
+            init.start_gain * init.word_std * math.sqrt(size.hidden_size / size.num_heads)
+        )
 
 
 def initial_heads(
@@ -237,7 +252,9 @@ def build_encoder(
     folder = Path(folder)
     counts = count_pieces(tokenizer, list(passages))
     rarity = measure_rarity(counts)
-    topics_VS = find_topics(counts, rarity, size.hidden_size - size.num_heads, seed) if init.topic_share > 0 else None
+    topics_VS = (
+        find_topics(counts, rarity, size.hidden_size - size.num_heads, seed) if init.topic_share > 0 else None
+    )
     model = XLMRobertaModel._from_config(encoder_config(size, len(tokenizer)), add_pooling_layer=False)
     initialise(model, size, init, rarity, topics_VS, torch.Generator().manual_seed(seed))
     model.save_pretrained(folder)

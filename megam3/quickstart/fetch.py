@@ -22,7 +22,9 @@ _REMEDY = f"use a Debian or Ubuntu machine where `apt-get download {PACKAGE}` wo
 
 
 def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}
+    )
 
 
 def _private_lists(folder: Path) -> list[str]:
@@ -30,7 +32,14 @@ def _private_lists(folder: Path) -> list[str]:
     state, cache = folder / "apt-state", folder / "apt-cache"
     for path in (state / "lists" / "partial", cache / "archives" / "partial"):
         path.mkdir(parents=True, exist_ok=True)
-    return ["-o", f"Dir::State::lists={state / 'lists'}", "-o", f"Dir::Cache={cache}", "-o", "APT::Sandbox::User="]
+    return [
+        "-o",
+        f"Dir::State::lists={state / 'lists'}",
+        "-o",
+        f"Dir::Cache={cache}",
+        "-o",
+        "APT::Sandbox::User=",
+    ]
 
 
 def _download(folder: Path) -> Path:
@@ -60,13 +69,23 @@ def fetch_help_pages(folder: str | Path) -> Path:
         return pages
     for program in ("apt-get", "dpkg"):
         if shutil.which(program) is None:
-            raise DataError("quickstart corpus", PACKAGE, f"there is no {program} on this machine to fetch it with", _REMEDY)
+            raise DataError(
+                "quickstart corpus",
+                PACKAGE,
+                f"there is no {program} on this machine to fetch it with",
+                _REMEDY,
+            )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fetch-", dir=folder) as aside:
         package = _download(Path(aside))
         result = _run(["dpkg", "-x", str(package), "unpacked"], Path(aside))
         if result.returncode != 0:
-            raise DataError("quickstart corpus", package.name, f"dpkg could not unpack it ({result.stderr.strip()})", _REMEDY)
+            raise DataError(
+                "quickstart corpus",
+                package.name,
+                f"dpkg could not unpack it ({result.stderr.strip()})",
+                _REMEDY,
+            )
         os.replace(Path(aside) / "unpacked", unpacked)
     logger.info("fetched %s into %s", package.name, unpacked)
     return pages

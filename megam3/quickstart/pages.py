@@ -11,7 +11,9 @@ from pathlib import Path
 from megam3.errors import DataError
 
 _NAMESPACE = "{http://projectmallard.org/1.0/}"
-_TEXT_BLOCKS = {_NAMESPACE + name for name in ("p", "title", "subtitle", "desc", "item", "td", "cite", "code", "screen")}
+_TEXT_BLOCKS = {
+    _NAMESPACE + name for name in ("p", "title", "subtitle", "desc", "item", "td", "cite", "code", "screen")
+}
 _LONG_LINE = 20
 """Characters from which a line says something about its language; shorter ones are often names of buttons and keys."""
 _SOURCE_FOLDER = "C"
@@ -52,7 +54,9 @@ def _block_texts(element: ET.Element) -> Iterator[str]:
     for child in element:
         if child.tag == _NAMESPACE + "info":
             continue
-        if child.tag in _TEXT_BLOCKS and not any(inner.tag in _TEXT_BLOCKS for inner in child.iter() if inner is not child):
+        if child.tag in _TEXT_BLOCKS and not any(
+            inner.tag in _TEXT_BLOCKS for inner in child.iter() if inner is not child
+        ):
             text = _flat_text(child)
             if text:
                 yield text
@@ -103,7 +107,10 @@ def read_help_pages(folder: str | Path, min_body_chars: int = 200) -> list[Page]
             pages.append(replace(page, title=title, description=description))
     if not pages:
         raise DataError(
-            "quickstart corpus", str(folder), "holds no Mallard help pages (LOCALE/GUIDE/NAME.page)", "delete it to fetch it again"
+            "quickstart corpus",
+            str(folder),
+            "holds no Mallard help pages (LOCALE/GUIDE/NAME.page)",
+            "delete it to fetch it again",
         )
     return sorted(pages, key=lambda page: (page.language, page.name))
 

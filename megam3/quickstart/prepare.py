@@ -19,7 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megam3.obs.log import setup_logging
-from megam3.quickstart.corpus import Corpus, corpus_from_pages, corpus_from_pairs, training_passages, training_texts, write_corpus
+from megam3.quickstart.corpus import (
+    Corpus,
+    corpus_from_pages,
+    corpus_from_pairs,
+    training_passages,
+    training_texts,
+    write_corpus,
+)
 from megam3.quickstart.encoder import EncoderInit, EncoderSize, build_encoder
 from megam3.quickstart.fetch import fetch_help_pages
 from megam3.quickstart.pages import read_help_pages
@@ -64,23 +71,43 @@ def prepare(
         return prepared
     corpus = _load_corpus(Path(pairs) if pairs else None, Path(cache or folder / "cache"))
     write_corpus(corpus, folder)
-    logger.info("%d training pairs, %d held-out queries, %d passages", len(corpus.train), len(corpus.queries), len(corpus.passages))
+    logger.info(
+        "%d training pairs, %d held-out queries, %d passages",
+        len(corpus.train),
+        len(corpus.queries),
+        len(corpus.passages),
+    )
     with tempfile.TemporaryDirectory(prefix="encoder-", dir=folder) as aside:
-        tokenizer = train_tokenizer(training_texts(corpus), Path(aside) / "encoder", vocab_size, size.max_tokens)
+        tokenizer = train_tokenizer(
+            training_texts(corpus), Path(aside) / "encoder", vocab_size, size.max_tokens
+        )
         model = build_encoder(tokenizer, training_passages(corpus), Path(aside) / "encoder", size, init, seed)
         shutil.rmtree(prepared.encoder_folder, ignore_errors=True)
         os.replace(Path(aside) / "encoder", prepared.encoder_folder)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    logger.info("tokenizer of %d ids, encoder of %.1f M parameters in %s", len(tokenizer), num_parameters / 1e6, prepared.encoder_folder)
+    logger.info(
+        "tokenizer of %d ids, encoder of %.1f M parameters in %s",
+        len(tokenizer),
+        num_parameters / 1e6,
+        prepared.encoder_folder,
+    )
     return prepared
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of this module."""
-    parser = argparse.ArgumentParser(prog="megam3.quickstart.prepare", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="megam3.quickstart.prepare", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("folder", help="where everything goes")
-    parser.add_argument("--data", default=None, help="your own pairs (JSONL); without it the GNOME help pages are fetched with apt-get")
-    parser.add_argument("--cache", default=None, help="where the fetched package is kept; default: FOLDER/cache")
+    parser.add_argument(
+        "--data",
+        default=None,
+        help="your own pairs (JSONL); without it the GNOME help pages are fetched with apt-get",
+    )
+    parser.add_argument(
+        "--cache", default=None, help="where the fetched package is kept; default: FOLDER/cache"
+    )
     parser.add_argument("--vocab-size", type=int, default=16_000)
     defaults = EncoderSize()
     parser.add_argument("--layers", type=int, default=defaults.num_layers)

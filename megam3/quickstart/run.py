@@ -20,7 +20,9 @@ from pathlib import Path
 
 from megam3.dist.env import prepare_environment
 
-prepare_environment(os.environ)  # DeepSpeed, which reads the checkpoint, looks for an accelerator while it is imported
+prepare_environment(
+    os.environ
+)  # DeepSpeed, which reads the checkpoint, looks for an accelerator while it is imported
 
 import torch
 from rich.console import Console
@@ -54,10 +56,17 @@ NUM_EXAMPLES = 3
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all of it; the exit code."""
     parser = argparse.ArgumentParser(
-        prog="megam3 quickstart", description="Train, evaluate, export and query a small retriever on real text."
+        prog="megam3 quickstart",
+        description="Train, evaluate, export and query a small retriever on real text.",
     )
-    parser.add_argument("--data", default=None, help='your own pairs, JSONL of {"query": …, "pos": […]}; without it: GNOME\'s help pages')
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe, as in training")
+    parser.add_argument(
+        "--data",
+        default=None,
+        help='your own pairs, JSONL of {"query": …, "pos": […]}; without it: GNOME\'s help pages',
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="fields of the recipe, as in training"
+    )
     given = parser.parse_args(argv)
     setup_logging(None, is_main=True)
     disable_progress_bar()
@@ -79,7 +88,14 @@ def train(config: RunConfig, prepared: Prepared, overrides: Sequence[str]) -> No
         TrainingError: training ended with another exit code than 0.
     """
     launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "--quiet", "--num_accelerators", str(NUM_RANKS), "--master_port", str(free_port())]
+    command = [
+        str(launcher),
+        "--quiet",
+        "--num_accelerators",
+        str(NUM_RANKS),
+        "--master_port",
+        str(free_port()),
+    ]
     command += ["--module", "megam3.train", RECIPE, *overrides]
     command += [
         f"model.path={prepared.encoder_folder}",
@@ -90,7 +106,10 @@ def train(config: RunConfig, prepared: Prepared, overrides: Sequence[str]) -> No
     code = subprocess.run(command, env={"DS_ACCELERATOR": "cpu", **os.environ}).returncode
     if code != 0:
         raise TrainingError(
-            "quickstart training", code, "must end with exit code 0", f"see {Path(config.output_dir) / config.name / 'log.txt'}"
+            "quickstart training",
+            code,
+            "must end with exit code 0",
+            f"see {Path(config.output_dir) / config.name / 'log.txt'}",
         )
 
 
@@ -127,7 +146,9 @@ def show(config: RunConfig, run_dir: Path, prepared: Prepared, export: Path, sec
 
 def answers(embedder: M3Embedder, dataset: BeirDataset, config: RunConfig) -> Table:
     """The best passage by all three heads for one query in each of three languages."""
-    chosen = [dataset.languages.index(language) for language in dict.fromkeys(dataset.languages)][:NUM_EXAMPLES]
+    chosen = [dataset.languages.index(language) for language in dict.fromkeys(dataset.languages)][
+        :NUM_EXAMPLES
+    ]
     tokenize, limits = embedder_tokenize(embedder), config.evaluation
     query_ids = tokenize([dataset.queries[i] for i in chosen], limits.query_max_tokens)
     with torch.no_grad():
@@ -137,10 +158,22 @@ def answers(embedder: M3Embedder, dataset: BeirDataset, config: RunConfig) -> Ta
         tokenize(dataset.passages, limits.passage_max_tokens), batch_tokens=limits.batch_tokens
     ):
         scores_QP[:, columns] = score_heads(queries, passages, limits.weights).by_name()["sum"].cpu()
-    table = Table("language", "query", "best passage", "right", title="answers from the exported folder", title_justify="left")
+    table = Table(
+        "language",
+        "query",
+        "best passage",
+        "right",
+        title="answers from the exported folder",
+        title_justify="left",
+    )
     for row, index in enumerate(chosen):
         best = int(scores_QP[row].argmax())
         relevant = dataset.qrels[dataset.query_ids[index]]
         right = "yes" if relevant.get(dataset.passage_ids[best], 0) > 0 else "no"
-        table.add_row(dataset.languages[index], dataset.queries[index], dataset.passages[best][:100].replace("\n", " "), right)
+        table.add_row(
+            dataset.languages[index],
+            dataset.queries[index],
+            dataset.passages[best][:100].replace("\n", " "),
+            right,
+        )
     return table

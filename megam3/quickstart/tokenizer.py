@@ -31,7 +31,11 @@ _SPECIAL_TOKENS = {
 
 
 def train_tokenizer(
-    texts: Iterable[str], folder: str | Path, vocab_size: int = 16_000, max_tokens: int = 8192, num_threads: int | None = None
+    texts: Iterable[str],
+    folder: str | Path,
+    vocab_size: int = 16_000,
+    max_tokens: int = 8192,
+    num_threads: int | None = None,
 ) -> PreTrainedTokenizerBase:
     """Learn pieces from `texts`, save the tokenizer to `folder` and load it back.
 
@@ -57,7 +61,10 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise DataError(
-            "tokenizer text", f"{len(lines)} lines", f"sentencepiece cannot learn from it ({error})", "give more text"
+            "tokenizer text",
+            f"{len(lines)} lines",
+            f"sentencepiece cannot learn from it ({error})",
+            "give more text",
         ) from None
     (folder / "sentencepiece.bpe.model").write_bytes(model.getvalue())
     config = {**_SPECIAL_TOKENS, "model_max_length": max_tokens, "tokenizer_class": "XLMRobertaTokenizer"}

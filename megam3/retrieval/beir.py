@@ -51,14 +51,25 @@ def _read_records(path: Path) -> Iterator[dict]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(where, line[:80], f"is not JSON ({error.msg})", "write one JSON object a line") from None
-        if not isinstance(record, dict) or not isinstance(record.get("_id"), str | int) or not isinstance(record.get("text"), str):
             raise DataError(
-                where, line[:80], "needs `_id` and a text under `text`", "see BEIR's format: https://github.com/beir-cellar/beir"
+                where, line[:80], f"is not JSON ({error.msg})", "write one JSON object a line"
+            ) from None
+        if (
+            not isinstance(record, dict)
+            or not isinstance(record.get("_id"), str | int)
+            or not isinstance(record.get("text"), str)
+        ):
+            raise DataError(
+                where,
+                line[:80],
+                "needs `_id` and a text under `text`",
+                "see BEIR's format: https://github.com/beir-cellar/beir",
             )
         record["_id"] = str(record["_id"])
         if record["_id"] in seen:
-            raise DataError(where, record["_id"], "this `_id` was there before", "give every line an `_id` of its own")
+            raise DataError(
+                where, record["_id"], "this `_id` was there before", "give every line an `_id` of its own"
+            )
         seen.add(record["_id"])
         yield record
 
@@ -69,7 +80,12 @@ def _read_qrels(path: Path) -> Iterator[tuple[str, str, str, int]]:
         if number == 0 and fields[-1].strip() == "score":
             continue
         if len(fields) != 3 or not fields[2].strip().lstrip("-").isdigit():
-            raise DataError(where, line[:80], "needs three fields: query-id, corpus-id and a whole number", "separate them by tabs")
+            raise DataError(
+                where,
+                line[:80],
+                "needs three fields: query-id, corpus-id and a whole number",
+                "separate them by tabs",
+            )
         yield where, fields[0].strip(), fields[1].strip(), int(fields[2])
 
 
@@ -95,13 +111,28 @@ def read_beir(folder: str | Path, split: str = "test") -> BeirDataset:
     qrels: dict[str, dict[str, int]] = {}
     for where, query, passage, grade in _read_qrels(qrels_file):
         if query not in queries:
-            raise DataError(where, query, "names a query that queries.jsonl does not hold", "use the files of one data set")
+            raise DataError(
+                where,
+                query,
+                "names a query that queries.jsonl does not hold",
+                "use the files of one data set",
+            )
         if passage not in passages:
-            raise DataError(where, passage, "names a passage that corpus.jsonl does not hold", "use the files of one data set")
+            raise DataError(
+                where,
+                passage,
+                "names a passage that corpus.jsonl does not hold",
+                "use the files of one data set",
+            )
         qrels.setdefault(query, {})[passage] = grade
     qrels = {query: grades for query, grades in qrels.items() if max(grades.values()) > 0}
     if not qrels:
-        raise DataError("evaluation folder", str(qrels_file), "holds no judgement above 0", "nothing can be measured without one")
+        raise DataError(
+            "evaluation folder",
+            str(qrels_file),
+            "holds no judgement above 0",
+            "nothing can be measured without one",
+        )
     kept = [query for query in queries if query in qrels]
     return BeirDataset(
         name=folder.name,

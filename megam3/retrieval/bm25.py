@@ -16,7 +16,9 @@ def _words(token_ids: Sequence[Sequence[int]]) -> list[list[str]]:
     return [[str(token) for token in ids[1:-1]] for ids in token_ids]
 
 
-def bm25_hits(query_ids: Sequence[Sequence[int]], passage_ids: Sequence[Sequence[int]], num_hits: int) -> Hits:
+def bm25_hits(
+    query_ids: Sequence[Sequence[int]], passage_ids: Sequence[Sequence[int]], num_hits: int
+) -> Hits:
     """The best passages by BM25 (Lucene's variant, k1 1.5, b 0.75: bm25s' defaults) of token ids that include both special tokens.
 
     Each rank scores its share of the queries over the whole corpus; every rank gets all hits. A score of 0 is no hit.
@@ -32,6 +34,10 @@ def bm25_hits(query_ids: Sequence[Sequence[int]], passage_ids: Sequence[Sequence
             scores_QK[query], rows_QK[query] = -torch.inf, NO_ROW
             continue
         scores_P = torch.from_numpy(index.get_scores(known)).float()
-        hits = top_k(scores_P.masked_fill(scores_P <= 0, -torch.inf)[None], torch.arange(len(passage_ids))[None], num_hits)
+        hits = top_k(
+            scores_P.masked_fill(scores_P <= 0, -torch.inf)[None],
+            torch.arange(len(passage_ids))[None],
+            num_hits,
+        )
         scores_QK[query], rows_QK[query] = hits.scores_QK[0], hits.rows_QK[0]
     return Hits(comm.all_reduce_sum(scores_QK), comm.all_reduce_sum(rows_QK))

@@ -82,7 +82,12 @@ def encode_texts(
     rows: list[Tensor] | None = [nothing] * num_texts
     for batch, encoded in encode_batches(encode_ids, token_ids, batch_tokens):
         if not all(bool(values.isfinite().all()) for values in encoded.floats()):
-            raise CheckpointError("model", "its weights", "give representations that are not finite", "evaluate an earlier checkpoint")
+            raise CheckpointError(
+                "model",
+                "its weights",
+                "give representations that are not finite",
+                "evaluate an earlier checkpoint",
+            )
         if rows is not None and num_rows * encoded.multi_KC.shape[1] * multi_dtype.itemsize > multi_bytes:
             rows = None
         parts = [
@@ -109,13 +114,19 @@ def encode_texts(
 
 
 def multi_vector_rows(
-    passages: EncodedTexts, wanted: Sequence[int], encode_ids: EncodeIds, token_ids: Sequence[Sequence[int]], batch_tokens: int
+    passages: EncodedTexts,
+    wanted: Sequence[int],
+    encode_ids: EncodeIds,
+    token_ids: Sequence[Sequence[int]],
+    batch_tokens: int,
 ) -> Iterator[tuple[int, Tensor]]:
     """(passage, its rows in fp32) for the `wanted` passages, in any order: from memory, or encoded again when they were not kept."""
     if passages.multi_rows is not None:
         for passage in wanted:
             yield passage, passages.multi_rows[passage].float()
         return
-    for batch, encoded in encode_batches(encode_ids, [token_ids[passage] for passage in wanted], batch_tokens):
+    for batch, encoded in encode_batches(
+        encode_ids, [token_ids[passage] for passage in wanted], batch_tokens
+    ):
         for position, rows in zip(batch, _split(encoded.multi_KC.float().cpu(), encoded.multi_offsets_N1)):
             yield wanted[position], rows

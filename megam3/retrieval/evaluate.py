@@ -25,7 +25,15 @@ from megam3.retrieval.bm25 import bm25_hits
 from megam3.retrieval.encode import EncodedTexts, EncodeIds, encode_texts, multi_vector_rows
 from megam3.retrieval.metrics import DEPTH, mean_by_group, mean_metrics, score_rankings
 from megam3.retrieval.results import EvaluationResult, ModeResult
-from megam3.retrieval.search import Candidates, best_of, dense_blocks, lexical_blocks, local_candidates, score_candidates, unite
+from megam3.retrieval.search import (
+    Candidates,
+    best_of,
+    dense_blocks,
+    lexical_blocks,
+    local_candidates,
+    score_candidates,
+    unite,
+)
 from megam3.retrieval.topk import NO_ROW, Hits, sort_by_score
 
 MODES = ("Dense", "Sparse", "Multi-vec", "Dense+Sparse", "All", "BM25")
@@ -46,7 +54,9 @@ def check_modes(modes: Sequence[str]) -> None:
     """Raises ConfigError for a name that is no mode."""
     for mode in modes:
         if mode not in MODES:
-            raise ConfigError("modes", mode, f"must be among {', '.join(MODES)}", "check the spelling, capitals included")
+            raise ConfigError(
+                "modes", mode, f"must be among {', '.join(MODES)}", "check the spelling, capitals included"
+            )
 
 
 def length_bucket(num_tokens: int) -> str:
@@ -74,23 +84,36 @@ def rank_candidates(candidates: Candidates, config: EvaluationConfig) -> dict[st
     three_QK = two_QK + weights.multi_vector * candidates.multi_vector_QK
 
     def ranked(scores_QK: Tensor, allowed_QK: Tensor) -> Hits:
-        return sort_by_score(scores_QK.masked_fill(~allowed_QK | (rows_QK == NO_ROW), -torch.inf), rows_QK, DEPTH)
+        return sort_by_score(
+            scores_QK.masked_fill(~allowed_QK | (rows_QK == NO_ROW), -torch.inf), rows_QK, DEPTH
+        )
 
     return {
-        "Multi-vec": ranked(candidates.multi_vector_QK, (column_K < min(config.rerank_dense, candidates.num_dense)).expand_as(rows_QK)),
+        "Multi-vec": ranked(
+            candidates.multi_vector_QK,
+            (column_K < min(config.rerank_dense, candidates.num_dense)).expand_as(rows_QK),
+        ),
         "Dense+Sparse": ranked(two_QK, hybrid_QK),
         "All": ranked(three_QK, hybrid_QK),
     }
 
 
-def _search(texts: _Tokenised, encode_ids: EncodeIds, config: EvaluationConfig, modes: Sequence[str]) -> dict[str, Hits]:
+def _search(
+    texts: _Tokenised, encode_ids: EncodeIds, config: EvaluationConfig, modes: Sequence[str]
+) -> dict[str, Hits]:
     """Rankings of the five modes, the same on every rank."""
     own_ids = texts.passage_ids[comm.rank() :: comm.world_size()]
-    queries = encode_texts(encode_ids, texts.query_ids, config.batch_tokens, torch.float32, multi_bytes=1 << 62)
+    queries = encode_texts(
+        encode_ids, texts.query_ids, config.batch_tokens, torch.float32, multi_bytes=1 << 62
+    )
     passages = encode_texts(encode_ids, own_ids, config.batch_tokens)
     num_queries = queries.num_texts
-    dense = best_of(dense_blocks(queries, passages), num_queries, max(config.rerank_dense, config.rerank_hybrid, DEPTH))
-    lexical = best_of(lexical_blocks(queries, passages), num_queries, max(config.rerank_hybrid, DEPTH), positive_only=True)
+    dense = best_of(
+        dense_blocks(queries, passages), num_queries, max(config.rerank_dense, config.rerank_hybrid, DEPTH)
+    )
+    lexical = best_of(
+        lexical_blocks(queries, passages), num_queries, max(config.rerank_hybrid, DEPTH), positive_only=True
+    )
     hits = {"Dense": dense, "Sparse": lexical}
     if {"Multi-vec", "Dense+Sparse", "All"}.intersection(modes):
         with_multi = {"Multi-vec", "All"}.intersection(modes)
@@ -111,7 +134,11 @@ def _rerank(
     lexical = hits["Sparse"].first(config.rerank_hybrid)
     united = unite(dense, lexical)
     wanted = local_candidates(united[0])
-    rows = multi_vector_rows(passages, sorted(wanted), encode_ids, own_ids, config.batch_tokens) if with_multi else None
+    rows = (
+        multi_vector_rows(passages, sorted(wanted), encode_ids, own_ids, config.batch_tokens)
+        if with_multi
+        else None
+    )
     return rank_candidates(score_candidates(queries, passages, dense, rows, wanted, united), config)
 
 
@@ -122,13 +149,22 @@ def _mode_result(dataset: BeirDataset, hits: Hits, buckets: dict[str, str]) -> M
     }
     per_query = score_rankings(dataset.qrels, rankings)
     languages = dict(sorted(zip(dataset.query_ids, dataset.languages), key=lambda item: item[1]))
-    return ModeResult(mean_metrics(list(per_query.values())), mean_by_group(per_query, languages), mean_by_group(per_query, buckets))
+    return ModeResult(
+        mean_metrics(list(per_query.values())),
+        mean_by_group(per_query, languages),
+        mean_by_group(per_query, buckets),
+    )
 
 
 def _buckets(dataset: BeirDataset, lengths: dict[str, int]) -> dict[str, str]:
     """query -> length bucket of its longest relevant passage, short buckets first."""
-    longest = {query: max(lengths[passage] for passage, grade in dataset.qrels[query].items() if grade > 0) for query in dataset.query_ids}
-    return {query: length_bucket(longest[query]) for query in sorted(longest, key=lambda query: longest[query])}
+    longest = {
+        query: max(lengths[passage] for passage, grade in dataset.qrels[query].items() if grade > 0)
+        for query in dataset.query_ids
+    }
+    return {
+        query: length_bucket(longest[query]) for query in sorted(longest, key=lambda query: longest[query])
+    }
 
 
 def evaluate(
@@ -146,7 +182,10 @@ def evaluate(
     """
     check_modes(modes)
     started = time.perf_counter()
-    texts = _Tokenised(tokenize(dataset.queries, config.query_max_tokens), tokenize(dataset.passages, config.passage_max_tokens))
+    texts = _Tokenised(
+        tokenize(dataset.queries, config.query_max_tokens),
+        tokenize(dataset.passages, config.passage_max_tokens),
+    )
     hits: dict[str, Hits] = {}
     if set(modes) - {"BM25"}:
         hits |= _search(texts, encode_ids, config, modes)

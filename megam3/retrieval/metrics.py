@@ -15,12 +15,17 @@ DEPTH = 100
 """Ranks that matter to any metric."""
 
 
-def score_rankings(qrels: Mapping[str, Mapping[str, int]], rankings: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
+def score_rankings(
+    qrels: Mapping[str, Mapping[str, int]], rankings: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, float]]:
     """Metrics of every query in `qrels` from its ranking (passage ids, best first); a query without a ranking scores 0."""
 
     def run(depth: int) -> dict[str, dict[str, float]]:
         # trec_eval sorts by score and breaks ties by id; ranks as scores keep our order
-        return {query: {passage: float(-rank) for rank, passage in enumerate(rankings.get(query, ())[:depth])} for query in qrels}
+        return {
+            query: {passage: float(-rank) for rank, passage in enumerate(rankings.get(query, ())[:depth])}
+            for query in qrels
+        }
 
     judged = {query: dict(grades) for query, grades in qrels.items()}
     wide = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recall.100"}).evaluate(run(DEPTH))
@@ -39,9 +44,13 @@ def mean_metrics(per_query: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(values[name] for values in per_query) / count for name in METRICS}
 
 
-def mean_by_group(per_query: Mapping[str, Mapping[str, float]], group_of: Mapping[str, str]) -> dict[str, dict[str, float]]:
+def mean_by_group(
+    per_query: Mapping[str, Mapping[str, float]], group_of: Mapping[str, str]
+) -> dict[str, dict[str, float]]:
     """Means over the queries of each group, in the order in which groups first appear, with their size under `queries`."""
     members: dict[str, list[Mapping[str, float]]] = {}
     for query, group in group_of.items():
         members.setdefault(group, []).append(per_query[query])
-    return {group: {"queries": float(len(values)), **mean_metrics(values)} for group, values in members.items()}
+    return {
+        group: {"queries": float(len(values)), **mean_metrics(values)} for group, values in members.items()
+    }

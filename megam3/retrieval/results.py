@@ -39,7 +39,9 @@ class EvaluationResult:
     def scalars(self) -> dict[str, float]:
         """Flat names for logs, such as `eval/heldout/All/ndcg@10`."""
         return {
-            f"eval/{self.dataset}/{mode}/{name}": value for mode, result in self.modes.items() for name, value in result.overall.items()
+            f"eval/{self.dataset}/{mode}/{name}": value
+            for mode, result in self.modes.items()
+            for name, value in result.overall.items()
         }
 
     def write(self, path: str | Path) -> None:
@@ -66,7 +68,11 @@ def overall_table(results: Sequence[EvaluationResult]) -> Table:
         for name in METRICS:
             table.add_column(f"{result.dataset}\n{name}" if len(results) > 1 else name, justify="right")
     for mode in dict.fromkeys(mode for result in results for mode in result.modes):
-        cells = [f"{r.modes[mode].overall[name]:.3f}" if mode in r.modes else "" for r in results for name in METRICS]
+        cells = [
+            f"{r.modes[mode].overall[name]:.3f}" if mode in r.modes else ""
+            for r in results
+            for name in METRICS
+        ]
         table.add_row(mode, *cells)
     return table
 
@@ -80,5 +86,9 @@ def group_table(result: EvaluationResult, by: str, metric: str = METRICS[0]) -> 
     for mode in groups:
         table.add_column(mode, justify="right")
     for group, values in next(iter(groups.values())).items():
-        table.add_row(group, f"{values['queries']:.0f}", *(f"{of_mode[group][metric]:.3f}" for of_mode in groups.values()))
+        table.add_row(
+            group,
+            f"{values['queries']:.0f}",
+            *(f"{of_mode[group][metric]:.3f}" for of_mode in groups.values()),
+        )
     return table

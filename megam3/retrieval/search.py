@@ -37,14 +37,18 @@ class Candidates:
     """Scores; 0 where there is no passage."""
 
 
-def dense_blocks(queries: EncodedTexts, passages: EncodedTexts, chunk_elements: int = CHUNK_ELEMENTS) -> Iterator[tuple[int, Tensor]]:
+def dense_blocks(
+    queries: EncodedTexts, passages: EncodedTexts, chunk_elements: int = CHUNK_ELEMENTS
+) -> Iterator[tuple[int, Tensor]]:
     """(first passage, scores_QP) of consecutive runs of passages."""
     step = max(1, chunk_elements // max(queries.num_texts, 1))
     for first in range(0, passages.num_texts, step):
         yield first, queries.dense_ND @ passages.dense_ND[first : first + step].T
 
 
-def lexical_blocks(queries: EncodedTexts, passages: EncodedTexts, chunk_elements: int = CHUNK_ELEMENTS) -> Iterator[tuple[int, Tensor]]:
+def lexical_blocks(
+    queries: EncodedTexts, passages: EncodedTexts, chunk_elements: int = CHUNK_ELEMENTS
+) -> Iterator[tuple[int, Tensor]]:
     """As `dense_blocks`, for lexical scores."""
     step = max(1, chunk_elements // max(queries.num_texts, 1))
     query_side = queries.lexical_weights_Z, queries.lexical_ids_Z, queries.lexical_offsets_N1
@@ -53,7 +57,12 @@ def lexical_blocks(queries: EncodedTexts, passages: EncodedTexts, chunk_elements
         pairs = slice(int(offsets[0]), int(offsets[-1]))
         yield (
             first,
-            lexical_scores(*query_side, passages.lexical_weights_Z[pairs], passages.lexical_ids_Z[pairs], offsets - offsets[0]),
+            lexical_scores(
+                *query_side,
+                passages.lexical_weights_Z[pairs],
+                passages.lexical_ids_Z[pairs],
+                offsets - offsets[0],
+            ),
         )
 
 
@@ -62,7 +71,9 @@ def global_rows(first: int, count: int) -> Tensor:
     return (torch.arange(count) + first) * comm.world_size() + comm.rank()
 
 
-def best_of(blocks: Iterable[tuple[int, Tensor]], num_queries: int, num_hits: int, positive_only: bool = False) -> Hits:
+def best_of(
+    blocks: Iterable[tuple[int, Tensor]], num_queries: int, num_hits: int, positive_only: bool = False
+) -> Hits:
     """The best passages over all blocks and all ranks. `positive_only`: a score of 0 is no hit (no id in common)."""
     hits = empty_hits(num_queries)
     for first, scores_QP in blocks:
@@ -79,7 +90,9 @@ def _pick(blocks: Iterable[tuple[int, Tensor]], rows_QK: Tensor) -> Tensor:
     local_QK = (rows_QK - comm.rank()) // comm.world_size()
     mine_QK = (rows_QK != NO_ROW) & (rows_QK % comm.world_size() == comm.rank())
     for first, scores_QP in blocks:
-        query, column = (mine_QK & (local_QK >= first) & (local_QK < first + scores_QP.shape[1])).nonzero(as_tuple=True)
+        query, column = (mine_QK & (local_QK >= first) & (local_QK < first + scores_QP.shape[1])).nonzero(
+            as_tuple=True
+        )
         picked_QK[query, column] = scores_QP[query, local_QK[query, column] - first]
     return picked_QK
 
@@ -106,7 +119,9 @@ def local_candidates(rows_QK: Tensor) -> dict[int, list[tuple[int, int]]]:
     return wanted
 
 
-def maxsim_of(query_rows: Sequence[Tensor], passage_rows_LC: Tensor, chunk_elements: int = CHUNK_ELEMENTS) -> Tensor:
+def maxsim_of(
+    query_rows: Sequence[Tensor], passage_rows_LC: Tensor, chunk_elements: int = CHUNK_ELEMENTS
+) -> Tensor:
     """Mean over each query's rows of the best product with a passage row, [number of queries]; 0 for a text without rows."""
     scores = torch.zeros(len(query_rows))
     if passage_rows_LC.shape[0] == 0:
@@ -117,7 +132,9 @@ def maxsim_of(query_rows: Sequence[Tensor], passage_rows_LC: Tensor, chunk_eleme
         best_K = (torch.cat(list(part)).float() @ passage_rows_LC.T).amax(dim=1)
         counts = torch.tensor([len(rows) for rows in part])
         query_K = torch.repeat_interleave(torch.arange(len(part)), counts)
-        scores[first : first + step] = torch.zeros(len(part)).index_add_(0, query_K, best_K) / counts.clamp(min=1)
+        scores[first : first + step] = torch.zeros(len(part)).index_add_(0, query_K, best_K) / counts.clamp(
+            min=1
+        )
     return scores
 
 
@@ -138,6 +155,10 @@ def score_candidates(
         asking = wanted[passage]
         places = torch.tensor(asking)
         multi_QK[places[:, 0], places[:, 1]] = maxsim_of([query_rows[query] for query, _ in asking], rows_LC)
-    scores = [_pick(dense_blocks(queries, passages), rows_QK), _pick(lexical_blocks(queries, passages), rows_QK), multi_QK]
+    scores = [
+        _pick(dense_blocks(queries, passages), rows_QK),
+        _pick(lexical_blocks(queries, passages), rows_QK),
+        multi_QK,
+    ]
     dense_QK, lexical_QK, multi_QK = (comm.all_reduce_sum(score) for score in scores)
     return Candidates(rows_QK, dense.rows_QK.shape[1], both_QK, dense_QK, lexical_QK, multi_QK)

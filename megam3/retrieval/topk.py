@@ -58,7 +58,10 @@ def empty_hits(num_queries: int) -> Hits:
 
 def merge_hits(first: Hits, second: Hits, num_hits: int) -> Hits:
     """The best of both."""
-    scores, rows = torch.cat([first.scores_QK, second.scores_QK], 1), torch.cat([first.rows_QK, second.rows_QK], 1)
+    scores, rows = (
+        torch.cat([first.scores_QK, second.scores_QK], 1),
+        torch.cat([first.rows_QK, second.rows_QK], 1),
+    )
     return sort_by_score(scores, rows, num_hits)
 
 

@@ -38,7 +38,12 @@ class Scores:
 
     def by_name(self) -> dict[str, Tensor]:
         """The matrices that exist, keyed dense, lexical, multi_vector, sum."""
-        named = {"dense": self.dense_QP, "lexical": self.lexical_QP, "multi_vector": self.multi_vector_QP, "sum": self.sum_QP}
+        named = {
+            "dense": self.dense_QP,
+            "lexical": self.lexical_QP,
+            "multi_vector": self.multi_vector_QP,
+            "sum": self.sum_QP,
+        }
         return {name: scores for name, scores in named.items() if scores is not None}
 
 
@@ -54,7 +59,9 @@ def _lexical(queries: Representations, passages: Representations) -> Tensor:
 
 
 def _multi(queries: Representations, passages: Representations, maxsim: Literal["mean", "sum"]) -> Tensor:
-    return maxsim_scores(queries.multi_KC, queries.multi_offsets_N1, passages.multi_KC, passages.multi_offsets_N1, maxsim)
+    return maxsim_scores(
+        queries.multi_KC, queries.multi_offsets_N1, passages.multi_KC, passages.multi_offsets_N1, maxsim
+    )
 
 
 def _with_sum(heads: dict[str, Tensor], weights: HeadWeights | None) -> Scores:
@@ -119,10 +126,16 @@ def gather_queries(queries: Representations, counts: RankCounts, heads: Collecti
         replaced = replace(replaced, dense_ND=gather_rows(queries.dense_ND, counts.queries))
     if "lexical" in heads:
         weights = gather_rows(queries.lexical_weights_Z, counts.query_pairs)
-        ids, offsets = gather_rows(queries.lexical_ids_Z, counts.query_pairs), gather_offsets(queries.lexical_offsets_N1, counts.queries)
+        ids, offsets = (
+            gather_rows(queries.lexical_ids_Z, counts.query_pairs),
+            gather_offsets(queries.lexical_offsets_N1, counts.queries),
+        )
         replaced = replace(replaced, lexical_weights_Z=weights, lexical_ids_Z=ids, lexical_offsets_N1=offsets)
     if "multi_vector" in heads:
-        rows, offsets = gather_rows(queries.multi_KC, counts.query_rows), gather_offsets(queries.multi_offsets_N1, counts.queries)
+        rows, offsets = (
+            gather_rows(queries.multi_KC, counts.query_rows),
+            gather_offsets(queries.multi_offsets_N1, counts.queries),
+        )
         replaced = replace(replaced, multi_KC=rows, multi_offsets_N1=offsets)
     return replaced
 
@@ -148,6 +161,9 @@ def score_global(
     travelling = [name for name in HEADS[1:] if name in heads]
     if travelling:
         everyones = gather_queries(queries, counts, travelling)
-        blocks = [_lexical(everyones, passages) if name == "lexical" else _multi(everyones, passages, maxsim) for name in travelling]
+        blocks = [
+            _lexical(everyones, passages) if name == "lexical" else _multi(everyones, passages, maxsim)
+            for name in travelling
+        ]
         scored.update(zip(travelling, exchange_columns(torch.stack(blocks), counts.queries, counts.passages)))
     return _with_sum(scored, weights)

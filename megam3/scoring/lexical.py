@@ -35,7 +35,9 @@ class _Pairs:
     def text_Z(self) -> Tensor:
         """Text of each pair."""
         lengths = self.offsets_N1[1:] - self.offsets_N1[:-1]
-        return torch.repeat_interleave(torch.arange(lengths.shape[0], device=lengths.device), lengths, output_size=self.ids_Z.shape[0])
+        return torch.repeat_interleave(
+            torch.arange(lengths.shape[0], device=lengths.device), lengths, output_size=self.ids_Z.shape[0]
+        )
 
 
 @dataclass(frozen=True)
@@ -59,22 +61,46 @@ def _ranges(offsets_Q1: Tensor, max_elements: int) -> Iterator[tuple[slice, slic
     offsets = offsets_Q1.tolist()
     start = 0
     for stop in range(1, len(offsets)):
-        if stop == len(offsets) - 1 or (offsets[stop + 1] - offsets[start]) * (stop + 1 - start) > max_elements:
+        if (
+            stop == len(offsets) - 1
+            or (offsets[stop + 1] - offsets[start]) * (stop + 1 - start) > max_elements
+        ):
             yield slice(start, stop), slice(offsets[start], offsets[stop])
             start = stop
 
 
-def _block(queries: _Pairs, query_Z: Tensor, passages: _Pairs, passage_Z: Tensor, texts: slice, pairs: slice, dtype: torch.dtype) -> _Block:
+def _block(
+    queries: _Pairs,
+    query_Z: Tensor,
+    passages: _Pairs,
+    passage_Z: Tensor,
+    texts: slice,
+    pairs: slice,
+    dtype: torch.dtype,
+) -> _Block:
     ids_U, column_z = torch.unique(queries.ids_Z[pairs], return_inverse=True)
     query_z = query_Z[pairs] - texts.start
     dense_Un = torch.zeros(ids_U.shape[0], texts.stop - texts.start, dtype=dtype, device=ids_U.device)
     dense_Un[column_z, query_z] = queries.weights_Z[pairs].to(dtype)
     place_Z = torch.searchsorted(ids_U, passages.ids_Z)
-    known_Z = ids_U[place_Z.clamp(max=max(ids_U.shape[0] - 1, 0))] == passages.ids_Z if ids_U.shape[0] else torch.zeros_like(place_Z).bool()
+    known_Z = (
+        ids_U[place_Z.clamp(max=max(ids_U.shape[0] - 1, 0))] == passages.ids_Z
+        if ids_U.shape[0]
+        else torch.zeros_like(place_Z).bool()
+    )
     kept = known_Z.nonzero().squeeze(1)
     counts = torch.cat([known_Z.new_zeros(1, dtype=torch.int64), known_Z.cumsum(0)])
     crow = counts[passages.offsets_N1].to(torch.int32)
-    return _Block(texts, pairs, (column_z, query_z), dense_Un, crow, place_Z[kept].to(torch.int32), passage_Z[kept], kept)
+    return _Block(
+        texts,
+        pairs,
+        (column_z, query_z),
+        dense_Un,
+        crow,
+        place_Z[kept].to(torch.int32),
+        passage_Z[kept],
+        kept,
+    )
 
 
 def _blocks(queries: _Pairs, passages: _Pairs, dtype: torch.dtype, max_elements: int) -> Iterator[_Block]:
@@ -85,7 +111,9 @@ def _blocks(queries: _Pairs, passages: _Pairs, dtype: torch.dtype, max_elements:
 
 class _Lexical(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query_w: Tensor, passage_w: Tensor, queries: _Pairs, passages: _Pairs, max_elements: int) -> Tensor:
+    def forward(
+        ctx: Any, query_w: Tensor, passage_w: Tensor, queries: _Pairs, passages: _Pairs, max_elements: int
+    ) -> Tensor:
         dtype = torch.promote_types(torch.promote_types(query_w.dtype, passage_w.dtype), torch.float32)
         num_queries, num_passages = queries.offsets_N1.shape[0] - 1, passages.offsets_N1.shape[0] - 1
         scores_QP = torch.zeros(num_queries, num_passages, dtype=dtype, device=query_w.device)
@@ -102,9 +130,15 @@ class _Lexical(torch.autograd.Function):
     def backward(ctx: Any, grad_QP: Tensor) -> tuple[Tensor | None, ...]:
         query_w, passage_w = ctx.saved_tensors
         query_ids, query_offsets, passage_ids, passage_offsets, max_elements = ctx.structure
-        queries, passages = _Pairs(query_ids, query_w, query_offsets), _Pairs(passage_ids, passage_w, passage_offsets)
+        queries, passages = (
+            _Pairs(query_ids, query_w, query_offsets),
+            _Pairs(passage_ids, passage_w, passage_offsets),
+        )
         dtype = grad_QP.dtype
-        grad_query, grad_passage = torch.zeros_like(query_w, dtype=dtype), torch.zeros_like(passage_w, dtype=dtype)
+        grad_query, grad_passage = (
+            torch.zeros_like(query_w, dtype=dtype),
+            torch.zeros_like(passage_w, dtype=dtype),
+        )
         for block in _blocks(queries, passages, dtype, max_elements):
             grad_Pn = grad_QP[block.queries].T.contiguous()
             sampled = sampled_product(block.crow, block.columns, grad_Pn, block.dense_Un.T.contiguous())

@@ -23,7 +23,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megam3.scoring.sparse import csr_product, transposed_csr
-from megam3.scoring.winners import Chunk, accumulation_dtype, best_by_kernel, best_by_torch, cut_texts, prefers_kernel
+from megam3.scoring.winners import (
+    Chunk,
+    accumulation_dtype,
+    best_by_kernel,
+    best_by_torch,
+    cut_texts,
+    prefers_kernel,
+)
 
 CHUNK_ELEMENTS_CPU = 1 << 20
 """Entries of the product held at a time on a CPU: 4 MB in fp32, which stays in cache until the max has read it."""
@@ -31,10 +38,14 @@ CHUNK_ELEMENTS_CUDA = 1 << 26
 """The same on CUDA: 256 MB, large enough to fill the device."""
 
 
-def _pooling(query_lengths: list[int], reduction: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _pooling(
+    query_lengths: list[int], reduction: str, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Query of each row and the weight it enters the query's score with: 1, or 1/|q| for the mean."""
     lengths = torch.tensor(query_lengths, dtype=torch.int64, device=device)
-    query_K = torch.repeat_interleave(torch.arange(len(query_lengths), device=device), lengths, output_size=sum(query_lengths))
+    query_K = torch.repeat_interleave(
+        torch.arange(len(query_lengths), device=device), lengths, output_size=sum(query_lengths)
+    )
     if reduction == "sum":
         return query_K, torch.ones(query_K.shape[0], dtype=dtype, device=device)
     return query_K, lengths.to(dtype).reciprocal()[query_K]
@@ -54,7 +65,9 @@ class _Pairs:
     def entries(self, rows: slice, passages: Chunk) -> tuple[Tensor, Tensor]:
         """Of some query rows and passages: the winner within the passages' rows, and its coefficient."""
         columns = (self.winner_KP[rows, passages.texts] - passages.rows.start).contiguous()
-        coefficients = self.grad_QP[:, passages.texts].index_select(0, self.query_K[rows]) * self.weight_K[rows, None]
+        coefficients = (
+            self.grad_QP[:, passages.texts].index_select(0, self.query_K[rows]) * self.weight_K[rows, None]
+        )
         return columns, coefficients
 
 
@@ -72,7 +85,12 @@ def _query_gradients(pairs: _Pairs, blocks: list[slice], chunks: list[Chunk]) ->
     def product(rows: slice, passages: Chunk) -> Tensor:
         columns, coefficients = pairs.entries(rows, passages)
         crow = torch.arange(columns.shape[0] + 1, dtype=torch.int32, device=columns.device) * columns.shape[1]
-        return csr_product(crow, columns.flatten(), coefficients.flatten(), pairs.passage_KC[passages.rows].to(coefficients.dtype))
+        return csr_product(
+            crow,
+            columns.flatten(),
+            coefficients.flatten(),
+            pairs.passage_KC[passages.rows].to(coefficients.dtype),
+        )
 
     grad_KC = torch.zeros_like(pairs.query_KC)
     for rows in blocks if chunks else []:
@@ -115,10 +133,14 @@ class _MaxSim(torch.autograd.Function):
         kept = len(passage_lengths) if any(ctx.needs_input_grad[:2]) else 0
         winner_KP = torch.empty(query_KC.shape[0], kept, dtype=torch.int32, device=device)
         find = best_by_kernel if use_kernel else best_by_torch
-        for queries, passages, best in find(query_KC, passage_KC, query_lengths, passage_lengths, winner_KP, chunk):
+        for queries, passages, best in find(
+            query_KC, passage_KC, query_lengths, passage_lengths, winner_KP, chunk
+        ):
             best *= weight_K[queries.rows, None]
             sums = best.new_zeros(queries.texts.stop - queries.texts.start, best.shape[1])
-            scores_QP[queries.texts, passages.texts] = sums.index_add_(0, query_K[queries.rows] - queries.texts.start, best)
+            scores_QP[queries.texts, passages.texts] = sums.index_add_(
+                0, query_K[queries.rows] - queries.texts.start, best
+            )
         ctx.save_for_backward(query_KC, passage_KC, winner_KP, query_K, weight_K)
         ctx.passage_lengths, ctx.chunk = passage_lengths, chunk
         return scores_QP
@@ -179,5 +201,7 @@ def maxsim_scores(
         scores = scores.new_zeros(query_offsets_Q1.shape[0] - 1, scores.shape[1]).index_copy(0, rows, scores)
     if len(passages) < passage_offsets_P1.shape[0] - 1:
         columns = torch.tensor(passages, dtype=torch.int64, device=scores.device)
-        scores = scores.new_zeros(scores.shape[0], passage_offsets_P1.shape[0] - 1).index_copy(1, columns, scores)
+        scores = scores.new_zeros(scores.shape[0], passage_offsets_P1.shape[0] - 1).index_copy(
+            1, columns, scores
+        )
     return scores

@@ -53,8 +53,12 @@ def _best_rows(
         for start in range(0, width, WIDTH):
             column = start + tl.arange(0, WIDTH)
             is_column = column < width
-            left = tl.load(query_start + column[None, :], mask=is_row[:, None] & is_column[None, :], other=0.0)
-            right = tl.load(passage_start + column[:, None], mask=is_column[:, None] & is_place[None, :], other=0.0)
+            left = tl.load(
+                query_start + column[None, :], mask=is_row[:, None] & is_column[None, :], other=0.0
+            )
+            right = tl.load(
+                passage_start + column[:, None], mask=is_column[:, None] & is_place[None, :], other=0.0
+            )
             products = tl.dot(left, right, products, input_precision="ieee")
         products = tl.where(products == products, products, float("inf"))
         products = tl.where(is_place[None, :], products, float("-inf"))
@@ -67,7 +71,9 @@ def _best_rows(
         tl.store(winner_KP + target, winner, mask=is_row)
 
 
-def best_rows(query_KC: Tensor, passage_KC: Tensor, offsets_P1: Tensor, keep_winners: bool) -> tuple[Tensor, Tensor | None]:
+def best_rows(
+    query_KC: Tensor, passage_KC: Tensor, offsets_P1: Tensor, keep_winners: bool
+) -> tuple[Tensor, Tensor | None]:
     """For every query row and passage: the highest product with a row of the passage, and which row that is.
 
     Args:
@@ -80,9 +86,23 @@ def best_rows(query_KC: Tensor, passage_KC: Tensor, offsets_P1: Tensor, keep_win
     """
     num_rows, num_passages = query_KC.shape[0], offsets_P1.shape[0] - 1
     best_KP = torch.empty(num_rows, num_passages, dtype=torch.float32, device=query_KC.device)
-    winner_KP = torch.empty(best_KP.shape if keep_winners else (0,), dtype=torch.int32, device=query_KC.device)
+    winner_KP = torch.empty(
+        best_KP.shape if keep_winners else (0,), dtype=torch.int32, device=query_KC.device
+    )
     if best_KP.numel():
         grid = (triton.cdiv(num_rows, ROWS) * num_passages,)
         shape = (num_rows, query_KC.shape[1], num_passages)
-        _best_rows[grid](query_KC, passage_KC, offsets_P1, best_KP, winner_KP, *shape, keep_winners, ROWS, BLOCK, WIDTH, num_warps=WARPS)
+        _best_rows[grid](
+            query_KC,
+            passage_KC,
+            offsets_P1,
+            best_KP,
+            winner_KP,
+            *shape,
+            keep_winners,
+            ROWS,
+            BLOCK,
+            WIDTH,
+            num_warps=WARPS,
+        )
     return best_KP, winner_KP if keep_winners else None

@@ -8,13 +8,17 @@ from torch import Tensor
 # torch says once per process, at its first CSR tensor, that the layout is in beta: spend that notice here, or every rank prints it
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
+    torch.sparse_csr_tensor(
+        torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1)
+    )
 
 
 def csr_matrix(crow: Tensor, columns: Tensor, values: Tensor, num_columns: int) -> Tensor:
     """[rows, num_columns] with `values` at `columns`, row i holding entries crow[i] … crow[i+1]-1."""
     # the layout was just built by us; checking it would cost as much as using it
-    return torch.sparse_csr_tensor(crow, columns, values, (crow.shape[0] - 1, num_columns), check_invariants=False)
+    return torch.sparse_csr_tensor(
+        crow, columns, values, (crow.shape[0] - 1, num_columns), check_invariants=False
+    )
 
 
 def csr_product(crow: Tensor, columns: Tensor, values: Tensor, dense_XC: Tensor) -> Tensor:

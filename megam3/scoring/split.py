@@ -42,7 +42,12 @@ def keep_heads(representations: Representations, heads: Collection[str]) -> Repr
     kept = representations
     none = kept.lexical_offsets_N1.new_zeros(kept.num_texts + 1)
     if "lexical" not in heads:
-        kept = replace(kept, lexical_weights_Z=kept.lexical_weights_Z[:0], lexical_ids_Z=kept.lexical_ids_Z[:0], lexical_offsets_N1=none)
+        kept = replace(
+            kept,
+            lexical_weights_Z=kept.lexical_weights_Z[:0],
+            lexical_ids_Z=kept.lexical_ids_Z[:0],
+            lexical_offsets_N1=none,
+        )
     if "multi_vector" not in heads:
         kept = replace(kept, multi_KC=kept.multi_KC[:0], multi_offsets_N1=none)
     return kept

@@ -65,7 +65,9 @@ def _equal_runs(lengths: list[int]) -> Iterator[tuple[int, int]]:
             start = text
 
 
-def _segment_max(products_KX: Tensor, lengths: list[int], best_KP: Tensor, winner_KP: Tensor | None, first_row: int) -> None:
+def _segment_max(
+    products_KX: Tensor, lengths: list[int], best_KP: Tensor, winner_KP: Tensor | None, first_row: int
+) -> None:
     """Write the maximum over each passage's columns, and (unless None) the row that reached it, texts of equal length together."""
     column = 0
     for start, count in _equal_runs(lengths):
@@ -85,11 +87,18 @@ Best = Iterator[tuple[Chunk, Chunk, Tensor]]
 
 
 def best_by_torch(
-    query_KC: Tensor, passage_KC: Tensor, query_lengths: list[int], passage_lengths: list[int], winner_KP: Tensor, chunk: int
+    query_KC: Tensor,
+    passage_KC: Tensor,
+    query_lengths: list[int],
+    passage_lengths: list[int],
+    winner_KP: Tensor,
+    chunk: int,
 ) -> Best:
     """Form the row products in chunks; winners go into winner_KP unless it has no columns."""
     dtype, side = accumulation_dtype(query_KC, passage_KC), max(1, int(chunk**0.5))
-    for passages in cut_texts(passage_lengths, max(1, chunk // min(max(query_KC.shape[0], 1), side)), len(passage_lengths)):
+    for passages in cut_texts(
+        passage_lengths, max(1, chunk // min(max(query_KC.shape[0], 1), side)), len(passage_lengths)
+    ):
         block_t = passage_KC[passages.rows].T
         lengths = passage_lengths[passages.texts]
         for queries in cut_texts(query_lengths, max(1, chunk // block_t.shape[1]), len(query_lengths)):
@@ -101,13 +110,20 @@ def best_by_torch(
 
 
 def best_by_kernel(
-    query_KC: Tensor, passage_KC: Tensor, query_lengths: list[int], passage_lengths: list[int], winner_KP: Tensor, chunk: int
+    query_KC: Tensor,
+    passage_KC: Tensor,
+    query_lengths: list[int],
+    passage_lengths: list[int],
+    winner_KP: Tensor,
+    chunk: int,
 ) -> Best:
     """The same by `megam3.scoring.maxsim_triton`, which forms no product in memory: chunks bound the best alone."""
     offsets_P1 = torch.tensor([0, *accumulate(passage_lengths)], dtype=torch.int64, device=query_KC.device)
     query_KC, passage_KC = query_KC.contiguous(), passage_KC.contiguous()
     every_query = Chunk(slice(0, len(query_lengths)), slice(0, query_KC.shape[0]))
-    for passages in cut_texts(passage_lengths, passage_KC.shape[0], max(1, chunk // max(query_KC.shape[0], 1))):
+    for passages in cut_texts(
+        passage_lengths, passage_KC.shape[0], max(1, chunk // max(query_KC.shape[0], 1))
+    ):
         offsets = offsets_P1[passages.texts.start : passages.texts.stop + 1]
         best, winner = best_rows(query_KC, passage_KC, offsets, bool(winner_KP.shape[1]))
         if winner is not None:

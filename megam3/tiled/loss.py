@@ -32,7 +32,9 @@ def _tile_sizes(num_texts: int, size: int) -> list[int]:
 
 def _tile_texts(counts: RankCounts, settings: LossSettings) -> int:
     """Texts per side of a tile; the same on every rank."""
-    return texts_per_tile(sum(counts.query_rows) / max(1, sum(counts.queries)) if "multi_vector" in settings.heads else 0)
+    return texts_per_tile(
+        sum(counts.query_rows) / max(1, sum(counts.queries)) if "multi_vector" in settings.heads else 0
+    )
 
 
 def _own_groups(walk: Walk, queries: Representations, passages: Representations) -> dict[str, Tensor]:
@@ -48,20 +50,30 @@ def _own_groups(walk: Walk, queries: Representations, passages: Representations)
         local_QG = columns_QG[starts[index] : starts[index + 1]] - walk.first_column - edges[index]
         for name, scores in walk.score(query_block, passage_block).by_name().items():
             # without passages there is nothing to gather from, and no row to gather
-            parts[name].append(scores.gather(1, local_QG) if scores.numel() else scores.sum() + scores.new_zeros(local_QG.shape))
+            parts[name].append(
+                scores.gather(1, local_QG)
+                if scores.numel()
+                else scores.sum() + scores.new_zeros(local_QG.shape)
+            )
     return {name: torch.cat(each) for name, each in parts.items()}
 
 
-def _seen(candidates: Candidates, own: dict[str, Tensor], settings: LossSettings, teacher: TeacherGroups | None) -> Tensor:
+def _seen(
+    candidates: Candidates, own: dict[str, Tensor], settings: LossSettings, teacher: TeacherGroups | None
+) -> Tensor:
     """Which places of each query's group its softmax sees; the positive's always."""
     columns_QG, exists_QG = candidates.group_columns()
     seen_QG = exists_QG.clone()
     if candidates.mask_false_negatives:
         seen_QG &= candidates.passage_hash_P[columns_QG] != candidates.positive_hash_Q[:, None]
     if settings.false_negative_margin is not None and settings.margin_source == "sum":
-        seen_QG &= ~margin_mask(own["sum"].detach(), own["sum"].detach()[:, :1].sum(1), settings.false_negative_margin)
+        seen_QG &= ~margin_mask(
+            own["sum"].detach(), own["sum"].detach()[:, :1].sum(1), settings.false_negative_margin
+        )
     elif settings.false_negative_margin is not None and teacher is not None:
-        seen_QG &= ~margin_mask(teacher.scores_QG, teacher.scores_QG[:, :1].sum(1), settings.false_negative_margin)
+        seen_QG &= ~margin_mask(
+            teacher.scores_QG, teacher.scores_QG[:, :1].sum(1), settings.false_negative_margin
+        )
     seen_QG[:, :1] = True
     return seen_QG
 
@@ -92,7 +104,11 @@ class _Sight:
 
 
 def _rows(
-    sights: dict[str, _Sight], means: dict[str, Tensor], seen_QG: Tensor, settings: LossSettings, teacher: TeacherGroups | None
+    sights: dict[str, _Sight],
+    means: dict[str, Tensor],
+    seen_QG: Tensor,
+    settings: LossSettings,
+    teacher: TeacherGroups | None,
 ) -> dict[str, Tensor]:
     """Per-query losses, named as in `LossTerms.terms`; `means` of the heads being distilled."""
     rows: dict[str, Tensor] = {}
@@ -109,7 +125,9 @@ def _rows(
         target_QG = (sights["sum"].own_QG.detach() - of_sum[:, None]).exp()
         share_Q = (sights["sum"].others_Q.detach() - of_sum).exp()
         for name, mean_Q in means.items():
-            rows[f"distill_{name}"] = sights[name].lse_Q - (target_QG * sights[name].own_QG).sum(1) - share_Q * mean_Q
+            rows[f"distill_{name}"] = (
+                sights[name].lse_Q - (target_QG * sights[name].own_QG).sum(1) - share_Q * mean_Q
+            )
     return rows
 
 
@@ -126,14 +144,26 @@ def _everyones(candidates: Candidates, counts: RankCounts) -> Candidates:
 
 
 def _outside(
-    walk: Walk, queries: Representations, passages: Representations, counts: RankCounts, distill: bool, tile_texts: int
+    walk: Walk,
+    queries: Representations,
+    passages: Representations,
+    counts: RankCounts,
+    distill: bool,
+    tile_texts: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """lse, mean and highest logit outside the own group, of this rank's queries; `walk` is that of this rank's queries still."""
     if not walk.candidates.in_batch_negatives:
         dtype = torch.promote_types(queries.dense_ND.dtype, torch.float32)
-        lowest = torch.full((len(walk.names), queries.num_texts), torch.finfo(dtype).min, dtype=dtype, device=queries.dense_ND.device)
+        lowest = torch.full(
+            (len(walk.names), queries.num_texts),
+            torch.finfo(dtype).min,
+            dtype=dtype,
+            device=queries.dense_ND.device,
+        )
         return lowest, torch.zeros_like(lowest)[: len(walk.settings.distilled)], lowest
-    everyones = keep_heads(gather_queries(queries, counts, {"dense", *walk.settings.heads}), walk.settings.heads)
+    everyones = keep_heads(
+        gather_queries(queries, counts, {"dense", *walk.settings.heads}), walk.settings.heads
+    )
     sides = []
     for texts in (everyones, passages):
         without_graph = texts.with_floats(*(x.detach() for x in texts.floats()))
@@ -186,4 +216,9 @@ def tiled_unified_loss(
         sights[name] = _Sight(logits, outside[0][index], outside[2][index])
     means = dict(zip(settings.distilled, outside[1])) if distill else {}
     rows = _rows(sights, means, seen_QG, settings, teacher)
-    return assemble(rows, {name: sight.hit_Q for name, sight in sights.items()}, settings, comm.world_size() / sum(counts.queries))
+    return assemble(
+        rows,
+        {name: sight.hit_Q for name, sight in sights.items()},
+        settings,
+        comm.world_size() / sum(counts.queries),
+    )

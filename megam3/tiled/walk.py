@@ -65,7 +65,9 @@ class Walk:
             row = 0
             for q, queries in enumerate(self.query_tiles):
                 if queries.num_texts and passages.num_texts:
-                    yield Tile(slice(row, row + queries.num_texts), slice(column, column + passages.num_texts), q, p)
+                    yield Tile(
+                        slice(row, row + queries.num_texts), slice(column, column + passages.num_texts), q, p
+                    )
                 row += queries.num_texts
             column += passages.num_texts
 
@@ -81,7 +83,10 @@ class Walk:
         """
         hidden = ~self.candidates.allowed(tile.rows, tile.columns)
         column_P = torch.arange(tile.columns.start, tile.columns.stop, device=hidden.device)
-        start_Q1, stop_Q1 = self.candidates.positive_column_Q[tile.rows, None], self.candidates.group_stop_Q[tile.rows, None]
+        start_Q1, stop_Q1 = (
+            self.candidates.positive_column_Q[tile.rows, None],
+            self.candidates.group_stop_Q[tile.rows, None],
+        )
         hidden |= (column_P >= start_Q1) & (column_P < stop_Q1)
         if self.limit_Q is not None and scores.sum_QP is not None:
             hidden |= scores.sum_QP.detach() > self.limit_Q[tile.rows, None]
@@ -90,13 +95,18 @@ class Walk:
 
     def tile_logits(self, tile: Tile) -> tuple[dict[str, Tensor], Tensor]:
         """Score a tile, then `logits`."""
-        return self.logits(tile, self.score(self.query_tiles[tile.query_tile], self.passage_tiles[tile.passage_tile]))
+        return self.logits(
+            tile, self.score(self.query_tiles[tile.query_tile], self.passage_tiles[tile.passage_tile])
+        )
 
 
 def _log_sums(walk: Walk) -> tuple[Tensor, Tensor]:
     """(lse, highest logit) of every score and query over all ranks' columns, each [scores, Q]."""
     like = walk.query_tiles[0].dense_ND
-    dtype, num_queries = torch.promote_types(like.dtype, torch.float32), sum(tile.num_texts for tile in walk.query_tiles)
+    dtype, num_queries = (
+        torch.promote_types(like.dtype, torch.float32),
+        sum(tile.num_texts for tile in walk.query_tiles),
+    )
     lowest = torch.finfo(dtype).min
     top = torch.full((len(walk.names), num_queries), lowest, dtype=dtype, device=like.device)
     total = torch.zeros_like(top)
@@ -125,7 +135,9 @@ def _target_means(walk: Walk, lse: Tensor) -> Tensor:
     return comm.all_reduce_sum(means)
 
 
-def _tile_gradients(walk: Walk, tile: Tile, lse: Tensor, on_lse: Tensor, on_mean: Tensor) -> tuple[Tensor | None, ...]:
+def _tile_gradients(
+    walk: Walk, tile: Tile, lse: Tensor, on_lse: Tensor, on_mean: Tensor
+) -> tuple[Tensor | None, ...]:
     """Gradients of one tile to its queries' and its passages' floats."""
     parts = walk.query_tiles[tile.query_tile], walk.passage_tiles[tile.passage_tile]
     leaves = [x.detach().requires_grad_() for part in parts for x in part.floats()]
@@ -134,13 +146,17 @@ def _tile_gradients(walk: Walk, tile: Tile, lse: Tensor, on_lse: Tensor, on_mean
     logits, hidden = walk.logits(tile, scores)
     scale, rows = 1.0 / walk.settings.temperature, tile.rows
     probabilities = {
-        name: logits[name].sub_(lse[index, rows, None]).exp_().masked_fill_(hidden, 0.0) for index, name in enumerate(walk.names)
+        name: logits[name].sub_(lse[index, rows, None]).exp_().masked_fill_(hidden, 0.0)
+        for index, name in enumerate(walk.names)
     }
     outputs, upstream = [], []
     for index, name in enumerate(walk.names):
         grad = probabilities[name] * (on_lse[index, rows, None] * scale)
         if on_mean.shape[0] and name in walk.settings.distilled:
-            grad.addcmul_(probabilities["sum"], (on_mean[walk.settings.distilled.index(name), rows, None] * scale).expand_as(grad))
+            grad.addcmul_(
+                probabilities["sum"],
+                (on_mean[walk.settings.distilled.index(name), rows, None] * scale).expand_as(grad),
+            )
         outputs.append(scores.by_name()[name])
         upstream.append(grad)
     return torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
@@ -158,7 +174,9 @@ class _OutsideGroup(torch.autograd.Function):
     """(lse [scores, own queries], mean [heads, own queries], highest [scores, own queries]) over columns outside each query's group."""
 
     @staticmethod
-    def forward(ctx: Any, walk: Walk, counts: tuple[int, ...], distill: bool, *floats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, walk: Walk, counts: tuple[int, ...], distill: bool, *floats: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         lse, highest = _log_sums(walk)
         means = _target_means(walk, lse) if distill else lse.new_zeros(0, lse.shape[1])
         ctx.walk, ctx.counts = walk, counts
@@ -176,7 +194,9 @@ class _OutsideGroup(torch.autograd.Function):
         # the passages of every rank took part in every query's numbers: their gradients are everybody's to use
         upstream = gather_rows(torch.cat([grad_lse, grad_mean]).T.contiguous(), ctx.counts).T
         on_lse, on_mean = upstream[: lse.shape[0]], upstream[lse.shape[0] :]
-        (of_queries, query_parts), (of_passages, passage_parts) = map(_zero_gradients, (walk.query_tiles, walk.passage_tiles))
+        (of_queries, query_parts), (of_passages, passage_parts) = map(
+            _zero_gradients, (walk.query_tiles, walk.passage_tiles)
+        )
         for tile in walk.tiles():
             found = _tile_gradients(walk, tile, lse, on_lse, on_mean)
             for total, grad in zip([*query_parts[tile.query_tile], *passage_parts[tile.passage_tile]], found):

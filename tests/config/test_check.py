@@ -29,7 +29,10 @@ def test_the_unified_recipe_passes_on_every_world_size_it_promises(world_size: i
 
 def test_exactly_one_batch_size() -> None:
     rule = "exactly one of global_queries, global_tokens and buckets says how large a step is"
-    assert message(data__batch={}) == f"data.batch = None: {rule}; set one, for example data.batch.global_queries=64"
+    assert (
+        message(data__batch={})
+        == f"data.batch = None: {rule}; set one, for example data.batch.global_queries=64"
+    )
     assert message(data__batch={"global_queries": 8, "buckets": "m3_unified"}) == (
         f"data.batch = {{'global_queries': 8, 'buckets': 'm3_unified'}}: {rule}; "
         "keep one and set the others to null: global_queries, buckets"
@@ -49,7 +52,9 @@ def test_offload_needs_checkpointing() -> None:
         "engine.activation_offload = True: it moves the inputs that activation checkpointing keeps, and checkpointing is off; "
         "set engine.activation_checkpointing=true too"
     )
-    check_config(make_config(engine={"activation_offload": True, "activation_checkpointing": True}), 1, files=False)
+    check_config(
+        make_config(engine={"activation_offload": True, "activation_checkpointing": True}), 1, files=False
+    )
 
 
 def test_world_size_divides_the_batch() -> None:
@@ -61,7 +66,9 @@ def test_world_size_divides_the_batch() -> None:
 
 def test_world_size_divides_every_bucket() -> None:
     buckets = [{"max_tokens": 1000, "global_queries": 8}, {"max_tokens": 8192, "global_queries": 6}]
-    assert message(4, data__batch={"buckets": buckets}).startswith("data.batch.buckets up to 8192 tokens = 6: 4 ranks must share")
+    assert message(4, data__batch={"buckets": buckets}).startswith(
+        "data.batch.buckets up to 8192 tokens = 6: 4 ranks must share"
+    )
     assert message(5, data__batch={"buckets": "m3_unified"}).startswith("7 problems")
 
 
@@ -99,12 +106,17 @@ def test_buckets_cover_the_longest_text() -> None:
         "data.batch.buckets = 4096: texts of up to 8192 tokens belong to no bucket; "
         "add a bucket with max_tokens: 8192, or lower data.passage_max_tokens"
     )
-    assert message(data__batch={"buckets": []}) == ("data.batch.buckets = []: needs at least one bucket; add one that covers 8192 tokens")
+    assert message(data__batch={"buckets": []}) == (
+        "data.batch.buckets = []: needs at least one bucket; add one that covers 8192 tokens"
+    )
 
 
 def test_dataset_names_are_unique() -> None:
     twice = [{"name": "a", "paths": ["x"]}, {"name": "a", "paths": ["y"]}]
-    assert message(data__train=twice) == "data.train.1.name = 'a': dataset 0 has this name too; give each its own name"
+    assert (
+        message(data__train=twice)
+        == "data.train.1.name = 'a': dataset 0 has this name too; give each its own name"
+    )
 
 
 def test_a_group_alone_needs_negatives() -> None:
@@ -122,7 +134,9 @@ def test_evaluating_needs_a_test_set() -> None:
 
 
 def test_betas() -> None:
-    assert message(optim__betas=[0.9, 1.0]) == ("optim.betas.1 = 1.0: must be at least 0 and below 1; the usual pair is [0.9, 0.999]")
+    assert message(optim__betas=[0.9, 1.0]) == (
+        "optim.betas.1 = 1.0: must be at least 0 and below 1; the usual pair is [0.9, 0.999]"
+    )
 
 
 def test_weights_are_not_all_zero() -> None:
@@ -134,7 +148,9 @@ def test_weights_are_not_all_zero() -> None:
 
 
 def test_everything_wrong_is_reported_at_once() -> None:
-    text = message(3, data__batch={"global_queries": 8, "chunk_tokens": 5}, train={}, engine__activation_offload=True)
+    text = message(
+        3, data__batch={"global_queries": 8, "chunk_tokens": 5}, train={}, engine__activation_offload=True
+    )
     assert text.startswith("4 problems\n  1. data.batch.chunk_tokens")
 
 
@@ -162,7 +178,9 @@ def test_missing_data(project: Path) -> None:
         "data.train.0.paths.0 = '/nowhere/*.gz': no file matches; correct the path"
     )
     (project / "empty").mkdir()
-    assert "= 'empty': the folder is empty; put data files there" in message(files=True, data__train__0__paths=["empty"])
+    assert "= 'empty': the folder is empty; put data files there" in message(
+        files=True, data__train__0__paths=["empty"]
+    )
 
 
 def test_missing_model(project: Path) -> None:

@@ -6,12 +6,26 @@ from typing import Any
 
 import pytest
 
-from megam3.config.deepspeed import bf16_sums_warning, build_deepspeed_config, default_template_dir, find_template, resolve_precision
+from megam3.config.deepspeed import (
+    bf16_sums_warning,
+    build_deepspeed_config,
+    default_template_dir,
+    find_template,
+    resolve_precision,
+)
 from megam3.errors import ConfigError
 from tests.recipes import make_config
 
 TEMPLATES = sorted(path.stem for path in default_template_dir().glob("*.json"))
-STAGES = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3, "zero3_8k": 3, "zeropp_multinode": 3}
+STAGES = {
+    "zero0": 0,
+    "zero1": 1,
+    "zero2": 2,
+    "zero3": 3,
+    "zero3_offload": 3,
+    "zero3_8k": 3,
+    "zeropp_multinode": 3,
+}
 
 
 def build(template: str, world_size: int = 8, **changes: Any) -> dict[str, Any]:
@@ -138,7 +152,9 @@ def test_auto_values(tmp_path: Path) -> None:
 
 
 def test_hierarchical_partition_divides_the_ranks() -> None:
-    with pytest.raises(ConfigError, match="12 ranks cannot be split into groups of 8; set it to the GPUs of one node"):
+    with pytest.raises(
+        ConfigError, match="12 ranks cannot be split into groups of 8; set it to the GPUs of one node"
+    ):
         build("zeropp_multinode", 12)
     assert build("zeropp_multinode", 16)
 
@@ -160,9 +176,15 @@ def test_no_templates_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('{\n "zero_optimization": \n}', "mine.json:3 = 'Expecting value': is not valid JSON; correct this line"),
+        (
+            '{\n "zero_optimization": \n}',
+            "mine.json:3 = 'Expecting value': is not valid JSON; correct this line",
+        ),
         ("[]", "mine.json = 'list': a template is a JSON object"),
-        ('{"zero_optimization": {"stage": 1, "stage": 2}}', "mine.json:stage = 2: is written twice; keep one of the two"),
+        (
+            '{"zero_optimization": {"stage": 1, "stage": 2}}',
+            "mine.json:stage = 2: is written twice; keep one of the two",
+        ),
     ],
 )
 def test_broken_template(tmp_path: Path, text: str, expected: str) -> None:

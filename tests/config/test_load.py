@@ -55,7 +55,9 @@ def test_defaults_then_recipe_then_overrides(recipe: Path) -> None:
 
 
 def test_the_last_override_wins_and_sections_can_be_created(recipe: Path) -> None:
-    config = load_config(recipe, ["engine.template=zero2", "engine.template=zero3", "objective.sum_weights.lexical=0.5"])
+    config = load_config(
+        recipe, ["engine.template=zero2", "engine.template=zero3", "objective.sum_weights.lexical=0.5"]
+    )
     assert config.engine.template == "zero3"
     assert config.objective.sum_weights is not None
     assert config.objective.sum_weights.lexical == 0.5
@@ -63,13 +65,21 @@ def test_the_last_override_wins_and_sections_can_be_created(recipe: Path) -> Non
 
 def test_override_values_are_yaml(recipe: Path) -> None:
     config = load_config(
-        recipe, ["optim.clip_norm=null", "optim.lr=2e-5", "engine.activation_checkpointing=true", "optim.betas=[0.9, 0.98]"]
+        recipe,
+        [
+            "optim.clip_norm=null",
+            "optim.lr=2e-5",
+            "engine.activation_checkpointing=true",
+            "optim.betas=[0.9, 0.98]",
+        ],
     )
     assert config.optim.clip_norm is None
     assert config.optim.lr == 2e-5
     assert config.engine.activation_checkpointing is True
     assert config.optim.betas == [0.9, 0.98]
-    assert load_config(recipe, ["data.train.0.query_instruction=a=b"]).data.train[0].query_instruction == "a=b"
+    assert (
+        load_config(recipe, ["data.train.0.query_instruction=a=b"]).data.train[0].query_instruction == "a=b"
+    )
 
 
 def test_whole_sections_can_be_replaced(recipe: Path) -> None:
@@ -114,7 +124,27 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["1e-5", "no", "true", "010", "null", "", "1:30", "a: b", "# x", "سلام", "- x", 1e-5, 1e22, 3, None, True, [], {}]
+    "value",
+    [
+        "1e-5",
+        "no",
+        "true",
+        "010",
+        "null",
+        "",
+        "1:30",
+        "a: b",
+        "# x",
+        "سلام",
+        "- x",
+        1e-5,
+        1e22,
+        3,
+        None,
+        True,
+        [],
+        {},
+    ],
 )
 def test_dump_reads_back(value: object) -> None:
     back = recipe_yaml.parse(recipe_yaml.dump({"key": value}), "x").data
@@ -125,7 +155,12 @@ def test_dump_reads_back(value: object) -> None:
 
 def test_config_round_trip(recipe: Path, tmp_path: Path) -> None:
     config = load_config(
-        recipe, ["data.batch={buckets: [{max_tokens: 8192, global_queries: 4}]}", "train.seed=1", "objective.sum_weights={}"]
+        recipe,
+        [
+            "data.batch={buckets: [{max_tokens: 8192, global_queries: 4}]}",
+            "train.seed=1",
+            "objective.sum_weights={}",
+        ],
     )
     again = tmp_path / "again.yaml"
     again.write_text(dump_config(config))
@@ -144,7 +179,8 @@ def test_packaged_recipes_load_and_open_with_their_launch_line(name: str) -> Non
 def test_unknown_key_names_the_nearest_one_and_the_line(recipe: Path) -> None:
     recipe.write_text(RECIPE.replace("language: no", "langauge: no"))
     assert (
-        message(recipe) == "data.train.1.langauge (small.yaml:9) = 'no': unknown key in data.train.1; did you mean data.train.1.language?"
+        message(recipe)
+        == "data.train.1.langauge (small.yaml:9) = 'no': unknown key in data.train.1; did you mean data.train.1.language?"
     )
 
 
@@ -182,7 +218,10 @@ def test_wrong_type_says_field_value_rule_remedy_and_line(recipe: Path) -> None:
         ("train.steps=0", "= 0: must be greater than 0"),
         ("optim.lr=-1e-5", "= -1e-05: must be greater than 0"),
         ("optim.lr=fast", "= 'fast': must be a number"),
-        ("optim.lr=null", "= None: must be a number; give a value to optim.lr (Peak learning rate of the encoder)"),
+        (
+            "optim.lr=null",
+            "= None: must be a number; give a value to optim.lr (Peak learning rate of the encoder)",
+        ),
         ("engine.activation_offload=1", "= 1: must be a boolean"),
         ("engine.precision=fp8", "= 'fp8': must be 'auto', 'bf16' or 'fp32'"),
         ("data.batch.buckets=m3_unifed", "= 'm3_unifed': must be a list or 'm3_contrastive' or 'm3_unified'"),
@@ -196,14 +235,20 @@ def test_wrong_values(recipe: Path, override: str, expected: str) -> None:
 
 
 def test_wrong_value_inside_a_union_has_a_clean_path(recipe: Path) -> None:
-    text = message(recipe, "data.batch.buckets=[{max_tokens: 100, global_queries: 2}, {max_tokens: 1.5, global_queries: 2}]")
+    text = message(
+        recipe,
+        "data.batch.buckets=[{max_tokens: 100, global_queries: 2}, {max_tokens: 1.5, global_queries: 2}]",
+    )
     assert text.startswith("data.batch.buckets.1.max_tokens (override data.batch.buckets=")
     assert "= 1.5: must be an integer" in text
 
 
 def test_missing_field_is_named_with_its_meaning_and_section(recipe: Path) -> None:
     recipe.write_text(RECIPE.replace("  lr: 1e-5", "  weight_decay: 0.1"))
-    assert message(recipe) == "optim.lr (small.yaml:11) = None: is required; add optim.lr (Peak learning rate of the encoder)"
+    assert (
+        message(recipe)
+        == "optim.lr (small.yaml:11) = None: is required; add optim.lr (Peak learning rate of the encoder)"
+    )
 
 
 def test_all_problems_at_once(recipe: Path) -> None:
@@ -219,19 +264,30 @@ def test_all_problems_at_once(recipe: Path) -> None:
 
 
 def test_several_bad_overrides_at_once(recipe: Path) -> None:
-    text = message(recipe, "optim.lr", "data.train.5.weight=2", "name.first=x", "train.steps=[1", "data.train.x.weight=1")
+    text = message(
+        recipe, "optim.lr", "data.train.5.weight=2", "name.first=x", "train.steps=[1", "data.train.x.weight=1"
+    )
     assert "5 problems" in text
     assert "override = 'optim.lr': is not of the form key=value; write for example optim.lr=2e-5" in text
-    assert "data.train (override data.train.5.weight=2) = '5': is a list of 2, and this is no index of it; use an index: 0 to 1" in text
-    assert "name (override name.first=x) = 'small': is a value, so it has no part 'first'; set name itself, or remove the rest" in text
+    assert (
+        "data.train (override data.train.5.weight=2) = '5': is a list of 2, and this is no index of it; use an index: 0 to 1"
+        in text
+    )
+    assert (
+        "name (override name.first=x) = 'small': is a value, so it has no part 'first'; set name itself, or remove the rest"
+        in text
+    )
     assert "override train.steps = '[1': its value is not valid YAML; quote it" in text
     assert "data.train (override data.train.x.weight=1) = 'x'" in text
 
 
 def test_key_written_twice(recipe: Path) -> None:
     recipe.write_text(RECIPE + "optim:\n  lr: 1\n")
-    assert message(recipe) == "optim (small.yaml:14) = 'optim': is written twice, first at small.yaml:11; keep one of the two".replace(
-        "first at small.yaml", "first at small.yaml"
+    assert (
+        message(recipe)
+        == "optim (small.yaml:14) = 'optim': is written twice, first at small.yaml:11; keep one of the two".replace(
+            "first at small.yaml", "first at small.yaml"
+        )
     )
 
 
@@ -253,7 +309,10 @@ def test_a_recipe_is_a_mapping(recipe: Path, text: str) -> None:
 
 
 def test_recipe_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such file, and no packaged recipe has this name; did you mean unified\\? give a path"):
+    with pytest.raises(
+        ConfigError,
+        match="no such file, and no packaged recipe has this name; did you mean unified\\? give a path",
+    ):
         load_config("unifed")
     with pytest.raises(ConfigError, match="is a folder, not a recipe file"):
         load_config(tmp_path)

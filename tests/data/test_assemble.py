@@ -14,7 +14,15 @@ from tests.data.pairs import data_config, make_records, write_jsonl
 def stored_row(num_positives: int, num_negatives: int, scores=(), only_one_negative=False) -> StoredRow:
     num_texts = 1 + num_positives + num_negatives
     offsets, hashes = np.arange(num_texts + 1), np.arange(num_texts)
-    return StoredRow(np.arange(num_texts), offsets, hashes, np.zeros(num_texts), np.asarray(scores), num_positives, only_one_negative)
+    return StoredRow(
+        np.arange(num_texts),
+        offsets,
+        hashes,
+        np.zeros(num_texts),
+        np.asarray(scores),
+        num_positives,
+        only_one_negative,
+    )
 
 
 @given(st.integers(1, 4), st.integers(0, 9), st.integers(1, 9), st.integers(0, 2**40), st.booleans())
@@ -100,7 +108,10 @@ def test_any_world_size_serves_the_same_samples(data, number):
         drafts = shares(data, number, world_size)
         assert all(draft.group_sizes for draft in drafts)
         assert samples(drafts) == whole
-        assert len({str({k: v for k, v in draft.labels.items() if k != "num_truncated"}) for draft in drafts}) == 1
+        assert (
+            len({str({k: v for k, v in draft.labels.items() if k != "num_truncated"}) for draft in drafts})
+            == 1
+        )
 
 
 def test_shuffle_happens_with_its_probability_and_to_long_passages_only(data):
@@ -146,7 +157,10 @@ def test_ranks_are_balanced(tmp_path, tokenizer):
     data = open_training_data(config, tokenizer, tmp_path / "s", seed=0)
     over = []
     for number in range(data.plan.num_batches):
-        loads = [float(text_cost(np.array([len(t) for t in draft.texts])).sum()) for draft in shares(data, number, 4)]
+        loads = [
+            float(text_cost(np.array([len(t) for t in draft.texts])).sum())
+            for draft in shares(data, number, 4)
+        ]
         ideal = max(np.mean(loads), data.assembler().row_costs(data.plan.batch(number)).max())
         over.append(max(loads) / ideal - 1)
     assert max(over) < 0.05

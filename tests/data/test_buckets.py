@@ -29,13 +29,21 @@ def test_last_bucket_is_the_limit():
 
 
 def test_buckets_must_ascend_and_reach_the_limit():
-    with pytest.raises(ConfigError, match=r"data.length_buckets = \[64, 16, 128\]: must ascend; sort the buckets"):
+    with pytest.raises(
+        ConfigError, match=r"data.length_buckets = \[64, 16, 128\]: must ascend; sort the buckets"
+    ):
         bucket_edges(data_config("x", length_buckets=[64, 16]))
-    with pytest.raises(ConfigError, match=r"data.batch.buckets = \[64\]: must reach the longest text, 128 tokens; add a bucket of 128"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data.batch.buckets = \[64\]: must reach the longest text, 128 tokens; add a bucket of 128",
+    ):
         bucket_edges(data_config("x", batch={"buckets": [{"max_tokens": 64, "global_queries": 8}]}))
 
 
 @pytest.mark.parametrize("batch", [{}, {"global_queries": 8, "global_tokens": 100}])
 def test_exactly_one_size(batch):
-    with pytest.raises(ConfigError, match="data.batch = .*: must give exactly one of global_queries, global_tokens and buckets"):
+    with pytest.raises(
+        ConfigError,
+        match="data.batch = .*: must give exactly one of global_queries, global_tokens and buckets",
+    ):
         bucket_queries(data_config("x", batch=batch | {"accumulation_steps": 1}), 1, False)

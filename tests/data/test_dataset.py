@@ -62,7 +62,9 @@ def test_batch_is_what_the_contract_says(opened, corpus, tokenizer):
             assert len(group) == 3
             for place, passage in enumerate(group):
                 candidates = record["neg"] if place else record["pos"]
-                (text,) = [text for text in candidates if text_hash(text) == int(batch.passage_hashes_P[passage])]
+                (text,) = [
+                    text for text in candidates if text_hash(text) == int(batch.passage_hashes_P[passage])
+                ]
                 ids, num_cut = tokenizer.encode([text], 128)
                 assert texts[batch.num_queries + passage] == ids[0].tolist()
                 cut += num_cut
@@ -106,7 +108,12 @@ def test_another_world_size_serves_the_same_rows_and_draws(opened):
 
 def test_every_row_once_an_epoch_over_ranks_and_workers(opened):
     data = opened(num_workers=2)
-    rows = [row for rank in (0, 1) for (batch,) in data.batches(rank, 2, 0, data.num_steps_per_epoch) for row in batch.rows_Q.tolist()]
+    rows = [
+        row
+        for rank in (0, 1)
+        for (batch,) in data.batches(rank, 2, 0, data.num_steps_per_epoch)
+        for row in batch.rows_Q.tolist()
+    ]
     assert sorted(rows) == list(range(150))
 
 
@@ -115,7 +122,11 @@ def test_epochs_steps_and_state(opened):
     batches = data.num_batches_per_epoch
     assert data.num_steps_per_epoch == -(-batches // 4)
     assert data.num_steps(2.5) == -(-5 * batches // 8)
-    assert [data.epoch_of(step) for step in (0, batches // 4, batches)] == [0, (batches // 4) * 4 // batches, 4]
+    assert [data.epoch_of(step) for step in (0, batches // 4, batches)] == [
+        0,
+        (batches // 4) * 4 // batches,
+        4,
+    ]
     assert data.state(7) == {"seed": 1, "epoch": 7 * 4 // batches, "step": 7, "fingerprint": data.fingerprint}
 
 
@@ -134,7 +145,10 @@ def test_changed_plan_is_refused_by_name(opened, change, names):
     data, other = opened(), opened(**change)
     assert changed_parts(data.fingerprint, other.fingerprint) == names
     if names:
-        with pytest.raises(DataError, match=r"data fingerprint = .*: is not the run's: the plan \(seed, batch size, .*changed; restore it"):
+        with pytest.raises(
+            DataError,
+            match=r"data fingerprint = .*: is not the run's: the plan \(seed, batch size, .*changed; restore it",
+        ):
             other.check_fingerprint(data.fingerprint)
     else:
         other.check_fingerprint(data.fingerprint)
@@ -149,14 +163,19 @@ def test_changed_data_is_refused_by_name(tmp_path, opened, tokenizer):
 
 def test_more_ranks_than_queries(opened):
     data = opened(batch={"global_queries": 4})
-    with pytest.raises(ConfigError, match=r"data.batch = \d: the plan's smallest batch has \d queries, fewer than the 8 ranks; use fewer"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data.batch = \d: the plan's smallest batch has \d queries, fewer than the 8 ranks; use fewer",
+    ):
         next(data.batches(0, 8, 0, 1))
 
 
 def test_two_datasets_of_one_name(corpus, tokenizer, tmp_path):
     config = data_config(corpus)
     twice = config.model_copy(update={"train": [config.train[0], config.train[0]]})
-    with pytest.raises(ConfigError, match=r"data.train\[\].name = \['d', 'd'\]: must be unique; rename a dataset"):
+    with pytest.raises(
+        ConfigError, match=r"data.train\[\].name = \['d', 'd'\]: must be unique; rename a dataset"
+    ):
         open_training_data(twice, tokenizer, tmp_path / "s", 0)
 
 
@@ -169,7 +188,9 @@ def test_teacher_scores_follow_their_passages(tmp_path, tokenizer):
         scores |= {(record["query"], text_hash(text)): score for text, score in pairs}
     path = write_jsonl(tmp_path / "d.jsonl", records)
     data = open_training_data(data_config(path, passages_per_query=3), tokenizer, tmp_path / "s", 0)
-    queries = {tuple(tokenizer.encode([record["query"]], 32)[0][0].tolist()): record["query"] for record in records}
+    queries = {
+        tuple(tokenizer.encode([record["query"]], 32)[0][0].tolist()): record["query"] for record in records
+    }
     for (batch,) in data.batches(0, 1, 0, data.num_steps_per_epoch):
         texts = batch.texts.input_ids_T.split(list(batch.texts.lengths))
         for index in range(batch.num_queries):
@@ -188,7 +209,9 @@ def test_texts_for_pretraining_share_store_plan_and_resume(tmp_path, tokenizer, 
     whole = list(data.batches(0, 2, 0, stop))
     assert all(isinstance(batch, TextBatch) and isinstance(batch.texts, PackedTexts) for (batch,) in whole)
     assert equal(list(data.batches(0, 2, 3, stop)), whole[3:])
-    rows = [row for rank in (0, 1) for (batch,) in data.batches(rank, 2, 0, stop) for row in batch.rows.tolist()]
+    rows = [
+        row for rank in (0, 1) for (batch,) in data.batches(rank, 2, 0, stop) for row in batch.rows.tolist()
+    ]
     assert sorted(rows) == list(range(100))
     sequences = sum(batch.texts.num_texts for (batch,) in whole)
     documents = sum(len(batch.rows) for (batch,) in whole)
@@ -214,11 +237,20 @@ def test_killed_reader_continues_with_the_same_batches(tmp_path, opened, corpus,
     data = opened(num_workers=2)
     (tmp_path / "c.json").write_text(data.config.model_dump_json())
     (tmp_path / "t.json").write_text(tokenizer.to_json())
-    arguments = [sys.executable, "-c", PROGRAM, str(tmp_path / "c.json"), str(tmp_path / "t.json"), data.store_dir]
+    arguments = [
+        sys.executable,
+        "-c",
+        PROGRAM,
+        str(tmp_path / "c.json"),
+        str(tmp_path / "t.json"),
+        data.store_dir,
+    ]
     environment = os.environ | {"PYTHONPATH": "."}
 
     def serve(start: int, kill_after: int | None) -> list[str]:
-        with subprocess.Popen([*arguments, str(start)], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        with subprocess.Popen(
+            [*arguments, str(start)], stdout=subprocess.PIPE, text=True, env=environment
+        ) as process:
             lines = []
             for line in process.stdout:
                 lines.append(line)
@@ -228,6 +260,8 @@ def test_killed_reader_continues_with_the_same_batches(tmp_path, opened, corpus,
         return lines
 
     steps = data.batches(0, 2, 0, 2 * data.num_steps_per_epoch)
-    whole = [f"{batch.rows_Q.tolist()} {hash(tuple(batch.texts.input_ids_T.tolist()))}\n" for (batch,) in steps]
+    whole = [
+        f"{batch.rows_Q.tolist()} {hash(tuple(batch.texts.input_ids_T.tolist()))}\n" for (batch,) in steps
+    ]
     served = serve(0, 7)
     assert served + serve(7, None) == whole

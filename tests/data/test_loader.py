@@ -53,7 +53,10 @@ def test_error_in_the_workers_setup():
 
 def test_bug_comes_back_with_its_traceback():
     loader = load(fail="bug", at=5)
-    with pytest.raises(WorkerError, match=r"(?s)worker tests.data.toy_worker \(pid \d+\) failed:.*in handle.*ZeroDivisionError: at 5"):
+    with pytest.raises(
+        WorkerError,
+        match=r"(?s)worker tests.data.toy_worker \(pid \d+\) failed:.*in handle.*ZeroDivisionError: at 5",
+    ):
         list(loader)
     loader.close()
 
@@ -71,7 +74,8 @@ def test_killed_worker_is_an_error_and_no_hang():
     next(batches)
     os.kill(loader.worker_pids[1], signal.SIGKILL)
     with pytest.raises(
-        WorkerError, match=r"was killed by SIGKILL before it answered; the kernel kills processes this way when memory runs out"
+        WorkerError,
+        match=r"was killed by SIGKILL before it answered; the kernel kills processes this way when memory runs out",
     ):
         list(batches)
     loader.close()

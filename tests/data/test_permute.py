@@ -22,7 +22,9 @@ def test_is_a_permutation(size, key):
 def test_any_position_alone_goes_where_it_goes_in_company(size, key, data):
     positions = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20, unique=True)))
     together = permute(positions, size, key)
-    assert [int(permute(positions[i : i + 1], size, key)[0]) for i in range(len(positions))] == together.tolist()
+    assert [
+        int(permute(positions[i : i + 1], size, key)[0]) for i in range(len(positions))
+    ] == together.tolist()
     assert len(set(together.tolist())) == len(positions)
     assert ((together >= 0) & (together < size)).all()
 
@@ -34,7 +36,12 @@ def in_plain_integers(position: int, size: int, key: int) -> int:
     while True:
         low, high = position % 2 ** halves[0], position >> halves[0]
         for number in range(6):
-            mixed = ((low if number % 2 == 0 else high) + key + number * 0x9E3779B97F4A7C15) % word * 0xFF51AFD7ED558CCD % word
+            mixed = (
+                ((low if number % 2 == 0 else high) + key + number * 0x9E3779B97F4A7C15)
+                % word
+                * 0xFF51AFD7ED558CCD
+                % word
+            )
             mixed = (mixed ^ mixed >> 32) * 0xC4CEB9FE1A85EC53 % word >> 29
             if number % 2 == 0:
                 high ^= mixed % 2 ** halves[1]
@@ -49,7 +56,9 @@ def in_plain_integers(position: int, size: int, key: int) -> int:
 @settings(max_examples=60, deadline=None)
 def test_equals_arithmetic_in_plain_integers(size, key, data):
     positions = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=5))
-    assert permute(np.array(positions), size, key).tolist() == [in_plain_integers(p, size, key) for p in positions]
+    assert permute(np.array(positions), size, key).tolist() == [
+        in_plain_integers(p, size, key) for p in positions
+    ]
 
 
 @pytest.mark.parametrize("size", [100, SMALL, SMALL + 1, 20_000, 100_000])
@@ -69,7 +78,9 @@ def test_no_visible_order(size):
 @pytest.mark.parametrize("size", [64, 5000])
 def test_destination_of_a_position_is_uniform(size):
     """Chi-square of where position 3 goes over many keys."""
-    bins = np.bincount([int(permute(np.array([3]), size, key_of(seed))[0]) * 8 // size for seed in range(4000)], minlength=8)
+    bins = np.bincount(
+        [int(permute(np.array([3]), size, key_of(seed))[0]) * 8 // size for seed in range(4000)], minlength=8
+    )
     assert ((bins - 500.0) ** 2 / 500).sum() < 35  # 7 degrees of freedom: one in 100 000
 
 
@@ -80,7 +91,10 @@ def test_keys_give_unrelated_orders():
 
 
 def test_key_tells_parts_and_types_apart():
-    assert len({key_of(1, 23), key_of(12, 3), key_of("1", 23), key_of(123), key_of("a", "b"), key_of("ab", "")}) == 6
+    assert (
+        len({key_of(1, 23), key_of(12, 3), key_of("1", 23), key_of(123), key_of("a", "b"), key_of("ab", "")})
+        == 6
+    )
 
 
 def test_draws_are_uniform_and_depend_on_every_column():
@@ -97,6 +111,10 @@ def test_draws_are_uniform_and_depend_on_every_column():
 def test_same_in_another_process():
     program = "import numpy as np; from megam3.data.permute import *; print(key_of(1, 'a'), permute(np.arange(9), 10**9, 5).tolist())"
     output = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "77"}
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONHASHSEED": "77"},
     ).stdout
     assert output.strip() == f"{key_of(1, 'a')} {permute(np.arange(9), 10**9, 5).tolist()}"

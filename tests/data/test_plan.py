@@ -27,8 +27,16 @@ def make_rows(shards, name="d", first_row=0, **options) -> DatasetRows:
         for (language, longest), count in sorted(Counter(shard).items()):
             runs.append((row, count, count * longest, language, longest))
             row += count
-    fields = {"task": "t", "weight": 1.0, "in_batch_negatives": True, "passages_per_query": 2, "is_text": False} | options
-    return DatasetRows(name=name, languages=LANGUAGES, runs=np.array(runs, RUN_DTYPE), first_row=first_row, **fields)
+    fields = {
+        "task": "t",
+        "weight": 1.0,
+        "in_batch_negatives": True,
+        "passages_per_query": 2,
+        "is_text": False,
+    } | options
+    return DatasetRows(
+        name=name, languages=LANGUAGES, runs=np.array(runs, RUN_DTYPE), first_row=first_row, **fields
+    )
 
 
 def config_of(batch, **fields) -> DataConfig:
@@ -73,7 +81,13 @@ def facts_of(datasets):
     return facts
 
 
-@given(corpora(), BATCHES, st.integers(0, 2**31), st.integers(0, 3), st.sampled_from(["dataset", "language", "task"]))
+@given(
+    corpora(),
+    BATCHES,
+    st.integers(0, 2**31),
+    st.integers(0, 3),
+    st.sampled_from(["dataset", "language", "task"]),
+)
 @settings(max_examples=150, deadline=None)
 def test_every_row_exactly_once_per_epoch_and_batches_are_alike(corpus, batch, seed, epoch, by):
     datasets, num_rows = corpus
@@ -87,7 +101,10 @@ def test_every_row_exactly_once_per_epoch_and_batches_are_alike(corpus, batch, s
         assert 0 < len(rows) <= cell.batch_queries
         assert max(longest for _, _, longest in rows) <= cell.max_tokens
         assert len({dataset.in_batch_negatives for dataset, _, _ in rows}) == 1
-        labels = {{"dataset": dataset.name, "language": language, "task": dataset.task}[by] for dataset, language, _ in rows}
+        labels = {
+            {"dataset": dataset.name, "language": language, "task": dataset.task}[by]
+            for dataset, language, _ in rows
+        }
         assert len(labels) == 1 or any_is_small(config, plan, facts, by)
     assert sorted(served) == list(range(num_rows))
 
@@ -96,13 +113,18 @@ def any_is_small(config, plan, facts, by) -> bool:
     """Batches may only be mixed because some group cannot fill half a batch of its longest bucket."""
     groups = {}
     for dataset, language, longest in facts.values():
-        key = (dataset.in_batch_negatives, {"dataset": dataset.name, "language": language, "task": dataset.task}[by])
+        key = (
+            dataset.in_batch_negatives,
+            {"dataset": dataset.name, "language": language, "task": dataset.task}[by],
+        )
         groups.setdefault(key, []).append(longest)
     largest = {cell.max_tokens: cell.batch_queries for cell in plan.cells}
     edges = bucket_edges(config)
     for lengths in groups.values():
         edge = edges[int(np.searchsorted(edges, max(lengths)))]
-        if 2 * len(lengths) < max(q for e, q in largest.items() if e >= edge) or len(lengths) < max(largest.values()):
+        if 2 * len(lengths) < max(q for e, q in largest.items() if e >= edge) or len(lengths) < max(
+            largest.values()
+        ):
             return True
     return False
 
@@ -121,7 +143,10 @@ def test_batches_are_pure(corpus, batch, seed):
 
 def big_rows(count=3000, seed=0, **options):
     rng = np.random.default_rng(seed)
-    return make_rows([[(int(a), int(b)) for a, b in zip(rng.integers(0, 3, count), rng.integers(1, 129, count))]], **options)
+    return make_rows(
+        [[(int(a), int(b)) for a, b in zip(rng.integers(0, 3, count), rng.integers(1, 129, count))]],
+        **options,
+    )
 
 
 def epoch_rows(plan, epoch):
@@ -140,7 +165,9 @@ def test_order_of_buckets_and_rows_shows_no_pattern():
     buckets = [plan.batch(index).cell for index in range(plan.num_batches)]
     assert abs(np.corrcoef(buckets[:-1], buckets[1:])[0, 1]) < 5 / np.sqrt(len(buckets))
     rows = np.concatenate(epoch_rows(plan, 0)).astype(float)
-    assert abs(np.corrcoef(rows[:-1], rows[1:])[0, 1]) < 0.9  # neighbours share a bucket, hence a range of rows, but not an order
+    assert (
+        abs(np.corrcoef(rows[:-1], rows[1:])[0, 1]) < 0.9
+    )  # neighbours share a bucket, hence a range of rows, but not an order
     inside = [np.diff(plan.batch(index).rows) > 0 for index in range(plan.num_batches)]
     assert abs(np.concatenate(inside).mean() - 0.5) < 0.05
 
@@ -158,7 +185,11 @@ def test_weight_repeats_or_leaves_out_rows(weight, least, most):
 
 def test_a_row_served_again_is_another_pass():
     plan = build_plan(config_of({"global_queries": 32}), [big_rows(weight=2.0)], 0)
-    seen = {(row, turn) for i in range(plan.num_batches) for row, turn in zip(plan.batch(i).rows.tolist(), plan.batch(i).passes.tolist())}
+    seen = {
+        (row, turn)
+        for i in range(plan.num_batches)
+        for row, turn in zip(plan.batch(i).rows.tolist(), plan.batch(i).passes.tolist())
+    }
     assert seen == {(row, turn) for row in range(3000) for turn in (0, 1)}
 
 
@@ -186,5 +217,7 @@ print(plan.fingerprint, plan.batch(1234).rows.tolist())
 def test_same_in_another_process():
     plan = build_plan(config_of({"global_queries": 32}), [big_rows()], 7)
     environment = {"PYTHONHASHSEED": "5", "PYTHONPATH": "."}
-    output = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, env=environment).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, env=environment
+    ).stdout
     assert output.strip() == f"{plan.fingerprint} {plan.batch(1234).rows.tolist()}"

@@ -22,7 +22,9 @@ from tests.data.pairs import data_config, make_records, write_jsonl
 
 def contents(folder) -> dict[str, bytes]:
     """Every file of a store but its scratch."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()
+    }
 
 
 def prepare(config, tokenizer, store, **options):
@@ -36,7 +38,9 @@ def corpus(tmp_path):
 
 def test_rows_are_the_records(tmp_path, corpus, tokenizer):
     """Every record is there once, with the ids transformers gives, sorted by language and length within a shard."""
-    config = data_config(corpus, dataset={"query_instruction": "ask: ", "passage_instruction": "text: "}, passage_max_tokens=40)
+    config = data_config(
+        corpus, dataset={"query_instruction": "ask: ", "passage_instruction": "text: "}, passage_max_tokens=40
+    )
     (manifest,) = prepare(config, tokenizer, tmp_path / "s")
     dataset, records = open_dataset(tmp_path / "s", "d"), make_records(120, num_negatives=2)
     by_hash = {text_hash(record["query"]): record for record in records}
@@ -46,21 +50,39 @@ def test_rows_are_the_records(tmp_path, corpus, tokenizer):
         stored = dataset.row(row)
         record = by_hash[int(stored.hashes[0])]
         texts = ["ask: " + record["query"], *("text: " + text for text in record["pos"] + record["neg"])]
-        expected = [tokenizer.encode([text], limit)[0][0].tolist() for text, limit in zip(texts, [32, 40, 40, 40])]
+        expected = [
+            tokenizer.encode([text], limit)[0][0].tolist() for text, limit in zip(texts, [32, 40, 40, 40])
+        ]
         assert [stored.text(index).tolist() for index in range(4)] == expected
-        assert stored.hashes.tolist() == [text_hash(text) for text in [record["query"], *record["pos"], *record["neg"]]]
-        assert stored.truncated.tolist() == [len(tokenizer.encode([t], 999)[0][0]) > limit for t, limit in zip(texts, [32, 40, 40, 40])]
+        assert stored.hashes.tolist() == [
+            text_hash(text) for text in [record["query"], *record["pos"], *record["neg"]]
+        ]
+        assert stored.truncated.tolist() == [
+            len(tokenizer.encode([t], 999)[0][0]) > limit for t, limit in zip(texts, [32, 40, 40, 40])
+        ]
         assert dataset.language_of(row) == record["lang"]
         lengths = [len(ids) for ids in expected]
-        assert dataset.index[row].tolist() == (lengths[0], lengths[1], round((lengths[2] + lengths[3]) / 2), 2)
+        assert dataset.index[row].tolist() == (
+            lengths[0],
+            lengths[1],
+            round((lengths[2] + lengths[3]) / 2),
+            2,
+        )
         seen.append((dataset.shard_of(row)[0], record["lang"], max(lengths)))
     assert seen == sorted(seen)
     assert manifest["totals"]["rows"] == 120 == len({stored for stored in by_hash})
-    assert manifest["totals"]["truncated"] == sum(int(dataset.row(row).truncated.sum()) for row in range(120)) > 0
+    assert (
+        manifest["totals"]["truncated"]
+        == sum(int(dataset.row(row).truncated.sum()) for row in range(120))
+        > 0
+    )
 
 
 def test_prompt_takes_the_place_of_the_instruction_and_none_is_no_word(tmp_path, tokenizer):
-    path = write_jsonl(tmp_path / "d.jsonl", [{"query": "ba", "pos": ["p"], "prompt": "dodo "}, {"query": "ba", "pos": ["p p"]}])
+    path = write_jsonl(
+        tmp_path / "d.jsonl",
+        [{"query": "ba", "pos": ["p"], "prompt": "dodo "}, {"query": "ba", "pos": ["p p"]}],
+    )
     for name, instruction, first in (("a", "kiki ", "kiki ba"), ("b", "", "ba")):
         prepare(data_config(path, dataset={"query_instruction": instruction}), tokenizer, tmp_path / name)
         dataset = open_dataset(tmp_path / name, "d")
@@ -71,7 +93,9 @@ def test_prompt_takes_the_place_of_the_instruction_and_none_is_no_word(tmp_path,
 def test_symmetric_types_instruct_both_sides(tmp_path, tokenizer):
     records = [{"query": "ba", "pos": ["ki"], "type": kind} for kind in ("symmetric_sts", "normal")]
     options = {"query_instruction": "dodo ", "passage_instruction": "lala "}
-    prepare(data_config(write_jsonl(tmp_path / "d.jsonl", records), dataset=options), tokenizer, tmp_path / "s")
+    prepare(
+        data_config(write_jsonl(tmp_path / "d.jsonl", records), dataset=options), tokenizer, tmp_path / "s"
+    )
     dataset = open_dataset(tmp_path / "s", "d")
     found = {tokenizer.decode(dataset.row(row).text(1), skip_special_tokens=True) for row in range(2)}
     assert found == {"dodo ki", "lala ki"}
@@ -138,7 +162,9 @@ def killed_prepares(tmp_path, config, tokenizer, num_kills: int) -> int:
             process.wait()
             kills += 1
         elif (tmp_path / "killed" / "d" / "manifest.json").exists():
-            shutil.rmtree(tmp_path / "killed")  # it was too quick: begin anew, so that every kill hits a working process
+            shutil.rmtree(
+                tmp_path / "killed"
+            )  # it was too quick: begin anew, so that every kill hits a working process
 
 
 @pytest.mark.parametrize("num_kills", [2, pytest.param(20, marks=pytest.mark.slow)])
@@ -161,7 +187,10 @@ def test_killed_and_started_again_ends_with_identical_bytes(tmp_path, tokenizer,
 )
 def test_changed_settings_are_named(tmp_path, corpus, tokenizer, change, message):
     prepare(data_config(corpus), tokenizer, tmp_path / "s")
-    with pytest.raises(DataError, match=rf"store of dataset d = .*{message}.*does not match the recipe; go back to what it was prepared"):
+    with pytest.raises(
+        DataError,
+        match=rf"store of dataset d = .*{message}.*does not match the recipe; go back to what it was prepared",
+    ):
         prepare(data_config(corpus, **change), tokenizer, tmp_path / "s")
 
 
@@ -185,11 +214,19 @@ def test_changed_inputs_are_named(tmp_path, corpus, tokenizer):
 def test_stop_names_file_and_line(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "d.jsonl", [*make_records(70), b'{"query": "q"}', *make_records(5, seed=1)])
     for processes in (0, 2):
-        with pytest.raises(DataError, match=r"d.jsonl:71 pos = None: must hold at least one passage; correct the record"):
+        with pytest.raises(
+            DataError, match=r"d.jsonl:71 pos = None: must hold at least one passage; correct the record"
+        ):
             prepare(data_config(path), tokenizer, tmp_path / f"s{processes}", num_processes=processes)
 
 
-BAD = [b"{", b'{"query": "\xff\xfe", "pos": ["p"]}', b"[]", b'{"query": "", "pos": ["p"]}', b'{"query": "q", "pos": [""]}']
+BAD = [
+    b"{",
+    b'{"query": "\xff\xfe", "pos": ["p"]}',
+    b"[]",
+    b'{"query": "", "pos": ["p"]}',
+    b'{"query": "q", "pos": [""]}',
+]
 
 
 @pytest.mark.parametrize("processes", [0, 2])
@@ -202,27 +239,36 @@ def test_skip_counts_and_keeps_rejected_lines(tmp_path, tokenizer, processes):
     assert sum(manifest["totals"]["reasons"].values()) == 5
     assert "pos: must not be empty" in manifest["totals"]["reasons"]
     kept = [json.loads(line) for line in (tmp_path / "s" / "d" / "rejected.jsonl").read_text().splitlines()]
-    assert [entry["record"].encode("utf-8", "surrogateescape") for entry in kept] == [line + b"\n" for line in BAD]
+    assert [entry["record"].encode("utf-8", "surrogateescape") for entry in kept] == [
+        line + b"\n" for line in BAD
+    ]
     assert "is not valid UTF-8" in kept[1]["reason"]
 
 
 def test_skip_has_a_limit(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "d.jsonl", [*make_records(60), *BAD])
-    with pytest.raises(DataError, match=r"d.jsonl:65 .*must not be empty|rejected records = 5: is more than data.max_bad_records = 4"):
+    with pytest.raises(
+        DataError,
+        match=r"d.jsonl:65 .*must not be empty|rejected records = 5: is more than data.max_bad_records = 4",
+    ):
         prepare(data_config(path, on_bad_record="skip", max_bad_records=4), tokenizer, tmp_path / "s")
 
 
 def test_limit_counts_over_units(tmp_path, tokenizer):
     records = make_records(60)
     path = write_jsonl(tmp_path / "d.jsonl", [BAD[0], *records, BAD[0]])
-    with pytest.raises(DataError, match="rejected records = 2: is more than data.max_bad_records = 1; see the"):
+    with pytest.raises(
+        DataError, match="rejected records = 2: is more than data.max_bad_records = 1; see the"
+    ):
         prepare(data_config(path, on_bad_record="skip", max_bad_records=1), tokenizer, tmp_path / "s")
 
 
 def test_duplicate_ids(tmp_path, tokenizer):
     records = make_records(60)
     path = write_jsonl(tmp_path / "d.jsonl", [*records, records[3], records[50]])
-    with pytest.raises(DataError, match=r"d.jsonl:61 id = '0-3': is a duplicate: an earlier record has the same id"):
+    with pytest.raises(
+        DataError, match=r"d.jsonl:61 id = '0-3': is a duplicate: an earlier record has the same id"
+    ):
         prepare(data_config(path), tokenizer, tmp_path / "stop")
     config = data_config(path, on_bad_record="skip")
     (manifest,) = prepare(config, tokenizer, tmp_path / "skip")
@@ -241,14 +287,19 @@ def test_no_usable_record(tmp_path, tokenizer):
 
 def test_pairs_and_texts_do_not_mix(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "d.jsonl", [*make_records(20), {"text": "x"}])
-    with pytest.raises(DataError, match=r"mixes pairs \(first at .*d.jsonl:1\) and texts \(first at .*d.jsonl:21\); make two datasets"):
+    with pytest.raises(
+        DataError,
+        match=r"mixes pairs \(first at .*d.jsonl:1\) and texts \(first at .*d.jsonl:21\); make two datasets",
+    ):
         prepare(data_config(path), tokenizer, tmp_path / "s")
 
 
 def test_teacher_scores_in_all_records_or_none(tmp_path, tokenizer):
     scored = [record | {"pos_scores": [1.0], "neg_scores": []} for record in make_records(20)]
     path = write_jsonl(tmp_path / "d.jsonl", [*scored, *make_records(2, seed=1)])
-    with pytest.raises(DataError, match=r"has teacher scores in 20 records but not in all \(first without: .*d.jsonl:21\)"):
+    with pytest.raises(
+        DataError, match=r"has teacher scores in 20 records but not in all \(first without: .*d.jsonl:21\)"
+    ):
         prepare(data_config(path), tokenizer, tmp_path / "s")
 
 
@@ -269,7 +320,9 @@ def test_limits_beyond_the_index(tmp_path, corpus, tokenizer):
 
 def test_store_folder_that_cannot_be_made(tmp_path, corpus, tokenizer):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"data.store_dir = .*: cannot be made .*choose a folder that can be written to"):
+    with pytest.raises(
+        DataError, match=r"data.store_dir = .*: cannot be made .*choose a folder that can be written to"
+    ):
         prepare(data_config(corpus), tokenizer, tmp_path / "file")
 
 
@@ -278,7 +331,9 @@ def small_disk(tmp_path):
     """A file system of 64 KB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("may not mount a tmpfs here")
     yield folder
@@ -287,7 +342,9 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("processes", [0, 2])
 def test_full_disk(tmp_path, corpus, tokenizer, small_disk, processes):
-    with pytest.raises(DataError, match=r"store file = .*could not be written \(.*No space left.*make room or choose another"):
+    with pytest.raises(
+        DataError, match=r"store file = .*could not be written \(.*No space left.*make room or choose another"
+    ):
         prepare(data_config(corpus), tokenizer, small_disk, num_processes=processes)
     complete = len(list(small_disk.rglob("0*.json")))
     assert not list(small_disk.rglob("*.tmp"))

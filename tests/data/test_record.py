@@ -8,14 +8,26 @@ from megam3.data.record import BadRecord, parse_line, parse_record
 def test_every_key_is_read():
     line = {"query": "q", "pos": ["p", "r"], "neg": ["n"], "pos_scores": [1, 0.5], "neg_scores": [-2.0]}
     record = parse_record(line | {"prompt": "ask: ", "type": "only_1neg", "lang": "de", "id": 7})
-    assert (record.query, record.passages, record.num_positives, record.scores) == ("q", ("p", "r", "n"), 2, (1.0, 0.5, -2.0))
-    assert (record.prompt, record.only_one_negative, record.language, record.record_id) == ("ask: ", True, "de", "7")
+    assert (record.query, record.passages, record.num_positives, record.scores) == (
+        "q",
+        ("p", "r", "n"),
+        2,
+        (1.0, 0.5, -2.0),
+    )
+    assert (record.prompt, record.only_one_negative, record.language, record.record_id) == (
+        "ask: ",
+        True,
+        "de",
+        "7",
+    )
 
 
 def test_text_and_minimal_pair():
     assert parse_record({"text": "t"}).query is None
     assert parse_record({"query": "q", "pos": ["p"], "prompt": ""}).prompt is None
-    assert parse_record({"query": "q", "pos": ["p"], "neg": None, "pos_scores": [1.0], "neg_scores": None}).scores == (1.0,)
+    assert parse_record(
+        {"query": "q", "pos": ["p"], "neg": None, "pos_scores": [1.0], "neg_scores": None}
+    ).scores == (1.0,)
 
 
 GOOD = {"query": "q", "pos": ["p"], "neg": ["n"]}
@@ -44,10 +56,22 @@ GOOD = {"query": "q", "pos": ["p"], "neg": ["n"]}
         (GOOD | {"prompt": 1}, "prompt = 1: must be a string"),
         (GOOD | {"lang": ["de"]}, "lang = .*: must be a string"),
         (GOOD | {"id": 1.5}, "id = 1.5: must be a string or an integer"),
-        (GOOD | {"pos_scores": [1.0]}, "neg_scores = None: must hold 1 teacher scores, one for each of `neg`"),
-        (GOOD | {"pos_scores": [1.0, 2.0], "neg_scores": [0.0]}, "pos_scores = .*: must hold 1 teacher scores"),
-        (GOOD | {"pos_scores": [float("nan")], "neg_scores": [0.0]}, r"pos_scores\[0\] = nan: must be finite"),
-        (GOOD | {"pos_scores": [1e300], "neg_scores": [0.0]}, r"pos_scores\[0\] = .*: must be finite \(in float32\)"),
+        (
+            GOOD | {"pos_scores": [1.0]},
+            "neg_scores = None: must hold 1 teacher scores, one for each of `neg`",
+        ),
+        (
+            GOOD | {"pos_scores": [1.0, 2.0], "neg_scores": [0.0]},
+            "pos_scores = .*: must hold 1 teacher scores",
+        ),
+        (
+            GOOD | {"pos_scores": [float("nan")], "neg_scores": [0.0]},
+            r"pos_scores\[0\] = nan: must be finite",
+        ),
+        (
+            GOOD | {"pos_scores": [1e300], "neg_scores": [0.0]},
+            r"pos_scores\[0\] = .*: must be finite \(in float32\)",
+        ),
         (GOOD | {"pos_scores": [True], "neg_scores": [0.0]}, r"pos_scores\[0\] = True: must be a number"),
     ],
 )
@@ -59,7 +83,9 @@ def test_bad_record(line, message):
 
 def test_error_for_the_user_names_file_and_line():
     error = BadRecord("pos", None, "must hold at least one passage").at("data.jsonl:12")
-    assert str(error).startswith("data.jsonl:12 pos = None: must hold at least one passage; correct the record, or set data.on_bad_record")
+    assert str(error).startswith(
+        "data.jsonl:12 pos = None: must hold at least one passage; correct the record, or set data.on_bad_record"
+    )
 
 
 def test_long_values_are_cut():

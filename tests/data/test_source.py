@@ -17,10 +17,18 @@ from tests.data.pairs import make_records, write_jsonl
 
 def read_all(path, unit_bytes):
     """[(line number in the file, content)] read unit by unit."""
-    return [(first_line(unit) + number, line) for unit in split_file(str(path), unit_bytes) for number, line in read_unit(unit)]
+    return [
+        (first_line(unit) + number, line)
+        for unit in split_file(str(path), unit_bytes)
+        for number, line in read_unit(unit)
+    ]
 
 
-@given(lines=st.lists(st.binary(max_size=12).map(lambda x: x.replace(b"\n", b"")), max_size=30), unit=st.integers(1, 40), end=st.booleans())
+@given(
+    lines=st.lists(st.binary(max_size=12).map(lambda x: x.replace(b"\n", b"")), max_size=30),
+    unit=st.integers(1, 40),
+    end=st.booleans(),
+)
 def test_every_line_once_whatever_the_units(tmp_path_factory, lines, unit, end):
     path = tmp_path_factory.getbasetemp() / "lines.jsonl"
     text = b"\n".join(lines) + (b"\n" if end else b"")
@@ -32,7 +40,9 @@ def test_every_line_once_whatever_the_units(tmp_path_factory, lines, unit, end):
     assert [(number, line.rstrip(b"\n")) for number, line in read_all(packed, unit)] == wanted
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", "-stream.arrow"])
+@pytest.mark.parametrize(
+    "suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", "-stream.arrow"]
+)
 @pytest.mark.parametrize("unit_bytes", [700, 1 << 20])
 def test_formats_give_the_same_records(tmp_path, suffix, unit_bytes):
     records = make_records(50)
@@ -62,13 +72,18 @@ def test_files_directories_globs_in_order_and_once(tmp_path):
     for name in ("b.jsonl", "a.jsonl.gz", "sub/c.parquet", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    names = [os.path.relpath(path, tmp_path) for path in find_files([str(tmp_path / "b.*"), str(tmp_path), str(tmp_path / "b.jsonl")], "f")]
+    names = [
+        os.path.relpath(path, tmp_path)
+        for path in find_files([str(tmp_path / "b.*"), str(tmp_path), str(tmp_path / "b.jsonl")], "f")
+    ]
     assert names == ["b.jsonl", "a.jsonl.gz", "sub/c.parquet"]
 
 
 def test_missing_and_unknown_files(tmp_path):
     (tmp_path / "x.csv").touch()
-    with pytest.raises(DataError, match=r"data.train\[d\].paths = .*none.jsonl.*: matches no data file; check the path"):
+    with pytest.raises(
+        DataError, match=r"data.train\[d\].paths = .*none.jsonl.*: matches no data file; check the path"
+    ):
         find_files([str(tmp_path / "none.jsonl")], "data.train[d].paths")
     with pytest.raises(DataError, match=r"x.csv.*: has no known format; use one of .jsonl"):
         find_files([str(tmp_path / "x.csv")], "data.train[d].paths")
@@ -78,7 +93,10 @@ def test_missing_and_unknown_files(tmp_path):
 def test_truncated_gzip(tmp_path, cut):
     path = tmp_path / "d.jsonl.gz"
     path.write_bytes(gzip.compress(write_jsonl(tmp_path / "p.jsonl", make_records(50)).read_bytes())[:-cut])
-    with pytest.raises(DataError, match=r"data file = .*d.jsonl.gz.*: cannot be read to its end \(EOFError.*write or fetch it again"):
+    with pytest.raises(
+        DataError,
+        match=r"data file = .*d.jsonl.gz.*: cannot be read to its end \(EOFError.*write or fetch it again",
+    ):
         split_file(str(path), 1 << 20)
 
 
@@ -101,7 +119,10 @@ def test_truncated_zstd(tmp_path):
 def test_unreadable_file(tmp_path):
     path = tmp_path / "d.jsonl"
     path.symlink_to("/proc/self/mem")  # opens, but reading fails, for root too
-    with pytest.raises(DataError, match=r"data file = .*d.jsonl.*: cannot be read to its end \(OSError.*check its permissions"):
+    with pytest.raises(
+        DataError,
+        match=r"data file = .*d.jsonl.*: cannot be read to its end \(OSError.*check its permissions",
+    ):
         list(read_unit(source.Unit(str(path), "jsonl", 0, 100)))
 
 
@@ -118,4 +139,6 @@ def test_huge_line_is_passed_over_without_holding_it(tmp_path, monkeypatch):
 def test_place_counts_lines_from_one(tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", [b"a", b"b", b"c"])
     units = split_file(str(path), 3)
-    assert [place(unit, number) for unit in units for number, _ in read_unit(unit)] == [f"{path}:{line}" for line in (1, 2, 3)]
+    assert [place(unit, number) for unit in units for number, _ in read_unit(unit)] == [
+        f"{path}:{line}" for line in (1, 2, 3)
+    ]

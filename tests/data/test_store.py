@@ -28,7 +28,10 @@ def test_flipped_token_is_noticed_when_read_and_by_verify(folder):
     tokens = dataset.row(first_row).text(1).tobytes()
     damage(path, path.read_bytes().index(tokens) + 4)
     fresh = open_dataset(folder, "d")
-    with pytest.raises(DataError, match=r"store file .*00001.arrow = 0: is a row whose checksum does not match; delete it with its .json"):
+    with pytest.raises(
+        DataError,
+        match=r"store file .*00001.arrow = 0: is a row whose checksum does not match; delete it with its .json",
+    ):
         fresh.row(first_row)
     with pytest.raises(DataError, match=r"store file .*00001.arrow = '.*': must have checksum"):
         verify_dataset(fresh)
@@ -57,7 +60,9 @@ def test_damaged_index(folder):
 
 
 def test_not_prepared_or_unfinished(folder, tmp_path):
-    with pytest.raises(DataError, match="data.store_dir = .*: holds no finished dataset; run `megam3 prepare`"):
+    with pytest.raises(
+        DataError, match="data.store_dir = .*: holds no finished dataset; run `megam3 prepare`"
+    ):
         open_dataset(tmp_path, "other")
     (folder / "d" / "manifest.json").write_text("{")
     with pytest.raises(DataError, match="manifest.json.*: cannot be read"):
@@ -67,7 +72,9 @@ def test_not_prepared_or_unfinished(folder, tmp_path):
 def test_other_format(folder):
     path = folder / "d" / "manifest.json"
     path.write_text(path.read_text().replace('"format": 1', '"format": 9', 1))
-    with pytest.raises(DataError, match="store format = 9: this version reads format 1; prepare the data again"):
+    with pytest.raises(
+        DataError, match="store format = 9: this version reads format 1; prepare the data again"
+    ):
         open_dataset(folder, "d")
 
 

@@ -45,7 +45,8 @@ def test_decode_is_readable(tokenizer):
 @pytest.mark.parametrize("rows", [100, 250_002])
 def test_vocabulary_that_is_not_the_models(tokenizer, tokenizer_folder, rows):
     with pytest.raises(
-        ConfigError, match=rf"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {rows} rows; use the tok"
+        ConfigError,
+        match=rf"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {rows} rows; use the tok",
     ):
         load_tokenizer(tokenizer_folder, vocab_size=rows)
 
@@ -60,7 +61,9 @@ def test_missing_folder():
 
 
 def test_folder_without_tokenizer(tmp_path):
-    with pytest.raises(ConfigError, match=r"model.path = .*: holds no tokenizer that can be read .*; put tokenizer.json"):
+    with pytest.raises(
+        ConfigError, match=r"model.path = .*: holds no tokenizer that can be read .*; put tokenizer.json"
+    ):
         load_tokenizer(tmp_path)
 
 

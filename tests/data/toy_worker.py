@@ -25,8 +25,21 @@ def make_handler(setup: dict) -> Handler:
                 print("a stray line")
         lengths = np.array([2, 3])
         tokens = np.arange(5, dtype=np.int32) + number
-        labels = {"kind": "pair", "dataset": "d", "language": "de", "num_truncated": 0, "in_batch_negatives": True}
-        arrays = [tokens, lengths, np.array([0, 1]), np.array([number]), np.array([number * 7]), np.zeros(0, np.float32)]
+        labels = {
+            "kind": "pair",
+            "dataset": "d",
+            "language": "de",
+            "num_truncated": 0,
+            "in_batch_negatives": True,
+        }
+        arrays = [
+            tokens,
+            lengths,
+            np.array([0, 1]),
+            np.array([number]),
+            np.array([number * 7]),
+            np.zeros(0, np.float32),
+        ]
         return labels, [np.asarray(array) for array in arrays]
 
     return handle

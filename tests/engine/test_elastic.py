@@ -25,12 +25,23 @@ def _legs(model: str, root: str, legs: list) -> list[dict]:
             engine.save(f"{root}/{target}-reread")
             comm.barrier()
             before, after = SavedStates(f"{root}/{source}"), SavedStates(f"{root}/{target}-reread")
-            differences = [f"{k} {n}" for k in KINDS for n in before.names if not torch.equal(before.read(n, k), after.read(n, k))]
-            differences += [] if before.adam_steps == after.adam_steps == step else [f"{before.adam_steps} {after.adam_steps} steps"]
+            differences = [
+                f"{k} {n}"
+                for k in KINDS
+                for n in before.names
+                if not torch.equal(before.read(n, k), after.read(n, k))
+            ]
+            differences += (
+                []
+                if before.adam_steps == after.adam_steps == step
+                else [f"{before.adam_steps} {after.adam_steps} steps"]
+            )
         outcome = train_steps(engine, None, step, 1)
         engine.save(f"{root}/{target}")
         comm.barrier()
-        results.append({"loss": outcome["losses"][0], "norm": outcome["norms"][0], "differences": differences})
+        results.append(
+            {"loss": outcome["losses"][0], "norm": outcome["norms"][0], "differences": differences}
+        )
     return results
 
 
@@ -69,7 +80,11 @@ def test_a_run_that_changes_ranks_and_stages_equals_the_uninterrupted_one(model,
         for kind, wanted in [(WEIGHT, parameter.detach()), *((k, state[k]) for k in MOMENTS)]:
             scale = float(wanted.abs().max())
             torch.testing.assert_close(
-                saved.read(name, kind), wanted, rtol=1e-3, atol=1e-4 * scale, msg=lambda m, n=f"{kind} {name}": f"{n}: {m}"
+                saved.read(name, kind),
+                wanted,
+                rtol=1e-3,
+                atol=1e-4 * scale,
+                msg=lambda m, n=f"{kind} {name}": f"{n}: {m}",
             )
 
 
@@ -103,7 +118,11 @@ def _before_the_first_step(model: str, root: str) -> list[bool]:
         engine.load_elastic(f"{root}/{stage}")
         loss = train_steps(engine, None, 0, 1)["losses"]
         saved = SavedStates(f"{root}/{stage}")
-        held.append(saved.moments == () and saved.adam_steps == 0 and loss == train_steps(make_engine(model, 2), None, 0, 1)["losses"])
+        held.append(
+            saved.moments == ()
+            and saved.adam_steps == 0
+            and loss == train_steps(make_engine(model, 2), None, 0, 1)["losses"]
+        )
     return held
 
 

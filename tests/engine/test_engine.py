@@ -40,7 +40,9 @@ def ds_config(stage: int, *, bf16: bool = False) -> dict:
     }
 
 
-def make_engine(folder: str, stage: int, *, offload: bool = False, bf16: bool = False, total_steps: int = STEPS + 1) -> Engine:
+def make_engine(
+    folder: str, stage: int, *, offload: bool = False, bf16: bool = False, total_steps: int = STEPS + 1
+) -> Engine:
     join(CPU)
     config = ds_config(stage, bf16=bf16)
     with model_construction(config):
@@ -48,7 +50,9 @@ def make_engine(folder: str, stage: int, *, offload: bool = False, bf16: bool = 
     return Engine(module, OPTIM, config, CPU, total_steps, ActivationMemory(module, offload, offload))
 
 
-def train_steps(engine: Engine, chunk_tokens: int | None, first: int = 0, count: int = STEPS, accumulation: int = 1) -> dict:
+def train_steps(
+    engine: Engine, chunk_tokens: int | None, first: int = 0, count: int = STEPS, accumulation: int = 1
+) -> dict:
     objective = UnifiedObjective(OBJECTIVE, chunk_tokens)
     losses, norms, marked = [], [], []
     for step in range(first, first + count):
@@ -56,7 +60,9 @@ def train_steps(engine: Engine, chunk_tokens: int | None, first: int = 0, count:
         with engine.step_scope():
             total = 0.0
             for index in range(accumulation):
-                batch = split_over_ranks(make_groups(4, seed=step * accumulation + index), comm.rank(), comm.world_size())
+                batch = split_over_ranks(
+                    make_groups(4, seed=step * accumulation + index), comm.rank(), comm.world_size()
+                )
                 with engine.accumulation(index, accumulation):
                     figures = objective.run(engine, batch, Progress(step))
                 total += float(comm.all_reduce_sum(figures["loss/total"])) / comm.world_size() / accumulation
@@ -66,7 +72,9 @@ def train_steps(engine: Engine, chunk_tokens: int | None, first: int = 0, count:
     return {"losses": losses, "norms": norms, "marked": marked}
 
 
-def torch_reference(folder: str, accumulation: int = 1) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+def torch_reference(
+    folder: str, accumulation: int = 1
+) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """Losses, gradient norms and final weights of `torch_run`."""
     losses, norms, model, _ = torch_run(folder, STEPS, accumulation)
     return losses, norms, model.state_dict()
@@ -76,7 +84,11 @@ def torch_run(folder: str, steps: int, accumulation: int = 1, total_steps: int =
     """One process, no DeepSpeed, no engine code: torch's AdamW and clipping over the global batch."""
     model = load_m3(folder, ModelConfig(path=folder)).train()
     groups = [
-        {"params": [p], "peak": 2e-3 if is_head_parameter(n) else 1e-3, "weight_decay": 0.01 if p.dim() > 1 else 0.0}
+        {
+            "params": [p],
+            "peak": 2e-3 if is_head_parameter(n) else 1e-3,
+            "weight_decay": 0.01 if p.dim() > 1 else 0.0,
+        }
         for n, p in model.named_parameters()
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
@@ -91,18 +103,31 @@ def torch_run(folder: str, steps: int, accumulation: int = 1, total_steps: int =
 
     for step in range(steps):
         optimizer.zero_grad()
-        batches = [batch_of(make_groups(4, seed=step * accumulation + index)) for index in range(accumulation)]
+        batches = [
+            batch_of(make_groups(4, seed=step * accumulation + index)) for index in range(accumulation)
+        ]
         figures = [objective.run(Plain(), batch, Progress(step)) for batch in batches]
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)))
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * learning_rate_factor(step, total_steps, OPTIM.warmup_ratio, "linear")
+            group["lr"] = group["peak"] * learning_rate_factor(
+                step, total_steps, OPTIM.warmup_ratio, "linear"
+            )
         optimizer.step()
         losses.append(sum(float(f["loss/total"]) for f in figures) / accumulation)
     return losses, norms, model, optimizer
 
 
 # ZeRO stage, checkpointing with offload, chunk_tokens of the gradient cache
-CASES = [(0, False, None), (0, True, 40), (1, False, 40), (2, False, None), (2, True, 40), (3, True, None), (3, False, 40), (3, True, 40)]
+CASES = [
+    (0, False, None),
+    (0, True, 40),
+    (1, False, 40),
+    (2, False, None),
+    (2, True, 40),
+    (3, True, None),
+    (3, False, 40),
+    (3, True, 40),
+]
 
 
 def _all_stages(folder: str, out: str) -> list[dict]:
@@ -115,7 +140,10 @@ def _all_stages(folder: str, out: str) -> list[dict]:
         comm.barrier()
         resumed = make_engine(folder, stage, offload=offload)
         resumed.load(target)
-        more, again = train_steps(engine, chunk_tokens, STEPS, 1), train_steps(resumed, chunk_tokens, STEPS, 1)
+        more, again = (
+            train_steps(engine, chunk_tokens, STEPS, 1),
+            train_steps(resumed, chunk_tokens, STEPS, 1),
+        )
         results.append({**result, "folder": target, "next": more["losses"], "resumed_next": again["losses"]})
     return results
 
@@ -143,8 +171,12 @@ def test_two_ranks_under_every_stage_equal_torch_on_one(folder, every_stage):
             if name.endswith("key.bias"):
                 continue
             where = f"{result['folder']} {name}"
-            torch.testing.assert_close(merged[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda m, w=where: f"{w}: {m}")
-        assert result["resumed_next"] == result["next"], "the step after a resume must be the very step that would have come"
+            torch.testing.assert_close(
+                merged[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda m, w=where: f"{w}: {m}"
+            )
+        assert result["resumed_next"] == result["next"], (
+            "the step after a resume must be the very step that would have come"
+        )
 
 
 @pytest.mark.ranks
@@ -155,7 +187,9 @@ def test_offload_sees_the_input_of_every_checkpointed_layer_at_every_stage(every
         elif chunk_tokens is None:
             assert result["marked"] == [2] * STEPS, "two layers, one forward pass with a graph"
         else:
-            assert all(count % 2 == 0 and count >= 4 for count in result["marked"]), "two layers in each chunk's second pass"
+            assert all(count % 2 == 0 and count >= 4 for count in result["marked"]), (
+                "two layers in each chunk's second pass"
+            )
 
 
 def _one_rank(folder: str, stage: int, accumulation: int) -> dict:
@@ -181,7 +215,9 @@ def _poisoned_steps(folder: str) -> list:
             engine.backward(engine.encode(texts).dense_ND.sum() * float("nan"), True)
         poisoned = engine.update(1)
         with engine.step_scope():
-            engine.backward(engine.encode(texts).dense_ND.square().sum() + engine.encode(texts).multi_KC.sum(), True)
+            engine.backward(
+                engine.encode(texts).dense_ND.square().sum() + engine.encode(texts).multi_KC.sum(), True
+            )
         dropped = engine.update(1, drop=True)
         same = all(torch.equal(a, b) for a, b in zip(before, _weights(engine)))
         next_loss = train_steps(engine, None, 1, 1)["losses"][0]
@@ -207,7 +243,9 @@ def _norms_of_one_and_of_many_passes(folder: str, stage: int) -> list[float]:
     for passes in (1, 400):
         with engine.step_scope():
             for index in range(passes):
-                engine.backward(engine.encode(texts).dense_ND.float()[:, 0].sum() / passes, index == passes - 1)
+                engine.backward(
+                    engine.encode(texts).dense_ND.float()[:, 0].sum() / passes, index == passes - 1
+                )
         norms.append(engine.update(0, drop=True).grad_norm)
     return norms
 
@@ -221,7 +259,10 @@ def test_many_small_gradients_add_up_under_bf16(folder):
 
 
 def test_checkpointing_an_encoder_without_layers_is_refused():
-    with pytest.raises(ConfigError, match=r"engine.activation_checkpointing = True: Linear has no layers.*activation_checkpointing=false"):
+    with pytest.raises(
+        ConfigError,
+        match=r"engine.activation_checkpointing = True: Linear has no layers.*activation_checkpointing=false",
+    ):
         ActivationMemory(torch.nn.Linear(2, 2), True, False)
 
 

@@ -25,7 +25,10 @@ def test_biases_and_norms_do_not_decay_and_heads_have_their_own_rate():
     groups = parameter_groups(toy.named_parameters(), OptimConfig(lr=1e-3, head_lr=1e-2, weight_decay=0.05))
     of = {id(p): group for group in groups for p in group["params"]}
     names = {name: of[id(p)] for name, p in toy.named_parameters() if p.requires_grad}
-    assert [name for name, group in names.items() if group["weight_decay"]] == ["encoder.0.weight", "lexical_head.weight"]
+    assert [name for name, group in names.items() if group["weight_decay"]] == [
+        "encoder.0.weight",
+        "lexical_head.weight",
+    ]
     assert {name: group["peak_lr"] for name, group in names.items()} == {
         "encoder.0.weight": 1e-3,
         "encoder.0.bias": 1e-3,

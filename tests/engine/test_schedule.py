@@ -23,7 +23,9 @@ def test_cosine_equals_torch():
     optimizer = SGD(nn.Linear(1, 1).parameters(), lr=1.0)
     scheduler = CosineAnnealingLR(optimizer, T_max=50)
     for step in range(50):
-        assert learning_rate_factor(step, 50, 0.0, "cosine") == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        assert learning_rate_factor(step, 50, 0.0, "cosine") == pytest.approx(
+            optimizer.param_groups[0]["lr"], abs=1e-12
+        )
         optimizer.step()
         scheduler.step()
 

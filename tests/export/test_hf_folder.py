@@ -19,9 +19,21 @@ from megam3.model.pretrained import load_m3
 from tests.factory import make_sentences, make_tiny_model_folder
 
 LAYOUT = {
-    *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "sentencepiece.bpe.model"),
+    *(
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "sentencepiece.bpe.model",
+    ),
     *("colbert_linear.pt", "sparse_linear.pt", "megam3_config.json", "README.md"),
-    *("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+    *(
+        "modules.json",
+        "1_Pooling/config.json",
+        "sentence_bert_config.json",
+        "config_sentence_transformers.json",
+    ),
 }
 
 
@@ -69,7 +81,9 @@ def test_encoder_keys_have_no_prefix_and_the_pooler_is_the_sources(source, expor
     weights, before = load_file(out / "model.safetensors"), load_file(source / "model.safetensors")
     assert weights.keys() == before.keys() == AutoModel.from_pretrained(out).state_dict().keys()
     assert torch.equal(weights["pooler.dense.weight"], before["pooler.dense.weight"])
-    assert torch.equal(weights["embeddings.word_embeddings.weight"], model.encoder.embeddings.word_embeddings.weight)
+    assert torch.equal(
+        weights["embeddings.word_embeddings.weight"], model.encoder.embeddings.word_embeddings.weight
+    )
 
 
 def test_config_names_what_old_readers_look_for(source, exported):
@@ -85,7 +99,10 @@ def test_config_names_what_old_readers_look_for(source, exported):
 
 def test_heads_are_plain_tensors_under_the_published_names(exported):
     model, out, _ = exported
-    for file, head in (("colbert_linear.pt", model.multi_vector_head), ("sparse_linear.pt", model.lexical_head)):
+    for file, head in (
+        ("colbert_linear.pt", model.multi_vector_head),
+        ("sparse_linear.pt", model.lexical_head),
+    ):
         saved = torch.load(out / file, weights_only=True)
         assert saved.keys() == {"weight", "bias"}
         assert torch.equal(saved["weight"], head.weight)
@@ -95,13 +112,17 @@ def test_a_tokenizer_saved_by_transformers_5_becomes_readable_for_4(tmp_path):
     source = make_tiny_model_folder(tmp_path / "source", max_tokens=128)
     AutoTokenizer.from_pretrained(source).save_pretrained(source)
     saved = json.loads((source / "tokenizer_config.json").read_text())
-    (source / "tokenizer_config.json").write_text(json.dumps({**saved, "extra_special_tokens": ["<s>", "</s>"], "backend": "tokenizers"}))
+    (source / "tokenizer_config.json").write_text(
+        json.dumps({**saved, "extra_special_tokens": ["<s>", "</s>"], "backend": "tokenizers"})
+    )
     export_hf_folder(trained(source).state_dict(), str(source), tmp_path / "out")
     written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert not {"extra_special_tokens", "backend", "is_local"} & written.keys()
     assert (written["tokenizer_class"], written["model_max_length"]) == ("XLMRobertaTokenizer", 128)
     text = make_sentences(1)[0]
-    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text) == AutoTokenizer.from_pretrained(source)(text)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text) == AutoTokenizer.from_pretrained(source)(
+        text
+    )
 
 
 def test_a_narrow_head_is_announced(tmp_path):
@@ -113,7 +134,9 @@ def test_a_narrow_head_is_announced(tmp_path):
 
 def test_the_pooler_is_found_under_a_prefix_and_in_bin_files(tmp_path):
     weight = torch.randn(3, 3)
-    save_file({"roberta.pooler.dense.weight": weight, "roberta.x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    save_file(
+        {"roberta.pooler.dense.weight": weight, "roberta.x": torch.zeros(1)}, tmp_path / "model.safetensors"
+    )
     assert torch.equal(read_pooler(tmp_path)["pooler.dense.weight"], weight)
     (tmp_path / "model.safetensors").unlink()
     assert read_pooler(tmp_path) == {}
@@ -131,7 +154,9 @@ def test_a_difference_fails_and_leaves_no_folder(source, tmp_path, monkeypatch):
 
     original = hf_folder.write_hf_folder
     monkeypatch.setattr(hf_folder, "write_hf_folder", write_something_else)
-    with pytest.raises(CheckpointError, match="largest difference of the multi_vector head must be at most 1e-05"):
+    with pytest.raises(
+        CheckpointError, match="largest difference of the multi_vector head must be at most 1e-05"
+    ):
         export_hf_folder(trained(source).state_dict(), str(source), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -139,7 +164,9 @@ def test_a_difference_fails_and_leaves_no_folder(source, tmp_path, monkeypatch):
 def test_another_tokenizer_fails(source, exported, tmp_path):
     model, out, _ = exported
     other = make_tiny_model_folder(tmp_path / "other", vocab_size=300, max_tokens=128)
-    with pytest.raises(CheckpointError, match="its tokenizer reads the sample texts differently; check the tokenizer files"):
+    with pytest.raises(
+        CheckpointError, match="its tokenizer reads the sample texts differently; check the tokenizer files"
+    ):
         verify_folder(out, model, str(other))
 
 
@@ -171,7 +198,9 @@ def test_weights_of_another_model_are_refused(source, tmp_path, change, rule):
 def test_the_source_of_a_checkpoint_is_in_its_runs_recipe(source, tmp_path):
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000001"
     checkpoint.mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"neither model.path of its run nor a model/ of its own; .*--model"):
+    with pytest.raises(
+        CheckpointError, match=r"neither model.path of its run nor a model/ of its own; .*--model"
+    ):
         source_of_checkpoint(checkpoint)
     recipe = tmp_path / "run" / "recipe.yaml"
     recipe.write_text(f"model: {{path: {source}}}")

@@ -16,7 +16,13 @@ LENGTHS = (5, 17, 3, 17, 1, 40, 5, 300, 2, 17)
 
 
 def tiny(family, *, dropout=0.0):
-    names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "mlp_dropout", "embedding_dropout")
+    names = (
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "attention_dropout",
+        "mlp_dropout",
+        "embedding_dropout",
+    )
     config = AutoConfig.for_model(
         family,
         vocab_size=300,
@@ -80,9 +86,13 @@ def test_outputs_and_gradients_equal_the_padded_model(family, dtype):
     direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
     (expected * direction).mean().backward()
     (got * direction).mean().backward()
-    wanted = {name: parameter.grad for name, parameter in padded.named_parameters() if parameter.grad is not None}
+    wanted = {
+        name: parameter.grad for name, parameter in padded.named_parameters() if parameter.grad is not None
+    }
     for name, parameter in packed.named_parameters():
-        torch.testing.assert_close(parameter.grad, wanted[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            parameter.grad, wanted[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_modernbert_windows_matter():
@@ -101,7 +111,10 @@ def test_windows_equal_a_naive_masked_softmax(length, half_window):
     generator = torch.Generator().manual_seed(length)
     count, heads, head_dim = 2, 2, 8
     leaves = [
-        torch.randn(1, heads, count * length, head_dim, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3)
+        torch.randn(
+            1, heads, count * length, head_dim, generator=generator, dtype=torch.float64, requires_grad=True
+        )
+        for _ in range(3)
     ]
     cu_seqlens = torch.tensor([0, length, 2 * length], dtype=torch.int32)
     got, weights = packed_attention(
@@ -118,13 +131,17 @@ def test_windows_equal_a_naive_masked_softmax(length, half_window):
     assert got.shape == (1, count * length, heads, head_dim)
     q, k, v = leaves
     position = torch.arange(count * length)
-    visible = ((position[:, None] - position).abs() <= half_window) & (position[:, None] // length == position // length)
+    visible = ((position[:, None] - position).abs() <= half_window) & (
+        position[:, None] // length == position // length
+    )
     logits = (q @ k.transpose(2, 3) * 0.3).masked_fill(~visible, -torch.inf)
     expected = (logits.softmax(-1) @ v).transpose(1, 2)
     torch.testing.assert_close(got, expected)
     direction = torch.randn(got.shape, generator=generator, dtype=torch.float64)
     got_gradients = torch.autograd.grad((got * direction).sum(), leaves)
-    for got_gradient, gradient in zip(got_gradients, torch.autograd.grad((expected * direction).sum(), leaves)):
+    for got_gradient, gradient in zip(
+        got_gradients, torch.autograd.grad((expected * direction).sum(), leaves)
+    ):
         torch.testing.assert_close(got_gradient, gradient)
 
 
@@ -177,10 +194,16 @@ def test_attention_dropout_keeps_the_mean():
     """Only attention weights drop here, so the mean over seeds of one layer's attention output tends to the output without dropout."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 24, 8, generator=generator) for _ in range(3))
-    texts = {"cu_seqlens": torch.tensor([0, 12, 24], dtype=torch.int32), "lengths": (12, 12), "max_length": 12}
+    texts = {
+        "cu_seqlens": torch.tensor([0, 12, 24], dtype=torch.int32),
+        "lengths": (12, 12),
+        "max_length": 12,
+    }
     plain, _ = packed_attention(torch.nn.Module(), q, k, v, None, **texts)
     torch.manual_seed(0)
-    samples = torch.stack([packed_attention(torch.nn.Module(), q, k, v, None, dropout=0.3, **texts)[0] for _ in range(2000)])
+    samples = torch.stack(
+        [packed_attention(torch.nn.Module(), q, k, v, None, dropout=0.3, **texts)[0] for _ in range(2000)]
+    )
     error = (samples.mean(0) - plain).abs() / (samples.std(0) / 2000**0.5)
     assert samples.std(0).min() > 0
     assert error.max() < 5  # standard errors, over 384 numbers

@@ -27,7 +27,9 @@ def change_weights(folder, change):
 @pytest.mark.parametrize("family", ["distilbert", "t5", "llama", "gpt2", "deberta-v2"])
 def test_other_families_are_refused_without_their_weights(tmp_path, family):
     AutoConfig.for_model(family).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=rf"is a '{family}' model, which does not run on packed texts.*xlm-roberta") as caught:
+    with pytest.raises(
+        ConfigError, match=rf"is a '{family}' model, which does not run on packed texts.*xlm-roberta"
+    ) as caught:
         load_backbone(str(tmp_path))
     assert caught.value.what == "model.path"
 
@@ -36,7 +38,9 @@ def test_other_families_are_refused_without_their_weights(tmp_path, family):
 def test_decoders_are_refused(field):
     config = tiny_config(100)
     setattr(config, field, True)
-    with pytest.raises(ConfigError, match="configured as a decoder; retrieval needs attention in both directions"):
+    with pytest.raises(
+        ConfigError, match="configured as a decoder; retrieval needs attention in both directions"
+    ):
         build_backbone(config)
 
 
@@ -48,7 +52,9 @@ def test_relative_positions_are_refused():
 
 
 def test_a_folder_without_config_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="holds no readable config.json.*give a Hugging Face encoder folder"):
+    with pytest.raises(
+        CheckpointError, match="holds no readable config.json.*give a Hugging Face encoder folder"
+    ):
         load_backbone(str(tmp_path))
 
 
@@ -61,14 +67,19 @@ def test_a_folder_without_weights_is_refused(tmp_path):
 def test_missing_weights_are_an_error(tmp_path):
     folder = make_tiny_model_folder(tmp_path)
     change_weights(folder, lambda weights: weights.pop("encoder.layer.1.output.dense.bias"))
-    with pytest.raises(CheckpointError, match=r"the weight file misses encoder\.layer\.1\.output\.dense\.bias.*config.json that belongs"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"the weight file misses encoder\.layer\.1\.output\.dense\.bias.*config.json that belongs",
+    ):
         load_backbone(str(folder))
 
 
 def test_more_layers_than_the_config_says_are_an_error(tmp_path):
     folder = make_tiny_model_folder(tmp_path)
     change_config(folder, num_hidden_layers=1)
-    with pytest.raises(CheckpointError, match=r"holds what its config has not: encoder\.layer\.1\..* and 13 more"):
+    with pytest.raises(
+        CheckpointError, match=r"holds what its config has not: encoder\.layer\.1\..* and 13 more"
+    ):
         load_backbone(str(folder))
 
 
@@ -102,7 +113,9 @@ def test_weights_saved_from_a_language_model_load(tmp_path):
 
     plain = load_backbone(str(folder)).state_dict()
     change_weights(folder, as_language_model)
-    assert all(torch.equal(tensor, plain[name]) for name, tensor in load_backbone(str(folder)).state_dict().items())
+    assert all(
+        torch.equal(tensor, plain[name]) for name, tensor in load_backbone(str(folder)).state_dict().items()
+    )
 
 
 def test_positions_start_after_the_padding_id_in_the_roberta_families():

@@ -5,7 +5,13 @@ import torch
 from torch.nn.functional import normalize
 
 from megam3.batch import pack_texts
-from megam3.model.heads import dense_vectors, lexical_structure, lexical_weights, multi_vector_rows, normalize_rows
+from megam3.model.heads import (
+    dense_vectors,
+    lexical_structure,
+    lexical_weights,
+    multi_vector_rows,
+    normalize_rows,
+)
 from megam3.model.rows import select_unique_rows
 
 SPECIAL = (0, 1, 2, 3)
@@ -27,7 +33,9 @@ def naive_lexical(logits_T, token_ids):
 
 
 def random_tensor(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, requires_grad=True)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, requires_grad=True
+    )
 
 
 def packed_structure(token_ids):

@@ -39,10 +39,15 @@ def test_every_head_equals_the_formulas_on_the_padded_encoder(folder):
         start, stop = got.multi_offsets_N1[n], got.multi_offsets_N1[n + 1]
         torch.testing.assert_close(got.multi_KC[start:stop], rows / rows.norm(dim=-1, keepdim=True))
         logits = (hidden @ model.lexical_head.weight.T + model.lexical_head.bias).squeeze(-1)
-        wanted = {i: max(max(0.0, logits[t].item()) for t in range(len(ids)) if ids[t] == i) for i in sorted(set(ids) - {0, 1, 2, 3})}
+        wanted = {
+            i: max(max(0.0, logits[t].item()) for t in range(len(ids)) if ids[t] == i)
+            for i in sorted(set(ids) - {0, 1, 2, 3})
+        }
         start, stop = got.lexical_offsets_N1[n], got.lexical_offsets_N1[n + 1]
         assert got.lexical_ids_Z[start:stop].tolist() == list(wanted)
-        torch.testing.assert_close(got.lexical_weights_Z[start:stop], torch.tensor(list(wanted.values()), dtype=torch.float64))
+        torch.testing.assert_close(
+            got.lexical_weights_Z[start:stop], torch.tensor(list(wanted.values()), dtype=torch.float64)
+        )
 
 
 def test_forward_returns_a_plain_tuple_in_the_order_of_representations(folder):
@@ -84,7 +89,9 @@ def test_heads_from_scratch_count_shared_tokens_and_keep_hidden_states():
 
 @pytest.mark.parametrize("width", [8, 48])
 def test_a_head_of_another_width_starts_orthonormal_and_the_same_everywhere(width):
-    first, second = (M3Model(build_backbone(tiny_config(100)), (0,), multi_vector_dim=width) for _ in range(2))
+    first, second = (
+        M3Model(build_backbone(tiny_config(100)), (0,), multi_vector_dim=width) for _ in range(2)
+    )
     weight = first.multi_vector_head.weight
     assert weight.shape == (width, 32)
     gram = weight @ weight.T if width < 32 else weight.T @ weight
@@ -95,7 +102,9 @@ def test_a_head_of_another_width_starts_orthonormal_and_the_same_everywhere(widt
 def test_state_dict_keys_are_the_encoders_own_plus_two_heads(folder):
     model = load(folder)
     names = set(model.state_dict())
-    heads = {f"{head}.{part}" for head in ("lexical_head", "multi_vector_head") for part in ("weight", "bias")}
+    heads = {
+        f"{head}.{part}" for head in ("lexical_head", "multi_vector_head") for part in ("weight", "bias")
+    }
     assert names == heads | {f"encoder.{name}" for name in model.encoder.state_dict()}
     assert {name for name, _ in model.named_parameters() if is_head_parameter(name)} == heads
 
@@ -116,14 +125,19 @@ def test_special_ids_come_from_the_tokenizer(tmp_path):
 def test_a_folder_without_tokenizer_is_named(tmp_path):
     """transformers alone would return a tokenizer of five tokens here."""
     tiny_config(100).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"holds no tokenizer \(none of tokenizer\.json.*put the encoder's tokenizer files there"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"holds no tokenizer \(none of tokenizer\.json.*put the encoder's tokenizer files there",
+    ):
         read_special_ids(str(tmp_path))
 
 
 def test_a_damaged_tokenizer_is_named(tmp_path):
     write_tiny_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
-    with pytest.raises(CheckpointError, match="holds no readable tokenizer.*put the encoder's tokenizer files there"):
+    with pytest.raises(
+        CheckpointError, match="holds no readable tokenizer.*put the encoder's tokenizer files there"
+    ):
         read_special_ids(str(tmp_path))
 
 
@@ -131,10 +145,16 @@ def test_a_damaged_tokenizer_is_named(tmp_path):
 def test_a_missing_head_is_an_error_or_starts_from_scratch(tmp_path, file):
     folder = make_tiny_model_folder(tmp_path)
     (folder / file).unlink()
-    with pytest.raises(CheckpointError, match=rf"{file}.*head weights are missing; set model\.missing_heads: init"):
+    with pytest.raises(
+        CheckpointError, match=rf"{file}.*head weights are missing; set model\.missing_heads: init"
+    ):
         load(folder)
     model = load(folder, missing_heads="init")
-    fresh = (model.lexical_head.weight == 0).all() if file == LEXICAL_FILE else torch.equal(model.multi_vector_head.weight, torch.eye(32))
+    fresh = (
+        (model.lexical_head.weight == 0).all()
+        if file == LEXICAL_FILE
+        else torch.equal(model.multi_vector_head.weight, torch.eye(32))
+    )
     assert fresh
     other = model.multi_vector_head if file == LEXICAL_FILE else model.lexical_head
     assert other.bias.any(), "the head whose file is there must be read all the same"
@@ -143,12 +163,17 @@ def test_a_missing_head_is_an_error_or_starts_from_scratch(tmp_path, file):
 def test_a_head_of_another_encoder_is_an_error(tmp_path):
     folder = make_tiny_model_folder(tmp_path)
     torch.save({"weight": torch.zeros(1, 64), "bias": torch.zeros(1)}, folder / LEXICAL_FILE)
-    with pytest.raises(CheckpointError, match=r"sparse_linear\.pt.*weight has shape \(1, 64\), the model needs \(1, 32\)"):
+    with pytest.raises(
+        CheckpointError, match=r"sparse_linear\.pt.*weight has shape \(1, 64\), the model needs \(1, 32\)"
+    ):
         load(folder)
 
 
 def test_a_head_of_another_width_than_the_recipe_is_an_error(folder):
-    with pytest.raises(CheckpointError, match=r"weight has shape \(32, 32\), the model needs \(16, 32\).*model\.multi_vector_dim"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"weight has shape \(32, 32\), the model needs \(16, 32\).*model\.multi_vector_dim",
+    ):
         load(folder, multi_vector_dim=16)
 
 
@@ -158,7 +183,8 @@ def test_a_narrow_head_is_recognised_by_its_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "rule"), [({"w": torch.zeros(1)}, r"must hold exactly weight and bias, not \['w'\]"), (None, "cannot be read")]
+    ("content", "rule"),
+    [({"w": torch.zeros(1)}, r"must hold exactly weight and bias, not \['w'\]"), (None, "cannot be read")],
 )
 def test_a_damaged_head_file_is_named(tmp_path, content, rule):
     folder = make_tiny_model_folder(tmp_path)

@@ -94,5 +94,8 @@ def test_sentence_transformers_limit_follows(tmp_path):
     source = make_tiny_model_folder(tmp_path / "short", max_tokens=64)
     (source / "sentence_bert_config.json").write_text('{"max_seq_length": 64, "do_lower_case": false}')
     extend_folder(source, tmp_path / "long", 128)
-    assert json.loads((tmp_path / "long" / "sentence_bert_config.json").read_text()) == {"max_seq_length": 128, "do_lower_case": False}
+    assert json.loads((tmp_path / "long" / "sentence_bert_config.json").read_text()) == {
+        "max_seq_length": 128,
+        "do_lower_case": False,
+    }
     shutil.rmtree(tmp_path / "long")

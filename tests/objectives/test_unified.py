@@ -43,7 +43,10 @@ def written_out(model, groups, in_batch: bool, distill: bool) -> torch.Tensor:
     heads = []
     for ids in texts:
         hidden = model.encoder(
-            torch.tensor([ids]), cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32), lengths=(len(ids),), max_length=len(ids)
+            torch.tensor([ids]),
+            cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
+            lengths=(len(ids),),
+            max_length=len(ids),
         )
         hidden = hidden.last_hidden_state[0]
         weights = torch.relu(model.lexical_head(hidden)).squeeze(-1)
@@ -64,7 +67,12 @@ def written_out(model, groups, in_batch: bool, distill: bool) -> torch.Tensor:
         for _, p in seen:
             dense_p, lexical_p, multi_p = heads[p]
             rows["dense"].append(dense_q @ dense_p)
-            rows["lexical"].append(sum((lexical_q[t] * lexical_p[t] for t in lexical_q if t in lexical_p), torch.zeros(()).double()))
+            rows["lexical"].append(
+                sum(
+                    (lexical_q[t] * lexical_p[t] for t in lexical_q if t in lexical_p),
+                    torch.zeros(()).double(),
+                )
+            )
             rows["multi"].append((multi_q @ multi_p.T).max(1).values.mean())
         s = {name: torch.stack(values) for name, values in rows.items()}
         s["sum"] = s["dense"] + 0.3 * s["lexical"] + s["multi"]
@@ -88,12 +96,21 @@ def _run(folder: str, in_batch: bool, step: int, chunk_tokens: int | None, tiles
     # ragged over ranks: 3 queries on the first, 2 on the second
     cut = [0, 5] if comm.world_size() == 1 else [0, 3, 5]
     batch = batch_of(groups[cut[comm.rank()] : cut[comm.rank() + 1]], in_batch_negatives=in_batch)
-    figures = UnifiedObjective(CONFIG.model_copy(update={"loss_tiles": tiles}), chunk_tokens).run(engine, batch, Progress(step))
+    figures = UnifiedObjective(CONFIG.model_copy(update={"loss_tiles": tiles}), chunk_tokens).run(
+        engine, batch, Progress(step)
+    )
     total = float(comm.all_reduce_sum(figures["loss/total"])) / comm.world_size()
     return {"total": total, "names": sorted(figures), "gradients": engine.gradients()}
 
 
-CASES = [(True, 0, None), (True, 5, 30), (False, 0, None), (False, 5, None), (True, 5, None, "always"), (False, 5, 30, "always")]
+CASES = [
+    (True, 0, None),
+    (True, 5, 30),
+    (False, 0, None),
+    (False, 5, None),
+    (True, 5, None, "always"),
+    (False, 5, 30, "always"),
+]
 
 
 def _every_case(folder: str) -> list[dict]:
@@ -106,13 +123,19 @@ def test_loss_and_gradients_are_those_of_the_formulas(folder, world_size):
     results = run_ranks(_every_case, world_size, folder)[-1]
     for (in_batch, step, *_), result in zip(CASES, results):
         model = load_m3(folder, ModelConfig(path=folder)).double()
-        expected = written_out(model, make_groups(5, 2), in_batch, distill=step >= CONFIG.self_distill_start_step)
+        expected = written_out(
+            model, make_groups(5, 2), in_batch, distill=step >= CONFIG.self_distill_start_step
+        )
         expected.backward()
         assert result["total"] == pytest.approx(expected.item(), rel=1e-5)
         for name, parameter in model.named_parameters():
             if parameter.grad is not None and name in result["gradients"]:
                 torch.testing.assert_close(
-                    result["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+                    result["gradients"][name],
+                    parameter.grad,
+                    rtol=1e-4,
+                    atol=1e-7,
+                    msg=lambda m, n=name: f"{n}: {m}",
                 )
 
 
@@ -125,7 +148,16 @@ def test_figures_name_every_loss_and_the_vital_signs(folder):
         "lexical/nonzero_share",
         *[
             f"loss/{n}"
-            for n in ("dense", "distill_dense", "distill_lexical", "distill_multi_vector", "lexical", "multi_vector", "sum", "total")
+            for n in (
+                "dense",
+                "distill_dense",
+                "distill_lexical",
+                "distill_multi_vector",
+                "lexical",
+                "multi_vector",
+                "sum",
+                "total",
+            )
         ],
         "multi_vector/spread",
     ]

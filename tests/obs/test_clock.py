@@ -9,7 +9,12 @@ from megam3.obs.clock import EncoderShape, StepClock, measure_matmul_peak, peak_
 @pytest.mark.parametrize("length", [5, 33])
 def test_flops_formula_equals_torchs_counter_on_a_real_encoder(length):
     config = XLMRobertaConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=80, max_position_embeddings=64
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=80,
+        max_position_embeddings=64,
     )
     model = XLMRobertaModel._from_config(config, add_pooling_layer=False, attn_implementation="eager").eval()
     colbert = torch.nn.Linear(32, 16)

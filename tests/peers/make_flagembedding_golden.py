@@ -56,7 +56,9 @@ def main(out: str) -> None:
         "lexical.bias": torch.full((1,), 0.1, dtype=torch.float64),
         "teacher_scores": torch.randn(NUM_QUERIES, GROUP, **double).sort(dim=1, descending=True).values,
     }
-    tokenizer = SimpleNamespace(cls_token_id=0, pad_token_id=1, eos_token_id=2, unk_token_id=3, padding_side="right")
+    tokenizer = SimpleNamespace(
+        cls_token_id=0, pad_token_id=1, eos_token_id=2, unk_token_id=3, padding_side="right"
+    )
     for variant, options in VARIANTS.items():
         hidden = [record[name].clone().requires_grad_() for name in ("query_hidden", "passage_hidden")]
         multi, lexical = torch.nn.Linear(HIDDEN, MULTI).double(), torch.nn.Linear(HIDDEN, 1).double()
@@ -68,16 +70,28 @@ def main(out: str) -> None:
             "sparse_linear": lexical,
         }
         model = EncoderOnlyEmbedderM3Model(
-            base, tokenizer, temperature=0.02, sub_batch_size=-1, normalize_embeddings=True, unified_finetuning=True, **options
+            base,
+            tokenizer,
+            temperature=0.02,
+            sub_batch_size=-1,
+            normalize_embeddings=True,
+            unified_finetuning=True,
+            **options,
         )
         model.train()
-        sides = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in (record["query_ids"], record["passage_ids"])]
+        sides = [
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            for ids in (record["query_ids"], record["passage_ids"])
+        ]
         teacher = record["teacher_scores"].flatten().tolist() if "kd_loss_type" in options else None
         loss = model(sides[0], sides[1], teacher_scores=teacher).loss
         loss.backward()
         record[f"{variant}.loss"] = loss.detach().double()
         record[f"{variant}.query_grad"], record[f"{variant}.passage_grad"] = hidden[0].grad, hidden[1].grad
-        record[f"{variant}.multi_vector_grad"], record[f"{variant}.lexical_grad"] = multi.weight.grad, lexical.weight.grad
+        record[f"{variant}.multi_vector_grad"], record[f"{variant}.lexical_grad"] = (
+            multi.weight.grad,
+            lexical.weight.grad,
+        )
     save_file({name: tensor.contiguous() for name, tensor in record.items()}, out)
 
 

@@ -19,7 +19,10 @@ from tests.factory import make_sentences, make_tiny_model_folder
 
 PEER_PYTHON = os.environ.get("MEGAM3_PEER_PYTHON")
 
-pytestmark = [pytest.mark.peers, pytest.mark.skipif(not PEER_PYTHON, reason="MEGAM3_PEER_PYTHON names no interpreter with FlagEmbedding")]
+pytestmark = [
+    pytest.mark.peers,
+    pytest.mark.skipif(not PEER_PYTHON, reason="MEGAM3_PEER_PYTHON names no interpreter with FlagEmbedding"),
+]
 
 
 @pytest.mark.parametrize("width", [None, 12])

@@ -37,7 +37,12 @@ def _represent(ids, hidden, record, weights):
 
 @pytest.mark.parametrize(
     ("variant", "distill", "teacher"),
-    [("plain", False, None), ("distill", True, None), ("kl_div", False, "kl_div"), ("m3_kd_loss", True, "m3_kd_loss")],
+    [
+        ("plain", False, None),
+        ("distill", True, None),
+        ("kl_div", False, "kl_div"),
+        ("m3_kd_loss", True, "m3_kd_loss"),
+    ],
 )
 def test_total_loss_and_gradients_equal_flagembedding(variant, distill, teacher):
     record = load_file(GOLDEN)
@@ -61,7 +66,11 @@ def test_total_loss_and_gradients_equal_flagembedding(variant, distill, teacher)
     )
     torch.testing.assert_close(terms.total.detach(), record[f"{variant}.loss"], rtol=1e-12, atol=0)
     terms.total.backward()
-    for name, leaf in {"query": leaves["query_hidden"], "passage": leaves["passage_hidden"], **weights}.items():
+    for name, leaf in {
+        "query": leaves["query_hidden"],
+        "passage": leaves["passage_hidden"],
+        **weights,
+    }.items():
         assert leaf.grad.abs().max() > 0
         torch.testing.assert_close(leaf.grad, record[f"{variant}.{name}_grad"], rtol=1e-10, atol=1e-10)
 
@@ -71,7 +80,9 @@ def test_the_golden_file_is_what_flagembedding_computes(tmp_path):
     python = os.environ.get("MEGAM3_PEER_PYTHON")
     if not python:
         pytest.skip("MEGAM3_PEER_PYTHON names no interpreter with FlagEmbedding 1.4.2")
-    subprocess.run([python, str(SCRIPT), str(tmp_path / "again.safetensors")], check=True, capture_output=True)
+    subprocess.run(
+        [python, str(SCRIPT), str(tmp_path / "again.safetensors")], check=True, capture_output=True
+    )
     again, golden = load_file(tmp_path / "again.safetensors"), load_file(GOLDEN)
     assert again.keys() == golden.keys()
     for name, tensor in golden.items():

@@ -11,11 +11,23 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from megam3.errors import DataError
-from megam3.quickstart.encoder import EncoderInit, EncoderSize, build_encoder, count_pieces, find_topics, measure_rarity, rarity_coordinates
+from megam3.quickstart.encoder import (
+    EncoderInit,
+    EncoderSize,
+    build_encoder,
+    count_pieces,
+    find_topics,
+    measure_rarity,
+    rarity_coordinates,
+)
 from megam3.quickstart.tokenizer import train_tokenizer
 
-WORDS = ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyzäéя日", k=3 + i % 6)) for i in range(300)]
-TEXTS = [" ".join(random.Random(1000 + i).choices(WORDS, weights=range(1, 301), k=25)) + "." for i in range(200)]
+WORDS = [
+    "".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyzäéя日", k=3 + i % 6)) for i in range(300)
+]
+TEXTS = [
+    " ".join(random.Random(1000 + i).choices(WORDS, weights=range(1, 301), k=25)) + "." for i in range(200)
+]
 SIZE = EncoderSize(num_layers=2, hidden_size=64, num_heads=4, intermediate_size=96, max_tokens=128)
 
 
@@ -31,7 +43,13 @@ def test_ids_are_sentencepieces_shifted_by_one_in_xlmr_layout(built):
     folder, tokenizer, _ = built
     pieces = spm.SentencePieceProcessor(model_file=str(folder / "sentencepiece.bpe.model"))
     assert len(tokenizer) == pieces.get_piece_size() + 2
-    assert tokenizer.convert_tokens_to_ids(["<s>", "<pad>", "</s>", "<unk>", "<mask>"]) == [0, 1, 2, 3, len(tokenizer) - 1]
+    assert tokenizer.convert_tokens_to_ids(["<s>", "<pad>", "</s>", "<unk>", "<mask>"]) == [
+        0,
+        1,
+        2,
+        3,
+        len(tokenizer) - 1,
+    ]
     for text in [*TEXTS[:50], "Wort mit Ω unbekannt", "  zwei   Räume\nneue Zeile"]:
         expected = [0, *[3 if piece == 0 else piece + 1 for piece in pieces.encode(text)], 2]
         assert tokenizer(text)["input_ids"] == expected
@@ -56,7 +74,9 @@ def test_rarity_is_the_root_of_the_idf(built):
     for token in sorted(token for token in frequency if token > 3)[::29]:
         idf = math.log(1 + (len(TEXTS) - frequency[token] + 0.5) / (frequency[token] + 0.5))
         assert rarity.rarity_V[token].item() ** 2 == pytest.approx(idf, rel=1e-5)
-    counted = [rarity.rarity_V[token].item() for token, count in frequency.items() if token > 3 for _ in range(count)]
+    counted = [
+        rarity.rarity_V[token].item() for token, count in frequency.items() if token > 3 for _ in range(count)
+    ]
     assert rarity.mean == pytest.approx(sum(counted) / len(counted), rel=0.02)
 
 
@@ -83,7 +103,12 @@ def test_config_is_xlmrs(built):
     folder, tokenizer, _ = built
     config = AutoConfig.from_pretrained(folder)
     assert (config.layer_norm_eps, config.type_vocab_size, config.max_position_embeddings) == (1e-5, 1, 130)
-    assert (config.bos_token_id, config.pad_token_id, config.eos_token_id, config.vocab_size) == (0, 1, 2, len(tokenizer))
+    assert (config.bos_token_id, config.pad_token_id, config.eos_token_id, config.vocab_size) == (
+        0,
+        1,
+        2,
+        len(tokenizer),
+    )
 
 
 def test_folder_holds_the_model_and_both_heads(built):
@@ -115,7 +140,9 @@ def test_the_lexical_head_starts_by_reading_rarity(built):
 
 
 def test_the_start_token_reads_the_text_from_the_start(built):
-    dense = torch.stack([torch.nn.functional.normalize(hidden_states(built, text)[1][0], dim=0) for text in TEXTS[:8]])
+    dense = torch.stack(
+        [torch.nn.functional.normalize(hidden_states(built, text)[1][0], dim=0) for text in TEXTS[:8]]
+    )
     cosines = dense @ dense.T
     assert cosines[~torch.eye(8, dtype=torch.bool)].max() < 0.99
 
@@ -126,7 +153,9 @@ def test_gains_of_zero_leave_plain_noise(built, tmp_path):
     model = build_encoder(tokenizer, TEXTS, tmp_path, SIZE, init)
     query = model.encoder.layer[0].attention.self.query.weight
     assert query.diagonal().abs().mean() < 0.05
-    assert model.embeddings.word_embeddings.weight[4:, rarity_coordinates(SIZE)].std().item() == pytest.approx(0.02, rel=0.1)
+    assert model.embeddings.word_embeddings.weight[
+        4:, rarity_coordinates(SIZE)
+    ].std().item() == pytest.approx(0.02, rel=0.1)
     assert not torch.load(tmp_path / "sparse_linear.pt", weights_only=True)["weight"].any()
 
 

@@ -10,7 +10,9 @@ from megam3.quickstart import fetch
 
 def test_without_apt_the_error_says_both_ways(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch.shutil, "which", lambda name: None)
-    with pytest.raises(DataError, match=r"no apt-get on this machine.*apt-get download gnome-user-docs.*DATA=file\.jsonl"):
+    with pytest.raises(
+        DataError, match=r"no apt-get on this machine.*apt-get download gnome-user-docs.*DATA=file\.jsonl"
+    ):
         fetch.fetch_help_pages(tmp_path)
 
 
@@ -23,9 +25,16 @@ def test_a_failed_download_says_why_and_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fetch.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(fetch, "_run", failing)
-    with pytest.raises(DataError, match=r"could not download it \(E: Unable to locate package gnome-user-docs\).*DATA=file\.jsonl"):
+    with pytest.raises(
+        DataError,
+        match=r"could not download it \(E: Unable to locate package gnome-user-docs\).*DATA=file\.jsonl",
+    ):
         fetch.fetch_help_pages(tmp_path)
-    assert [("update" in call, "download" in call) for call in calls] == [(False, True), (True, False), (False, True)]
+    assert [("update" in call, "download" in call) for call in calls] == [
+        (False, True),
+        (True, False),
+        (False, True),
+    ]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -40,7 +49,9 @@ def test_a_package_is_unpacked_once_and_found_again(tmp_path, monkeypatch):
     page.parent.mkdir(parents=True)
     page.write_text("<page/>")
     deb = tmp_path / "gnome-user-docs_1_all.deb"
-    subprocess.run(["dpkg-deb", "--root-owner-group", "-b", str(root), str(deb)], check=True, capture_output=True)
+    subprocess.run(
+        ["dpkg-deb", "--root-owner-group", "-b", str(root), str(deb)], check=True, capture_output=True
+    )
     real_run = fetch._run
 
     def run(command, folder):

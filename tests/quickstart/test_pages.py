@@ -51,11 +51,17 @@ def test_pages_that_fall_back_to_english_are_left_out_and_english_queries_droppe
 @pytest.mark.parametrize(("equal_lines", "translated"), [(1, True), (2, False)])
 def test_the_limit_is_a_fifth_of_the_long_lines(equal_lines, translated):
     english = [f"a long line of English text, number {i}" for i in range(10)]
-    german = english[:equal_lines] + [f"eine lange Zeile auf Deutsch, Nummer {i}" for i in range(equal_lines, 10)] + ["OK"] * 5
+    german = (
+        english[:equal_lines]
+        + [f"eine lange Zeile auf Deutsch, Nummer {i}" for i in range(equal_lines, 10)]
+        + ["OK"] * 5
+    )
     assert is_translated("\n".join(german), "\n".join([*english, "OK"])) is translated
 
 
-@pytest.mark.parametrize(("folder", "tag"), [("C", "en"), ("zh_CN", "zh-CN"), ("sr@latin", "sr-Latn"), ("de", "de")])
+@pytest.mark.parametrize(
+    ("folder", "tag"), [("C", "en"), ("zh_CN", "zh-CN"), ("sr@latin", "sr-Latn"), ("de", "de")]
+)
 def test_language_tags(folder, tag):
     assert language_tag(folder) == tag
 

@@ -22,7 +22,12 @@ def pairs(tmp_path):
         for i in range(0, len(sentences), 4):
             words = sentences[i + 1].split()
             query = " ".join(rng.sample(words, len(words)))
-            stream.write(json.dumps({"query": query, "pos": [". ".join(sentences[i : i + 4])], "neg": [], "lang": "xx"}) + "\n")
+            stream.write(
+                json.dumps(
+                    {"query": query, "pos": [". ".join(sentences[i : i + 4])], "neg": [], "lang": "xx"}
+                )
+                + "\n"
+            )
     return tmp_path / "pairs.jsonl"
 
 
@@ -30,11 +35,28 @@ def pairs(tmp_path):
 @pytest.mark.slow
 def test_trains_evaluates_exports_and_answers_from_the_users_pairs(pairs, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(megam3.__file__).parents[1]))  # the ranks start elsewhere than the tests
-    arguments = ["quickstart", "--data", str(pairs), "train.steps=4", "train.log_every_steps=1", "data.batch.global_queries=16"]
+    monkeypatch.setenv(
+        "PYTHONPATH", str(Path(megam3.__file__).parents[1])
+    )  # the ranks start elsewhere than the tests
+    arguments = [
+        "quickstart",
+        "--data",
+        str(pairs),
+        "train.steps=4",
+        "train.log_every_steps=1",
+        "data.batch.global_queries=16",
+    ]
     assert main(arguments) == 0
     said = capfd.readouterr().out
-    for mode in ("Dense", "Sparse", "Multi-vec", "Dense+Sparse", "All", "BM25", "answers from the exported folder"):
+    for mode in (
+        "Dense",
+        "Sparse",
+        "Multi-vec",
+        "Dense+Sparse",
+        "All",
+        "BM25",
+        "answers from the exported folder",
+    ):
         assert mode in said
     run = tmp_path / "runs" / "quickstart-pairs"
     result = read_result(run / "eval" / "heldout.json")
@@ -46,11 +68,15 @@ def test_trains_evaluates_exports_and_answers_from_the_users_pairs(pairs, tmp_pa
     assert [row["step"] for row in metrics if "loss/total" in row] == [1, 2, 3, 4]
     # a second call finds everything done: nothing is trained again
     assert main(arguments) == 0
-    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [row["step"] for row in metrics]
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [
+        row["step"] for row in metrics
+    ]
     assert "stopped at step 4 of 4" in (run / "log.txt").read_text().splitlines()[-1]
 
 
-def test_a_recipe_field_that_does_not_exist_is_named_before_anything_is_fetched(tmp_path, monkeypatch, capsys):
+def test_a_recipe_field_that_does_not_exist_is_named_before_anything_is_fetched(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     assert main(["quickstart", "train.step=4"]) == 2
     assert "train.steps" in capsys.readouterr().err

@@ -5,7 +5,10 @@ import pytest
 from megam3.errors import DataError
 from megam3.retrieval.beir import read_beir
 
-CORPUS = [{"_id": "d1", "title": "Fonts", "text": "Choose larger fonts."}, {"_id": "d2", "text": "Turn the sound off."}]
+CORPUS = [
+    {"_id": "d1", "title": "Fonts", "text": "Choose larger fonts."},
+    {"_id": "d2", "text": "Turn the sound off."},
+]
 QUERIES = [
     {"_id": "q1", "text": "bigger letters", "lang": "en"},
     {"_id": "q2", "text": "leise", "metadata": {"lang": "de"}},
@@ -26,8 +29,14 @@ def write(folder, corpus=CORPUS, queries=QUERIES, qrels=QRELS):
 def test_reads_titles_languages_and_judged_queries_only(tmp_path):
     dataset = read_beir(write(tmp_path / "demo"))
     assert dataset.name == "demo"
-    assert dict(zip(dataset.passage_ids, dataset.passages)) == {"d1": "Fonts Choose larger fonts.", "d2": "Turn the sound off."}
-    assert list(zip(dataset.query_ids, dataset.queries, dataset.languages)) == [("q1", "bigger letters", "en"), ("q2", "leise", "de")]
+    assert dict(zip(dataset.passage_ids, dataset.passages)) == {
+        "d1": "Fonts Choose larger fonts.",
+        "d2": "Turn the sound off.",
+    }
+    assert list(zip(dataset.query_ids, dataset.queries, dataset.languages)) == [
+        ("q1", "bigger letters", "en"),
+        ("q2", "leise", "de"),
+    ]
     assert dataset.qrels == {"q1": {"d1": 2, "d2": 0}, "q2": {"d2": 1}}
 
 
@@ -52,7 +61,11 @@ def test_bad_json_names_file_and_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("row", "message"),
-    [({"_id": "d3"}, "needs `_id` and a text"), ({"text": "x"}, "needs `_id`"), ({"_id": "d1", "text": "x"}, "was there before")],
+    [
+        ({"_id": "d3"}, "needs `_id` and a text"),
+        ({"text": "x"}, "needs `_id`"),
+        ({"_id": "d1", "text": "x"}, "was there before"),
+    ],
 )
 def test_bad_records_name_file_and_line(tmp_path, row, message):
     with pytest.raises(DataError, match=rf"corpus\.jsonl:3 = .*{message}"):

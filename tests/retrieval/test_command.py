@@ -25,14 +25,27 @@ def beir_folder(tmp_path) -> Path:
     (folder / "qrels").mkdir(parents=True)
     passages = make_sentences(30, seed=1, min_words=8, max_words=40)
     queries = [" ".join(passage.split()[:4]) for passage in passages[:10]]
-    (folder / "corpus.jsonl").write_text("".join(json.dumps({"_id": f"d{i}", "text": t}) + "\n" for i, t in enumerate(passages)))
-    (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": f"q{i}", "text": t}) + "\n" for i, t in enumerate(queries)))
+    (folder / "corpus.jsonl").write_text(
+        "".join(json.dumps({"_id": f"d{i}", "text": t}) + "\n" for i, t in enumerate(passages))
+    )
+    (folder / "queries.jsonl").write_text(
+        "".join(json.dumps({"_id": f"q{i}", "text": t}) + "\n" for i, t in enumerate(queries))
+    )
     (folder / "qrels" / "test.tsv").write_text("".join(f"q{i}\td{i}\t1\n" for i in range(10)))
     return folder
 
 
 def test_prints_a_table_and_writes_json(model_folder, beir_folder, tmp_path, capsys):
-    arguments = [str(model_folder), str(beir_folder), "--out", str(tmp_path / "eval"), "--by", "length", "--passage-max-tokens", "9999"]
+    arguments = [
+        str(model_folder),
+        str(beir_folder),
+        "--out",
+        str(tmp_path / "eval"),
+        "--by",
+        "length",
+        "--passage-max-tokens",
+        "9999",
+    ]
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("Dense+Sparse", "BM25", "ndcg@10", "by length"))
@@ -62,4 +75,6 @@ def test_batches_of_the_embedder_equal_its_own_encode(model_folder):
     assert abs(ours.dense_ND.numpy() - theirs.dense_vecs).max() < 1e-5
     counts = (ours.lexical_offsets_N1[1:] - ours.lexical_offsets_N1[:-1]).tolist()
     for weights, values in zip(ours.lexical_weights_Z.split(counts), theirs.lexical_weights):
-        assert sorted(value for value in weights.tolist() if value > 0) == pytest.approx(sorted(values.values()), abs=1e-5)
+        assert sorted(value for value in weights.tolist() if value > 0) == pytest.approx(
+            sorted(values.values()), abs=1e-5
+        )

@@ -18,7 +18,12 @@ from megam3.retrieval.search import maxsim_of
 from megam3.retrieval.topk import NO_ROW
 from tests.retrieval.toys import encode_ids, text_tables, tokenize, toy_dataset
 
-CONFIG = EvaluationConfig(rerank_dense=12, rerank_hybrid=10, batch_tokens=100, weights=HeadWeights(dense=1, lexical=0.3, multi_vector=1))
+CONFIG = EvaluationConfig(
+    rerank_dense=12,
+    rerank_hybrid=10,
+    batch_tokens=100,
+    weights=HeadWeights(dense=1, lexical=0.3, multi_vector=1),
+)
 
 
 def all_scores(dataset):
@@ -26,8 +31,12 @@ def all_scores(dataset):
     queries = [text_tables(ids) for ids in tokenize(dataset.queries, 512)]
     passages = [text_tables(ids) for ids in tokenize(dataset.passages, 8192)]
     dense = np.array([[q[0] @ p[0] for p in passages] for q in queries])
-    lexical = np.array([[sum(w * p[1].get(i, 0.0) for i, w in q[1].items()) for p in passages] for q in queries])
-    multi = np.array([[np.mean([max(row @ other for other in p[2]) for row in q[2]]) for p in passages] for q in queries])
+    lexical = np.array(
+        [[sum(w * p[1].get(i, 0.0) for i, w in q[1].items()) for p in passages] for q in queries]
+    )
+    multi = np.array(
+        [[np.mean([max(row @ other for other in p[2]) for row in q[2]]) for p in passages] for q in queries]
+    )
     return dense, lexical, multi
 
 
@@ -41,7 +50,10 @@ def brute_force(dataset, config):
     rankings = {mode: [] for mode in MODES[:5]}
     for d, s, m in zip(dense, lexical, multi):
         everything = range(len(d))
-        by_dense, by_lexical = best(d, everything, len(d)), best(s, [row for row in everything if s[row] > 0], len(d))
+        by_dense, by_lexical = (
+            best(d, everything, len(d)),
+            best(s, [row for row in everything if s[row] > 0], len(d)),
+        )
         union = set(by_dense[: config.rerank_hybrid]) | set(by_lexical[: config.rerank_hybrid])
         two = weights.dense * d + weights.lexical * s
         rankings["Dense"].append(by_dense)
@@ -55,13 +67,18 @@ def brute_force(dataset, config):
 def found(dataset, config, modes=MODES):
     texts = evaluation._Tokenised(tokenize(dataset.queries, 512), tokenize(dataset.passages, 8192))
     hits = evaluation._search(texts, encode_ids, config, modes)
-    return {mode: [[row for row in rows if row != NO_ROW] for rows in value.rows_QK.tolist()] for mode, value in hits.items()}
+    return {
+        mode: [[row for row in rows if row != NO_ROW] for rows in value.rows_QK.tolist()]
+        for mode, value in hits.items()
+    }
 
 
 @pytest.mark.parametrize(("rerank_dense", "rerank_hybrid"), [(12, 10), (5, 20), (200, 1000)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_ranking_equals_brute_force(seed, rerank_dense, rerank_hybrid, monkeypatch):
-    monkeypatch.setattr(evaluation, "encode_texts", lambda *args, **kwargs: encode_texts(*args[:3], torch.float32))
+    monkeypatch.setattr(
+        evaluation, "encode_texts", lambda *args, **kwargs: encode_texts(*args[:3], torch.float32)
+    )
     dataset = toy_dataset(seed=seed)
     config = CONFIG.model_copy(update={"rerank_dense": rerank_dense, "rerank_hybrid": rerank_hybrid})
     rankings, expected = found(dataset, config), brute_force(dataset, config)
@@ -74,7 +91,11 @@ def test_every_ranking_equals_brute_force(seed, rerank_dense, rerank_hybrid, mon
 def test_multi_vectors_encoded_again_give_the_same_ranking(monkeypatch):
     dataset = toy_dataset()
     kept = found(dataset, CONFIG)
-    monkeypatch.setattr(evaluation, "encode_texts", lambda *args, multi_bytes=0, **kwargs: encode_texts(*args, multi_bytes=multi_bytes))
+    monkeypatch.setattr(
+        evaluation,
+        "encode_texts",
+        lambda *args, multi_bytes=0, **kwargs: encode_texts(*args, multi_bytes=multi_bytes),
+    )
     assert found(dataset, CONFIG) == kept
 
 
@@ -114,7 +135,9 @@ def test_non_finite_weights_are_an_error():
         encoded.dense_ND[0, 0] = math.nan
         return encoded
 
-    with pytest.raises(CheckpointError, match="representations that are not finite; evaluate an earlier checkpoint"):
+    with pytest.raises(
+        CheckpointError, match="representations that are not finite; evaluate an earlier checkpoint"
+    ):
         encode_texts(broken, [[0, 5, 2]], 100)
 
 
@@ -165,6 +188,9 @@ def test_only_the_asked_modes_are_measured_and_truncation_is_counted():
         evaluate(dataset, tokenize, encode_ids, CONFIG, ["dense"])
 
 
-@pytest.mark.parametrize(("tokens", "name"), [(1, "1-128"), (128, "1-128"), (129, "129-256"), (8192, "4097-8192"), (8193, "over 8192")])
+@pytest.mark.parametrize(
+    ("tokens", "name"),
+    [(1, "1-128"), (128, "1-128"), (129, "129-256"), (8192, "4097-8192"), (8193, "over 8192")],
+)
 def test_length_buckets(tokens, name):
     assert length_bucket(tokens) == name

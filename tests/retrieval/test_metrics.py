@@ -17,7 +17,14 @@ from megam3.retrieval.metrics import mean_by_group, mean_metrics, score_rankings
 
 LOG3 = math.log2(3)
 FILL = [f"n{i}" for i in range(200)]
-QRELS = {"a": {"x": 1}, "b": {"x": 1, "y": 0}, "c": {"x": 2, "y": 1}, "d": {"x": 1, "y": 1}, "e": {"x": 1}, "f": {"x": 1}}
+QRELS = {
+    "a": {"x": 1},
+    "b": {"x": 1, "y": 0},
+    "c": {"x": 2, "y": 1},
+    "d": {"x": 1, "y": 1},
+    "e": {"x": 1},
+    "f": {"x": 1},
+}
 RANKINGS = {
     "a": ["x", *FILL],
     "b": ["y", "z", "x"],

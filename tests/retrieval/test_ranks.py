@@ -21,7 +21,12 @@ def _metrics(num_passages):
 
     result = evaluate(toy_dataset(num_passages=num_passages), tokenize, counting, CONFIG)
     batches = [len(batch) for batch, _ in encode_batches(counting, [[0, 5, 2]] * (1 + 9 * comm.rank()), 3)]
-    return [[result.modes[mode].overall for mode in MODES], [result.modes[mode].by_language for mode in MODES], len(calls), batches]
+    return [
+        [result.modes[mode].overall for mode in MODES],
+        [result.modes[mode].by_language for mode in MODES],
+        len(calls),
+        batches,
+    ]
 
 
 @pytest.mark.ranks

@@ -32,7 +32,9 @@ def test_merging_chunks_in_any_split_equals_one_pass(scores, count, cuts, shuffl
     for part in range(cuts):
         own = rows[part::cuts]
         if own:
-            merged = merge_hits(merged, Hits(torch.tensor([[scores[row] for row in own]]), torch.tensor([own])), count)
+            merged = merge_hits(
+                merged, Hits(torch.tensor([[scores[row] for row in own]]), torch.tensor([own])), count
+            )
     expected_scores, expected_rows = brute_force(scores, rows, count)
     assert merged.scores_QK[0].tolist() == expected_scores
     assert merged.rows_QK[0].tolist() == expected_rows

@@ -24,7 +24,10 @@ def _unit_rows(count, width, seed, dtype):
 @pytest.mark.parametrize(("num_rows", "width"), [(ROWS + 6, WIDTH + 36), (3, 5), (ROWS, WIDTH)])
 def test_winners_equal_a_float64_loop(dtype, num_rows, width):
     offsets = make_offsets(RAGGED)
-    query_KC, passage_KC = _unit_rows(num_rows, width, 0, dtype), _unit_rows(int(offsets[-1]), width, 1, dtype)
+    query_KC, passage_KC = (
+        _unit_rows(num_rows, width, 0, dtype),
+        _unit_rows(int(offsets[-1]), width, 1, dtype),
+    )
     best_KP, winner_KP = best_rows(query_KC, passage_KC, offsets, True)
     spans = offsets.tolist()
     for passage, (start, stop) in enumerate(zip(spans, spans[1:])):
@@ -48,7 +51,9 @@ def test_of_equal_rows_the_first_wins_and_nothing_outside_a_passage_can():
 def test_a_broken_row_gives_a_score_that_is_not_finite(place):
     passage_KC = _unit_rows(BLOCK + 1, 4, 2, torch.float32)
     passage_KC[place, 1] = float("nan")
-    best_KP, winner_KP = best_rows(_unit_rows(2, 4, 3, torch.float32), passage_KC, make_offsets([BLOCK + 1]), True)
+    best_KP, winner_KP = best_rows(
+        _unit_rows(2, 4, 3, torch.float32), passage_KC, make_offsets([BLOCK + 1]), True
+    )
     assert not best_KP.isfinite().any()
     assert winner_KP.tolist() == [[place]] * 2
 
@@ -57,7 +62,10 @@ def test_a_broken_row_gives_a_score_that_is_not_finite(place):
 @pytest.mark.parametrize("chunk", [8, None])
 @pytest.mark.parametrize("seed", range(4))
 def test_scores_and_gradients_equal_the_torch_path_and_the_padded_reference(reduction, chunk, seed):
-    wide = [random_representations(5, seed, dtype=torch.float32), random_representations(7, seed + 1, dtype=torch.float32)]
+    wide = [
+        random_representations(5, seed, dtype=torch.float32),
+        random_representations(7, seed + 1, dtype=torch.float32),
+    ]
     exact = [random_representations(5, seed), random_representations(7, seed + 1)]
 
     def score(use_kernel):
@@ -72,6 +80,8 @@ def test_scores_and_gradients_equal_the_torch_path_and_the_padded_reference(redu
     upstream = torch.randn(kernel.shape, generator=torch.Generator().manual_seed(seed))
     leaves, exact_leaves = [side.multi_KC for side in wide], [side.multi_KC for side in exact]
     gradients = [torch.autograd.grad(scores, leaves, upstream) for scores in (kernel, plain)]
-    for ours, torchs, theirs in zip(*gradients, torch.autograd.grad(reference, exact_leaves, upstream.double())):
+    for ours, torchs, theirs in zip(
+        *gradients, torch.autograd.grad(reference, exact_leaves, upstream.double())
+    ):
         torch.testing.assert_close(ours, torchs)
         torch.testing.assert_close(ours, theirs.float())

@@ -16,11 +16,15 @@ CASES = [(HEADS, WEIGHTS), *(((head,), None) for head in HEADS)]
 
 
 def _texts(rank):
-    return random_representations(NUM_QUERIES[rank], 10 + rank), random_representations(NUM_PASSAGES[rank], 20 + rank)
+    return random_representations(NUM_QUERIES[rank], 10 + rank), random_representations(
+        NUM_PASSAGES[rank], 20 + rank
+    )
 
 
 def _upstream(num_queries, num_passages, seed):
-    return torch.randn(num_queries, num_passages, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        num_queries, num_passages, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def _leaves(queries, passages):
@@ -64,9 +68,20 @@ def _score_on_a_rank():
         first = sum(NUM_QUERIES[:rank])
         own = upstream[first : first + NUM_QUERIES[rank]]
         total = sum((own * (index + 1) * matrix).sum() for index, matrix in enumerate(scores.values()))
-        results.append([{name: matrix.detach() for name, matrix in scores.items()}, _grads(total, _leaves(queries, passages))])
+        results.append(
+            [
+                {name: matrix.detach() for name, matrix in scores.items()},
+                _grads(total, _leaves(queries, passages)),
+            ]
+        )
     counts = count_over_ranks(*_texts(rank))
-    return [results, list(counts.queries), list(counts.passages), counts.first_passage, _numbers_received(rank, world)]
+    return [
+        results,
+        list(counts.queries),
+        list(counts.passages),
+        counts.first_passage,
+        _numbers_received(rank, world),
+    ]
 
 
 @pytest.mark.ranks
@@ -84,15 +99,24 @@ def test_ranks_score_what_one_rank_scores(world):
             scores, grads = outcomes[rank][0][case]
             assert list(scores) == list(expected)
             for name, matrix in scores.items():
-                torch.testing.assert_close(matrix, expected[name].detach()[first : first + NUM_QUERIES[rank]], rtol=1e-12, atol=1e-12)
+                torch.testing.assert_close(
+                    matrix, expected[name].detach()[first : first + NUM_QUERIES[rank]], rtol=1e-12, atol=1e-12
+                )
             for ours, theirs in zip(grads, _grads_of(total, parts[rank])):
                 torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
             first += NUM_QUERIES[rank]
     for rank in range(world):
-        assert outcomes[rank][1:4] == [list(NUM_QUERIES[:world]), list(NUM_PASSAGES[:world]), sum(NUM_PASSAGES[:rank])]
+        assert outcomes[rank][1:4] == [
+            list(NUM_QUERIES[:world]),
+            list(NUM_PASSAGES[:world]),
+            sum(NUM_PASSAGES[:rank]),
+        ]
         # dense passage vectors, the queries' pairs (id and weight) and rows, two heads' score columns: nothing per passage token
         of_queries = 2 * queries.lexical_ids_Z.numel() + queries.multi_KC.numel()
-        assert outcomes[rank][4] == passages.dense_ND.numel() + of_queries + 2 * NUM_QUERIES[rank] * passages.num_texts
+        assert (
+            outcomes[rank][4]
+            == passages.dense_ND.numel() + of_queries + 2 * NUM_QUERIES[rank] * passages.num_texts
+        )
 
 
 def _grads_of(total, sides):
@@ -117,7 +141,9 @@ def test_a_sum_without_one_of_its_heads_is_refused():
 
 def test_one_rank_sends_nothing(monkeypatch):
     for name in ("all_gather_into_tensor", "all_to_all_single", "all_reduce", "broadcast", "barrier"):
-        monkeypatch.setattr(torch.distributed, name, lambda *a, **k: pytest.fail("a single rank communicated"))
+        monkeypatch.setattr(
+            torch.distributed, name, lambda *a, **k: pytest.fail("a single rank communicated")
+        )
     texts = random_representations(3, 1)
     sum(x.sum() for x in score_global(texts, texts, WEIGHTS).by_name().values()).backward()
     count_over_ranks(texts, texts)

@@ -21,21 +21,43 @@ def test_rows_on_a_cpu_take_the_torch_path():
 
 def test_the_kernel_under_the_interpreter(tmp_path):
     pytest.importorskip("triton", reason="triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/scoring/interpreted_kernel.py"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/scoring/interpreted_kernel.py",
+    ]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+        "TRITON_CACHE_DIR": str(tmp_path),
+    }
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize(
-    ("capability", "tensor_cores", "shared_bytes"), [(80, "mma.sync", 163 << 10), (86, "mma.sync", 99 << 10), (90, "wgmma", 227 << 10)]
+    ("capability", "tensor_cores", "shared_bytes"),
+    [(80, "mma.sync", 163 << 10), (86, "mma.sync", 99 << 10), (90, "wgmma", 227 << 10)],
 )
-def test_the_kernel_compiles_for_devices_that_are_not_here(dtype, capability, tensor_cores, shared_bytes, tmp_path, monkeypatch):
+def test_the_kernel_compiles_for_devices_that_are_not_here(
+    dtype, capability, tensor_cores, shared_bytes, tmp_path, monkeypatch
+):
     triton = pytest.importorskip("triton", reason="triton is not installed")
     kernel = pytest.importorskip("megam3.scoring.maxsim_triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    types = {"query_KC": f"*{dtype}", "passage_KC": f"*{dtype}", "offsets_P1": "*i64", "best_KP": "*fp32", "winner_KP": "*i32"}
+    types = {
+        "query_KC": f"*{dtype}",
+        "passage_KC": f"*{dtype}",
+        "offsets_P1": "*i64",
+        "best_KP": "*fp32",
+        "winner_KP": "*i32",
+    }
     types |= dict.fromkeys(("num_query_rows", "width", "num_passages"), "i32")
     constants = {"KEEP": True, "ROWS": kernel.ROWS, "BLOCK": kernel.BLOCK, "WIDTH": kernel.WIDTH}
     aligned = [["tt.divisibility", 16]]
@@ -59,7 +81,10 @@ def test_the_kernel_on_a_device(dtype, width):
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
     generator = torch.Generator().manual_seed(0)
-    query_offsets, passage_offsets = make_offsets([5, 64, 1, 200, 33]), make_offsets([1, 130, 8192, 128, 700, 3])
+    query_offsets, passage_offsets = (
+        make_offsets([5, 64, 1, 200, 33]),
+        make_offsets([1, 130, 8192, 128, 700, 3]),
+    )
     rows = [torch.randn(int(o[-1]), width, generator=generator) for o in (query_offsets, passage_offsets)]
     rows = [torch.nn.functional.normalize(x, dim=1).to(dtype) for x in rows]
     here = [x.double().requires_grad_() for x in rows]
@@ -71,5 +96,8 @@ def test_the_kernel_on_a_device(dtype, width):
     torch.testing.assert_close(kernel, plain)
     torch.testing.assert_close(kernel.cpu(), reference.float())
     upstream = torch.randn(kernel.shape, generator=generator)
-    for ours, theirs in zip(torch.autograd.grad(kernel, there, upstream.cuda()), torch.autograd.grad(reference, here, upstream.double())):
+    for ours, theirs in zip(
+        torch.autograd.grad(kernel, there, upstream.cuda()),
+        torch.autograd.grad(reference, here, upstream.double()),
+    ):
         torch.testing.assert_close(ours.cpu(), theirs.to(dtype))

@@ -22,7 +22,17 @@ needs_slurm = pytest.mark.skipif(bool(missing_for_slurm()), reason=missing_for_s
 
 def submit(cluster: Cluster, out: Path, array: str, *arguments: str) -> str:
     environ = {**cluster.environ, "PYTHONPATH": str(ROOT), "MEGAM3_VENV": sys.prefix}
-    command = ["sbatch", "--chdir", str(ROOT), "--array", array, "--output", str(out / "task-%a.log"), "slurm/prepare.sh", *arguments]
+    command = [
+        "sbatch",
+        "--chdir",
+        str(ROOT),
+        "--array",
+        array,
+        "--output",
+        str(out / "task-%a.log"),
+        "slurm/prepare.sh",
+        *arguments,
+    ]
     done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=True)
     found = re.search(r"\d+", done.stdout)
     assert found
@@ -35,7 +45,11 @@ def place(tmp_path: Path) -> Workplace:
     made = make_workplace(tmp_path / "place")
     sentences = make_sentences(200, min_words=60, max_words=60)
     records = [
-        {"query": f"{n} {sentences[n % 200][:40]}", "pos": [" ".join(sentences[(n + k) % 200] for k in range(8))]} for n in range(1500)
+        {
+            "query": f"{n} {sentences[n % 200][:40]}",
+            "pos": [" ".join(sentences[(n + k) % 200] for k in range(8))],
+        }
+        for n in range(1500)
     ]
     assert 4.2e6 < write_jsonl(made.folder / "pairs.jsonl", records).stat().st_size < 5.2e6
     return made
@@ -43,12 +57,18 @@ def place(tmp_path: Path) -> Workplace:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a store but the picture."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.suffix != ".png"}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.suffix != ".png"
+    }
 
 
 @needs_slurm
 @pytest.mark.slurm
-def test_the_tasks_of_an_array_make_the_store_of_one_process(cluster: Cluster, tmp_path: Path, place: Workplace) -> None:
+def test_the_tasks_of_an_array_make_the_store_of_one_process(
+    cluster: Cluster, tmp_path: Path, place: Workplace
+) -> None:
     # neither from 0 nor one by one: tasks 3, 5 and 7 are shards 0, 1 and 2 of 3
     job = submit(cluster, tmp_path, "3-7:2", place.recipe, "--unit-mb", "1")
     for task in (3, 5, 7):
@@ -68,10 +88,19 @@ def test_the_tasks_of_an_array_make_the_store_of_one_process(cluster: Cluster, t
 def test_messages_before_anything_starts(tmp_path: Path) -> None:
     def run(*arguments: str, **environ: str) -> tuple[int, str]:
         clean = {"PATH": os.environ["PATH"], **environ}
-        done = subprocess.run(["bash", "slurm/prepare.sh", *arguments], cwd=ROOT, env=clean, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["bash", "slurm/prepare.sh", *arguments],
+            cwd=ROOT,
+            env=clean,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         return done.returncode, done.stderr
 
-    usage = "slurm/prepare.sh: a recipe is required: sbatch --array=0-15 slurm/prepare.sh RECIPE [key=value…]\n"
+    usage = (
+        "slurm/prepare.sh: a recipe is required: sbatch --array=0-15 slurm/prepare.sh RECIPE [key=value…]\n"
+    )
     assert run(SLURM_SUBMIT_DIR=str(ROOT)) == (2, usage)
     code, text = run("x", SLURM_SUBMIT_DIR=str(ROOT), MEGAM3_VENV=str(tmp_path))
     assert code == 2

@@ -53,8 +53,23 @@ sys.exit(7 if "fail" in sys.argv and info.rank == 1 else 0)
 
 def submit(cluster: Cluster, out: Path, *arguments: str, **environ: str) -> str:
     (out / "probe.py").write_text(PROBE)
-    settings = {"PYTHONPATH": f"{out}:{ROOT}", "PROBE_OUT": str(out), "MEGAM3_VENV": sys.prefix, "MEGAM3_MODULE": "probe"}
-    command = ("sbatch", "--chdir", str(ROOT), "--nodes", "2", "--ntasks-per-node", "1", "--output", str(out / "job.log"))
+    settings = {
+        "PYTHONPATH": f"{out}:{ROOT}",
+        "PROBE_OUT": str(out),
+        "MEGAM3_VENV": sys.prefix,
+        "MEGAM3_MODULE": "probe",
+    }
+    command = (
+        "sbatch",
+        "--chdir",
+        str(ROOT),
+        "--nodes",
+        "2",
+        "--ntasks-per-node",
+        "1",
+        "--output",
+        str(out / "job.log"),
+    )
     done = subprocess.run(
         [*command, "slurm/train.sh", *arguments],
         env={**cluster.environ, **settings, **environ},
@@ -89,7 +104,11 @@ def test_two_nodes_are_two_ranks_that_name_the_same_master(cluster: Cluster, tmp
     for rank, node in enumerate(("n0", "n1")):
         seen = seen_by(tmp_path, rank)
         assert (seen["rank"], seen["local_rank"], seen["world_size"], seen["node"]) == (rank, 0, 2, node)
-        assert (seen["master_addr"], seen["master_port"], seen["source"]) == ("n0", 12_000 + int(job) * 10, "slurm")
+        assert (seen["master_addr"], seen["master_port"], seen["source"]) == (
+            "n0",
+            12_000 + int(job) * 10,
+            "slurm",
+        )
         assert seen["arguments"] == ["my.yaml", "data.train.0.name=a b", "optim.lr=1e-5"]
 
 
@@ -104,7 +123,9 @@ def test_ranks_meet_where_the_site_says(cluster: Cluster, tmp_path: Path) -> Non
 @needs_slurm
 @pytest.mark.slurm
 @pytest.mark.parametrize("name", ["USR1", "TERM"])
-def test_a_signal_reaches_every_rank_and_the_job_goes_back_to_the_queue(cluster: Cluster, tmp_path: Path, name: str) -> None:
+def test_a_signal_reaches_every_rank_and_the_job_goes_back_to_the_queue(
+    cluster: Cluster, tmp_path: Path, name: str
+) -> None:
     job = submit(cluster, tmp_path, "wait")
     wait_for_files(tmp_path, "ready0", "ready1")
     # what Slurm does at the time of `#SBATCH --signal=B:USR1@300`: the batch shell alone gets it
@@ -153,7 +174,9 @@ def test_a_real_run_on_two_nodes_is_interrupted_requeued_and_ends(cluster: Clust
     cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+3seconds")
     fields = cluster.wait_for(job, "COMPLETED", "FAILED", seconds=240)
     assert (fields["Restarts"], fields["ExitCode"]) == ("1", "0:0"), log.read_text()[-4000:]
-    assert f"2 ranks, ZeRO stage 3, 200 steps (40.00 epochs of 5), starting at step {stopped}" in log.read_text()
+    assert (
+        f"2 ranks, ZeRO stage 3, 200 steps (40.00 epochs of 5), starting at step {stopped}" in log.read_text()
+    )
     assert [row["step"] for row in place.rows("run")] == list(range(1, 201))
     assert (run / "checkpoints" / "latest").read_text() == "step-000200"
 
@@ -169,12 +192,17 @@ def run_script(*arguments: str, **environ: str) -> subprocess.CompletedProcess:
     clean = {"PATH": os.environ["PATH"], **environ}
     bash = shutil.which("bash")
     assert bash
-    return subprocess.run([bash, "slurm/train.sh", *arguments], cwd=ROOT, env=clean, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [bash, "slurm/train.sh", *arguments], cwd=ROOT, env=clean, capture_output=True, text=True, check=False
+    )
 
 
 def test_messages_before_anything_starts(tmp_path: Path) -> None:
     done = run_script(SLURM_SUBMIT_DIR=str(ROOT))
-    assert (done.returncode, done.stderr) == (2, "slurm/train.sh: a recipe is required: sbatch slurm/train.sh RECIPE [key=value…]\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "slurm/train.sh: a recipe is required: sbatch slurm/train.sh RECIPE [key=value…]\n",
+    )
     done = run_script("x", SLURM_SUBMIT_DIR=str(ROOT), MEGAM3_VENV=str(tmp_path))
     assert done.returncode == 2
     assert f"no {tmp_path}/bin/python: run make once, or set MEGAM3_VENV" in done.stderr

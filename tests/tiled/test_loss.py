@@ -19,7 +19,9 @@ from tests.ranks import run_ranks
 from tests.representations import random_representations
 
 GROUPS = ([3, 1, 2, 3], [2, 1], [])
-DENSE_ONLY = UnifiedConfig(preset="joint", temperature=0.3, loss_weights=LossWeights(lexical=0.0, multi_vector=0.0))
+DENSE_ONLY = UnifiedConfig(
+    preset="joint", temperature=0.3, loss_weights=LossWeights(lexical=0.0, multi_vector=0.0)
+)
 
 
 def _side(rank):
@@ -29,7 +31,13 @@ def _side(rank):
     hashes = torch.randint(0, 9, (sum(sizes),), generator=generator)
     taught = torch.randn(len(sizes), max([0, *sizes]), generator=generator, dtype=torch.float64)
     offsets = torch.tensor([0, *sizes]).cumsum(0)
-    return random_representations(len(sizes), 30 + rank), random_representations(sum(sizes), 40 + rank), offsets, hashes, taught
+    return (
+        random_representations(len(sizes), 30 + rank),
+        random_representations(sum(sizes), 40 + rank),
+        offsets,
+        hashes,
+        taught,
+    )
 
 
 def _candidates(offsets, hashes, everyones_hashes, first, in_batch):
@@ -41,7 +49,9 @@ def _candidates(offsets, hashes, everyones_hashes, first, in_batch):
 
 def _teacher(candidates, taught, config):
     return (
-        TeacherGroups(taught, *candidates.group_columns()) if config.teacher or config.false_negative_margin_source == "teacher" else None
+        TeacherGroups(taught, *candidates.group_columns())
+        if config.teacher or config.false_negative_margin_source == "teacher"
+        else None
     )
 
 
@@ -54,7 +64,9 @@ def _numbers(terms, leaves):
 CONFIGS = [
     UnifiedConfig(temperature=0.3),
     UnifiedConfig(temperature=0.3, false_negative_margin=0.2, preset="m3_v1"),
-    UnifiedConfig(temperature=0.3, teacher="kl_div", false_negative_margin=0.5, false_negative_margin_source="teacher"),
+    UnifiedConfig(
+        temperature=0.3, teacher="kl_div", false_negative_margin=0.5, false_negative_margin_source="teacher"
+    ),
     UnifiedConfig(temperature=0.3, teacher="m3_kd_loss"),
     UnifiedConfig(temperature=0.3, mask_false_negatives=False),
     DENSE_ONLY,
@@ -73,8 +85,18 @@ def _both(rank, config, in_batch, distill, tile, only_tiled=False):
     if not in_batch:
         scores = score_heads(queries, passages, settings.sum_weights, heads=settings.heads)
     scale = comm.world_size() / sum(counts.queries)
-    plain = unified_loss(scores.by_name(), candidates.positive_column_Q, candidates.allowed(), settings, scale, distill, teacher)
-    tiled = tiled_unified_loss(queries, passages, candidates, settings, counts, distill, teacher=teacher, tile_texts=tile)
+    plain = unified_loss(
+        scores.by_name(),
+        candidates.positive_column_Q,
+        candidates.allowed(),
+        settings,
+        scale,
+        distill,
+        teacher,
+    )
+    tiled = tiled_unified_loss(
+        queries, passages, candidates, settings, counts, distill, teacher=teacher, tile_texts=tile
+    )
     return [_numbers(plain, leaves), _numbers(tiled, leaves)]
 
 
@@ -83,7 +105,9 @@ def _compare(plain, tiled):
     for part in (1, 2):
         assert list(tiled[part]) == list(plain[part])
         for name, value in plain[part].items():
-            torch.testing.assert_close(tiled[part][name], value, rtol=1e-11, atol=1e-13, check_dtype=False, msg=f"{name}")
+            torch.testing.assert_close(
+                tiled[part][name], value, rtol=1e-11, atol=1e-13, check_dtype=False, msg=f"{name}"
+            )
     for ours, theirs in zip(tiled[3], plain[3]):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
@@ -125,4 +149,8 @@ def test_split_and_join_are_inverse():
     for ours, theirs in zip(vars(joined).values(), vars(texts).values()):
         assert torch.equal(ours, theirs)
     bare = keep_heads(texts, ("dense",))
-    assert (bare.lexical_ids_Z.numel(), bare.multi_KC.shape[0], bare.multi_offsets_N1.tolist()) == (0, 0, [0] * 8)
+    assert (bare.lexical_ids_Z.numel(), bare.multi_KC.shape[0], bare.multi_offsets_N1.tolist()) == (
+        0,
+        0,
+        [0] * 8,
+    )

@@ -1,0 +1,98 @@
+"""Files and folders that appear whole or not at all, and JSON: the one way in which megam3 writes what others read.
+
+    with atomic_file(path) as stream: ...      path.PID.tmp is written, flushed to disk, then renamed
+    with atomic_folder(path) as aside: ...     .path.partial is filled, flushed, then renamed
+    write_json(path, value)                    the same for one JSON document
+
+A process killed in between leaves the temporary name behind and never a half file under the final one. `durable=True`
+also flushes the parent folder, so that the new name survives a power loss; it costs one disk flush a call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+_DIGEST_BLOCK_BYTES = 1 << 20
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path, mode: str = "wb", *, durable: bool = True) -> Iterator[IO[Any]]:
+    """A stream whose content gets the name `path` when the block ends without an exception; `mode` is wb or w (UTF-8)."""
+    aside = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        with open(aside, mode, encoding=None if "b" in mode else "utf-8") as stream:
+            yield stream
+            stream.flush()
+            if durable:
+                os.fsync(stream.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    if durable:
+        flush_folder(Path(path).parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """An empty folder beside `path` that gets its name when the block ends without an exception.
+
+    The caller decides what an existing `path` means; renaming onto a folder that is not empty raises OSError.
+    """
+    final = Path(path)
+    aside = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        flush_tree(aside)
+        aside.rename(final)
+        flush_folder(final.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_json(path: str | Path, value: object, *, durable: bool = True) -> None:
+    """`value` as indented UTF-8 JSON under `path`, written aside first. Keys keep their order."""
+    with atomic_file(path, "w", durable=durable) as stream:
+        json.dump(value, stream, indent=2, ensure_ascii=False)
+        stream.write("\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """The JSON document in `path`; OSError and ValueError are the caller's to explain."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    hasher = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(_DIGEST_BLOCK_BYTES):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def flush_folder(folder: str | Path) -> None:
+    """Force a folder's entries (names, renames) to disk; fsync of a file alone does not cover its name."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_tree(folder: str | Path) -> None:
+    """Force every file and folder below `folder` to disk, children before parents."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            with open(os.path.join(parent, name), "rb") as stream:
+                os.fsync(stream.fileno())
+        flush_folder(parent)
