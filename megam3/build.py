@@ -145,14 +145,14 @@ def check_data_kind(config: RunConfig, data: TrainingData) -> None:
     """
     wanted = config.objective.data_kind
     records = {"pair": '{"query", "pos"} records', "text": '{"text"} records'}
-    for stored in data.datasets:
+    for dataset, stored in zip(config.data.train, data.datasets, strict=True):
         kind = "text" if stored.is_text else "pair"
         if kind != wanted:
             rule = (
                 f"holds {records[kind]}; objective.kind={config.objective.kind} trains on {records[wanted]}"
             )
             remedy = "name other files in data.train, or another objective"
-            raise DataError(f"dataset {stored.name}", kind, rule, remedy)
+            raise DataError(f"dataset {dataset.name}", kind, rule, remedy)
 
 
 def model_signature(module: nn.Module) -> str:

@@ -35,7 +35,7 @@ EXIT_REQUEUE = 85
 """Exit code of a run that saved itself on SIGTERM or SIGUSR1 and wants to be started again; slurm/train.sh turns it into a requeue."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """The live objects of one run on one rank; build.py makes them."""
 
@@ -58,7 +58,7 @@ class Run:
     """Peak memory of this rank as counted beforehand; 0: not counted."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepReport:
     """One optimizer step over all ranks."""
 
@@ -191,7 +191,15 @@ def join_ranks(names: list[str], rows_WF: torch.Tensor) -> StepReport:
     )
     means = dict(zip(names, figures_WF.mean(0).tolist(), strict=True))
     samples, tokens, padded, truncated, stops = counts
-    return StepReport(means, samples, tokens, padded, truncated, stops > 0, nonfinite)
+    return StepReport(
+        figures=means,
+        num_samples=samples,
+        num_tokens=tokens,
+        padded_tokens=padded,
+        num_truncated=truncated,
+        stop_requested=stops > 0,
+        nonfinite=nonfinite,
+    )
 
 
 def check_finite(policy: str, report: StepReport, result: UpdateResult, step: int) -> None:
@@ -227,10 +235,10 @@ def _report_memory(run: Run) -> None:
 def _advance(run: Run, progress: Progress, report: StepReport) -> Progress:
     step = progress.step + 1
     return Progress(
-        step,
-        run.data.epoch_of(step),
-        progress.samples + report.num_samples,
-        progress.tokens + report.num_tokens,
+        step=step,
+        epoch=run.data.epoch_of(step),
+        samples=progress.samples + report.num_samples,
+        tokens=progress.tokens + report.num_tokens,
     )
 
 

@@ -45,11 +45,15 @@ def test_biases_and_norms_do_not_decay_and_heads_have_their_own_rate():
 def test_partitioned_parameters_are_judged_by_their_full_shape():
     matrix = nn.Parameter(torch.zeros(0))
     matrix.ds_shape = torch.Size([8, 8])  # what ZeRO-3 leaves behind
-    (group,) = parameter_groups([("encoder.weight", matrix)], OptimConfig(lr=1e-3, weight_decay=0.1))
+    (group,) = parameter_groups(
+        [("encoder.weight", matrix)], OptimConfig(lr=1e-3, weight_decay=0.1), is_head_parameter
+    )
     assert group["weight_decay"] == 0.1
 
 
 def test_adamw_takes_the_recipe_moments():
-    groups = parameter_groups(_Toy().named_parameters(), OptimConfig(lr=1e-3, betas=[0.8, 0.95], eps=1e-6))
+    groups = parameter_groups(
+        _Toy().named_parameters(), OptimConfig(lr=1e-3, betas=[0.8, 0.95], eps=1e-6), is_head_parameter
+    )
     optimizer = build_adamw(groups, OptimConfig(lr=1e-3, betas=[0.8, 0.95], eps=1e-6), torch.device("cpu"))
     assert all(group["betas"] == (0.8, 0.95) and group["eps"] == 1e-6 for group in optimizer.param_groups)

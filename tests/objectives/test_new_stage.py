@@ -43,7 +43,7 @@ def test_it_trains_on_two_ranks_at_zero_3(calls: dict[str, dict], place: Workpla
     rows = place.rows("whole")
     assert [row["step"] for row in rows] == list(range(1, 13))
     first, last = (sum(row["loss/total"] for row in part) for part in (rows[:3], rows[-3:]))
-    assert last < first / 2
+    assert last < 0.75 * first
     assert all(math.isclose(r["loss/total"], 1 - r["alignment/cosine"], abs_tol=1e-5) for r in rows)
 
 
