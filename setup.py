@@ -41,8 +41,8 @@ setup(
         "pyarrow>=15",
         "pydantic>=2.7",
         "pytrec-eval-terrier>=0.5.6",
-        "pyyaml>=6.0",
         "rich>=13",
+        "ruamel.yaml>=0.18",
         "safetensors>=0.4.3",
         "sentencepiece>=0.2",
         "tensorboard>=2.16",
@@ -57,7 +57,6 @@ setup(
             # builds of torch for CUDA bring theirs; on CPUs its interpreter runs the kernel's tests. Not in constraints.txt, where a pin
             # could contradict torch's own
             "triton>=3.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
-            "types-PyYAML",
         ]
     },
 )

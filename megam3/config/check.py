@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from megam3.config.batch_size import bucket_table
-from megam3.config.problems import raise_problems
 from megam3.config.schema import (
     DataConfig,
     EvaluationConfig,
@@ -21,7 +20,7 @@ from megam3.config.schema import (
     RunConfig,
     TrainConfig,
 )
-from megam3.errors import ConfigError
+from megam3.errors import ConfigError, raise_all
 
 MIN_TEXT_TOKENS = 3
 """The two special tokens and one of the text."""
@@ -54,7 +53,7 @@ def check_config(config: RunConfig, world_size: int, *, files: bool = True) -> N
     ]
     if files:
         problems += [*data_files(config.data), *evaluation_folders(config.evaluation), *model_folder(config)]
-    raise_problems(problems)
+    raise_all(problems)
 
 
 def batch_size_choice(data: DataConfig) -> Problems:
