@@ -24,21 +24,19 @@ from megam3.checkpoint import (
     read_state,
     set_aside,
 )
-from megam3.config.check import read_encoder_config
 from megam3.config.deepspeed import bf16_sums_warning, build_deepspeed_config
 from megam3.config.load import dump_config
 from megam3.config.schema import RunConfig
 from megam3.data.dataset import TrainingData, open_training_data
 from megam3.data.tokenizer import Tokenizer, load_tokenizer
 from megam3.dist import comm
+from megam3.encoders import read_encoder_config
 from megam3.engine.activations import ActivationMemory
 from megam3.engine.deepspeed import Engine, join, model_construction
 from megam3.errors import DataError
 from megam3.memory_report import describe_run
-from megam3.model.m3 import M3Model
-from megam3.model.pretrained import load_m3
-from megam3.objectives.unified import UnifiedObjective
-from megam3.obs.clock import EncoderShape, measure_matmul_peak
+from megam3.objectives.base import Objective, find_objective
+from megam3.obs.clock import measure_matmul_peak
 from megam3.obs.log import setup_logging
 from megam3.retrieval.beir import BeirDataset, read_beir
 from megam3.retrieval.evaluate import evaluate
@@ -71,31 +69,42 @@ def build(config: RunConfig, device: torch.device) -> Run:
     setup_logging(run_dir, comm.is_main(), comm.rank())
     ds_config = build_deepspeed_config(config, comm.world_size(), has_gpu=device.type == "cuda")
     # 2. tokenizer, data and test sets: the main rank tokenises what is not in the store yet, the others wait
-    tokenizer = load_tokenizer(config.model.path, read_encoder_config(config.model).get("vocab_size"))
+    tokenizer = load_tokenizer(config.model.path, read_encoder_config(config.model.path).get("vocab_size"))
     test_sets = [read_beir(folder, config.evaluation.split) for folder in config.evaluation.folders]
     data = open_data(config, tokenizer, run_dir)
+    check_data_kind(config, data)
     total_steps = config.train.steps or data.num_steps(config.train.epochs or 0.0)
     # 3. the model; a fixed seed, so that heads from scratch are equal on every rank
     join(device)
     torch.manual_seed(config.train.seed)
     dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
+    objective = find_objective(config.objective)(config.objective, config.data.batch.chunk_tokens)
     with model_construction(ds_config):
-        module = load_m3(config.model.path, config.model, dtype=dtype)
-    signature, shape = model_signature(module), encoder_shape(module)
+        module = objective.load_model(config.model, dtype)
+    signature = model_signature(module)
+    shape = objective.shape(module)
     # 4. the engine
     activations = ActivationMemory(
         module, config.engine.activation_checkpointing, config.engine.activation_offload
     )
-    engine = Engine(module, config.optim, ds_config, device, total_steps, activations)
+    engine = Engine(
+        module,
+        optim=config.optim,
+        is_head_parameter=objective.is_head_parameter,
+        ds_config=ds_config,
+        device=device,
+        total_steps=total_steps,
+        activations=activations,
+    )
     # 5. where to start; only then is the run folder described anew
     state = RunState(
-        Progress(),
-        comm.world_size(),
-        engine.stage,
-        signature,
-        data.fingerprint,
-        json.dumps([comm.world_size(), ds_config["zero_optimization"], ds_config["bf16"]], sort_keys=True),
-        config.model_dump(mode="json"),
+        progress=Progress(),
+        world_size=comm.world_size(),
+        zero_stage=engine.stage,
+        model_signature=signature,
+        data_fingerprint=data.fingerprint,
+        layout=state_layout(ds_config),
+        recipe=config.model_dump(mode="json"),
     )
     state = _start_state(config, run_dir, engine, data, state)
     if comm.is_main():
@@ -111,33 +120,45 @@ def build(config: RunConfig, device: torch.device) -> Run:
         config=config,
         run_dir=run_dir,
         engine=engine,
-        objective=UnifiedObjective(config.objective, config.data.batch.chunk_tokens),
+        objective=objective,
         data=data,
         total_steps=total_steps,
         state=state,
         model_files=os.path.join(run_dir, "model"),
         encoder_shape=shape,
         matmul_peak=measure_matmul_peak(device, dtype),
-        evaluate=evaluation(config, engine, tokenizer, test_sets, run_dir) if test_sets else None,
+        evaluate=evaluation(config, engine, objective, tokenizer, test_sets, run_dir) if test_sets else None,
         planned_bytes=planned_bytes,
     )
+
+
+def state_layout(ds_config: dict) -> str:
+    """What decides how weights and moments are cut into files; a checkpoint of another layout is joined by name."""
+    return json.dumps([comm.world_size(), ds_config["zero_optimization"], ds_config["bf16"]], sort_keys=True)
+
+
+def check_data_kind(config: RunConfig, data: TrainingData) -> None:
+    """Refuse records that the stage cannot train on.
+
+    Raises:
+        DataError: texts where the stage wants pairs, or the reverse; names the dataset.
+    """
+    wanted = config.objective.data_kind
+    records = {"pair": '{"query", "pos"} records', "text": '{"text"} records'}
+    for dataset, stored in zip(config.data.train, data.datasets, strict=True):
+        kind = "text" if stored.is_text else "pair"
+        if kind != wanted:
+            rule = (
+                f"holds {records[kind]}; objective.kind={config.objective.kind} trains on {records[wanted]}"
+            )
+            remedy = "name other files in data.train, or another objective"
+            raise DataError(f"dataset {dataset.name}", kind, rule, remedy)
 
 
 def model_signature(module: nn.Module) -> str:
     """Hash of every parameter's name and full shape; equal for equal architectures at any ZeRO stage."""
     shapes = sorted((name, list(getattr(p, "ds_shape", p.shape))) for name, p in module.named_parameters())
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
-
-
-def encoder_shape(module: M3Model) -> EncoderShape:
-    """The sizes that decide the model's arithmetic."""
-    config = module.encoder.config
-    return EncoderShape(
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.intermediate_size,
-        module.multi_vector_head.out_features,
-    )
 
 
 def open_data(config: RunConfig, tokenizer: Tokenizer, run_dir: str) -> TrainingData:
@@ -168,7 +189,12 @@ def open_data(config: RunConfig, tokenizer: Tokenizer, run_dir: str) -> Training
 
 
 def evaluation(
-    config: RunConfig, engine: Engine, tokenizer: Tokenizer, test_sets: Sequence[BeirDataset], run_dir: str
+    config: RunConfig,
+    engine: Engine,
+    objective: Objective,
+    tokenizer: Tokenizer,
+    test_sets: Sequence[BeirDataset],
+    run_dir: str,
 ) -> Callable[[int], dict[str, float]]:
     """Five-mode evaluation of the model in training, on all ranks together; the files go to run_dir/eval."""
 
@@ -176,7 +202,7 @@ def evaluation(
         return [ids.tolist() for ids in tokenizer.encode(texts, max_tokens)[0]]
 
     def encode_ids(token_ids: Sequence[Sequence[int]]) -> Representations:
-        return engine.encode(pack_texts(token_ids).to(engine.device))
+        return objective.represent(engine.forward, pack_texts(token_ids).to(engine.device))
 
     def run(step: int) -> dict[str, float]:
         figures: dict[str, float] = {}

@@ -5,7 +5,6 @@ Everything random in a step is a function of (seed, step, rank), so a resumed ru
 
 import contextlib
 import logging
-import math
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,10 +18,11 @@ from megam3.config.schema import RunConfig
 from megam3.data.dataset import TrainingData
 from megam3.data.loader import Batch
 from megam3.dist import comm
-from megam3.engine.deepspeed import Engine, StepResult
+from megam3.encoders import EncoderShape
+from megam3.engine.deepspeed import Engine, UpdateResult
 from megam3.errors import TrainingError
 from megam3.objectives.base import Objective
-from megam3.obs.clock import EncoderShape, StepClock, peak_memory_bytes
+from megam3.obs.clock import StepClock, peak_memory_bytes
 from megam3.obs.metrics import MetricsWriter
 from megam3.obs.progress import TrainingProgress
 
@@ -35,7 +35,7 @@ EXIT_REQUEUE = 85
 """Exit code of a run that saved itself on SIGTERM or SIGUSR1 and wants to be started again; slurm/train.sh turns it into a requeue."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """The live objects of one run on one rank; build.py makes them."""
 
@@ -58,7 +58,7 @@ class Run:
     """Peak memory of this rank as counted beforehand; 0: not counted."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepReport:
     """One optimizer step over all ranks."""
 
@@ -108,7 +108,8 @@ def train(run: Run, stop: "StopSignal") -> int:
             if metrics is not None and _is_due(progress.step, settings.log_every_steps, is_last):
                 values = _log_values(run, report, result, clock)
                 metrics.write(progress.step, values)
-                _warn_of_dead_heads(values, settings.dead_head_share, progress.step)
+                for warning in run.objective.warnings(values, settings.dead_head_share):
+                    logger.warning("step %d: %s", progress.step, warning)
             if bar is not None:
                 losses = {
                     name.removeprefix("loss/"): value
@@ -190,10 +191,18 @@ def join_ranks(names: list[str], rows_WF: torch.Tensor) -> StepReport:
     )
     means = dict(zip(names, figures_WF.mean(0).tolist(), strict=True))
     samples, tokens, padded, truncated, stops = counts
-    return StepReport(means, samples, tokens, padded, truncated, stops > 0, nonfinite)
+    return StepReport(
+        figures=means,
+        num_samples=samples,
+        num_tokens=tokens,
+        padded_tokens=padded,
+        num_truncated=truncated,
+        stop_requested=stops > 0,
+        nonfinite=nonfinite,
+    )
 
 
-def check_finite(policy: str, report: StepReport, result: StepResult, step: int) -> None:
+def check_finite(policy: str, report: StepReport, result: UpdateResult, step: int) -> None:
     """Act on a step that was not taken; `step` counts from 0.
 
     Raises:
@@ -226,14 +235,14 @@ def _report_memory(run: Run) -> None:
 def _advance(run: Run, progress: Progress, report: StepReport) -> Progress:
     step = progress.step + 1
     return Progress(
-        step,
-        run.data.epoch_of(step),
-        progress.samples + report.num_samples,
-        progress.tokens + report.num_tokens,
+        step=step,
+        epoch=run.data.epoch_of(step),
+        samples=progress.samples + report.num_samples,
+        tokens=progress.tokens + report.num_tokens,
     )
 
 
-def _log_values(run: Run, report: StepReport, result: StepResult, clock: StepClock) -> dict[str, float]:
+def _log_values(run: Run, report: StepReport, result: UpdateResult, clock: StepClock) -> dict[str, float]:
     speed = clock.read()
     return {
         **report.figures,
@@ -248,22 +257,6 @@ def _log_values(run: Run, report: StepReport, result: StepResult, clock: StepClo
         "data/truncated_texts": float(report.num_truncated),
         "data/padding_avoided_share": 1.0 - report.num_tokens / max(1, report.padded_tokens),
     }
-
-
-def _warn_of_dead_heads(values: dict[str, float], floor: float, step: int) -> None:
-    """A lexical head whose weights are all zero, or vectors that are all the same, no longer learn; say so while it can be mended."""
-    for name in ("lexical/nonzero_share", "dense/spread", "multi_vector/spread"):
-        value = values.get(name, math.inf)
-        if value < floor:
-            head = name.split("/")[0]
-            logger.warning(
-                "step %d: the %s head is dying (%s = %.2g < %.2g); lower optim.lr or optim.head_lr, or lengthen optim.warmup_ratio",
-                step,
-                head,
-                name,
-                value,
-                floor,
-            )
 
 
 class StopSignal:

@@ -24,6 +24,7 @@ from megam3.dist.env import discover_ranks, free_port
 from megam3.engine.activations import ActivationMemory
 from megam3.engine.deepspeed import Engine, join, model_construction
 from megam3.memory import ModelShape, StepShape, Strategy, plan_memory
+from megam3.model.m3 import is_head_parameter
 from megam3.model.pretrained import load_m3
 from megam3.objectives.unified import UnifiedObjective
 from tests.batches import batch_of
@@ -121,7 +122,15 @@ def main(spec: dict) -> dict:
     with model_construction(ds_config):
         model = load_m3(spec["folder"], ModelConfig(path=spec["folder"]))
     activations = ActivationMemory(model, spec["checkpointing"], False)
-    engine = Engine(model, OptimConfig(lr=1e-4), ds_config, torch.device("cpu"), 4, activations)
+    engine = Engine(
+        model,
+        optim=OptimConfig(lr=1e-4),
+        is_head_parameter=is_head_parameter,
+        ds_config=ds_config,
+        device=torch.device("cpu"),
+        total_steps=4,
+        activations=activations,
+    )
     objective, peaks = UnifiedObjective(UnifiedConfig(), spec["chunk_tokens"]), []
     for step in range(2):
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far

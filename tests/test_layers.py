@@ -10,8 +10,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megam3"
 
 LAYERS = [
-    {"config", "errors", "files", "__init__"},
-    {"batch", "dist", "encoders"},
+    {"errors", "files", "__init__"},
+    {"encoders"},
+    {"config"},
+    {"batch", "dist"},
     {"balance", "cost", "candidates", "teacher"},
     {"obs", "data", "model", "scoring", "losses", "memory", "planning", "gradcache"},
     {"tiled", "loss"},
@@ -24,8 +26,6 @@ LAYERS = [
 """From the bottom; a name is a module or a package directly in megam3/."""
 
 SAME_LAYER = {
-    ("config", "errors"),
-    ("config", "__init__"),
     ("retrieval", "embedder"),
     ("train", "build"),
     ("train", "cli"),
@@ -144,9 +144,10 @@ def test_third_party_seams(path: Path) -> None:
 
 
 def test_dynamic_imports_are_few_and_known() -> None:
-    # the table of subcommands; `megam3 train`, whose --help does without torch; and a worker process, which
-    # gets its entry function by name from the parent that spawned it
-    known = {"cli.py", "commands/train.py", "data/process.py"}
+    # the table of subcommands; `megam3 train`, whose --help does without torch; a worker process, which gets its
+    # entry function by name from the parent that spawned it; and the package of objectives, which imports each
+    # of its own files, so that a stage is one file
+    known = {"cli.py", "commands/train.py", "data/process.py", "objectives/__init__.py"}
     wrong = []
     for path in SOURCES:
         module, tree, is_package = read(path)

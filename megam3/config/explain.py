@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from megam3.config.recipe_yaml import Path, dotted
-from megam3.config.schema import RunConfig
+from megam3.config.schema import ObjectiveConfig, RunConfig, objective_kinds
 from megam3.errors import ConfigError
 
 # what users of other trainers write first; values are megam3's fields
@@ -118,7 +118,9 @@ def _written_at(path: Path, where: dict[Path, str]) -> str:
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """Sections named anywhere in a type: itself, in a list, in a union."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if annotation is ObjectiveConfig:
+        yield from objective_kinds().values()
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):
         yield from _models_in(argument)

@@ -1,19 +1,25 @@
-"""The recipe: every field a run can set, with its unit and its source. Read top-down; `RunConfig` at the end joins the sections.
+"""The recipe: every field a run can set, with its unit and its source. `RunConfig` at the end joins the sections.
 
 Unknown keys and mistyped values stop a run before any device is touched. A field without a default is required; `None` means off.
 """
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SerializeAsAny,
 )
+from pydantic_core import PydanticCustomError
+
+from megam3.errors import ConfigError
 
 
 class Section(BaseModel):
@@ -134,6 +140,12 @@ class HeadWeights(Section):
     """Weight of the multi-vector head."""
 
 
+HEADS = tuple(HeadWeights.model_fields)
+"""dense, lexical, multi_vector: names of the heads, in the order of every table."""
+
+HeadName = Literal["dense", "lexical", "multi_vector"]
+
+
 class LossWeights(HeadWeights):
     """One weight per head and one for their sum."""
 
@@ -141,11 +153,40 @@ class LossWeights(HeadWeights):
     """Weight of the combined score's own loss; 0 leaves it out."""
 
 
-class UnifiedConfig(Section):
+class ObjectiveConfig(Section):
+    """Base of the `objective` sections: what the checks and the memory plan ask of any stage. `kind` tells them apart.
+
+    A stage that is not in megam3 itself subclasses it beside its objective (see docs/architecture.md).
+    """
+
+    kind: str
+    """Which stage this section describes."""
+
+    data_kind: ClassVar[Literal["pair", "text"]] = "pair"
+    """Records the stage trains on: {"query", "pos"} or {"text"}."""
+    can_evaluate: ClassVar[bool] = True
+    """Whether the model in training ranks passages, so that evaluation.folders can be run."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Rules of this section that join several of its fields."""
+        yield from ()
+
+    def scored_heads(self) -> tuple[HeadName, ...]:
+        """Heads whose scores over the global batch the loss holds; none for a stage that ranks nothing."""
+        return ()
+
+    def tiling(self) -> Literal["auto", "always", "never"]:
+        """Whether those scores are formed in tiles."""
+        return "auto"
+
+
+class UnifiedConfig(ObjectiveConfig):
     """InfoNCE on three heads and their sum, plus self-distillation (arXiv 2402.03216, section 3.3)."""
 
     kind: Literal["unified"] = "unified"
     """Which objective this section describes."""
+    heads: list[HeadName] = Field(default=["dense", "lexical", "multi_vector"], min_length=1)
+    """Heads that exist and are trained; the others are neither computed nor allocated."""
     preset: Literal["m3", "m3_v1", "joint"] = "m3"
     """Weights of: the released code and later paper; the paper's first version (all 1); heads alone, without sum and distillation."""
     temperature: PositiveFloat = 0.02
@@ -172,7 +213,58 @@ class UnifiedConfig(Section):
     false_negative_margin: float | None = None
     """Leave out columns whose score exceeds the positive's by more than this; None: off."""
     false_negative_margin_source: Literal["sum", "teacher"] = "sum"
-    """Which score the margin rule compares: the heads' combined score, or the teacher's (which knows the own group only)."""
+    """Which score the margin rule compares: the heads' combined score, or the teacher's (of the own group only)."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Something must be trained, and each head once."""
+        if len(set(self.heads)) < len(self.heads):
+            yield ConfigError("objective.heads", self.heads, "names a head twice", "name each head once")
+        for name in ("sum_weights", "loss_weights", "distill_weights"):
+            weights = getattr(self, name)
+            if weights is not None and not any(weights.model_dump().values()):
+                off = "self_distill: false" if name == "distill_weights" else "null for the preset's"
+                remedy = f"set one above 0, or {off}"
+                yield ConfigError(f"objective.{name}", weights.model_dump(), "all weights are 0", remedy)
+
+    def scored_heads(self) -> tuple[HeadName, ...]:
+        """`heads`, in the order of every table."""
+        return tuple(name for name in ("dense", "lexical", "multi_vector") if name in self.heads)
+
+    def tiling(self) -> Literal["auto", "always", "never"]:
+        """`loss_tiles`."""
+        return self.loss_tiles
+
+
+def _section_of_kind(value: Any) -> Any:
+    """The section that a recipe's `objective` describes, chosen by `kind` among all subclasses of ObjectiveConfig.
+
+    Subclasses, not a closed union: a stage that is imported is known here, and the schema needs no edit for it. Without `kind`
+    the section is the unified one, as in recipes from before there were several.
+    """
+    if not isinstance(value, dict):
+        return value
+    kinds = objective_kinds()
+    kind = value.get("kind", "unified")
+    if kind not in kinds:
+        raise PydanticCustomError(
+            "objective_kind", "must be one of: {kinds}", {"kinds": ", ".join(sorted(kinds))}
+        )
+    return kinds[kind].model_validate(value)
+
+
+def objective_kinds() -> dict[str, type[ObjectiveConfig]]:
+    """Every objective section known to this process, by `kind`."""
+    found: dict[str, type[ObjectiveConfig]] = {}
+    waiting = list(ObjectiveConfig.__subclasses__())
+    while waiting:
+        section = waiting.pop()
+        waiting += section.__subclasses__()
+        found[str(section.model_fields["kind"].default)] = section
+    return found
+
+
+ObjectiveSection = Annotated[SerializeAsAny[ObjectiveConfig], BeforeValidator(_section_of_kind)]
+"""Type of the recipe's `objective`: a union of all stages, told apart by `kind`."""
 
 
 class OptimConfig(Section):
@@ -266,7 +358,7 @@ class RunConfig(Section):
     """Where run folders are made."""
     model: ModelConfig
     data: DataConfig
-    objective: UnifiedConfig = UnifiedConfig()
+    objective: ObjectiveSection = UnifiedConfig()
     optim: OptimConfig
     engine: EngineConfig = EngineConfig()
     train: TrainConfig

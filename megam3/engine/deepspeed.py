@@ -5,7 +5,7 @@ A step is a sequence of backward calls whose last one is announced beforehand, b
     with engine.step_scope():
         for index, batch in enumerate(batches):
             with engine.accumulation(index, len(batches)):
-                objective.run(engine, batch, progress)      # calls engine.encode and engine.backward
+                objective.run(engine, batch, progress)      # calls engine.forward and engine.backward
         result = engine.update(step)
 
 Gradients are averaged over ranks by DeepSpeed; `dist/gather.py` derives the convention that makes this the global gradient.
@@ -15,7 +15,7 @@ import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
-from megam3.batch import PackedTexts, Representations
 from megam3.config.schema import OptimConfig
 from megam3.dist import comm
 from megam3.engine.activations import ActivationMemory
@@ -32,14 +31,13 @@ from megam3.engine.consolidate import NAMES, TAG, SavedStates, weights_only_load
 from megam3.engine.elastic import restore
 from megam3.engine.optim import build_adamw, parameter_groups
 from megam3.engine.schedule import learning_rate_factor
-from megam3.model.m3 import represent
 
 # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, once per call and rank
 warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
 
 
 @dataclass(frozen=True)
-class StepResult:
+class UpdateResult:
     """What an optimizer step did."""
 
     grad_norm: float
@@ -80,19 +78,27 @@ class Engine:
     def __init__(
         self,
         module: nn.Module,
+        *,
         optim: OptimConfig,
+        is_head_parameter: Callable[[str], bool],
         ds_config: dict,
         device: torch.device,
         total_steps: int,
         activations: ActivationMemory,
     ):
-        """Wrap `module` (moved to `device` by DeepSpeed). `total_steps` shapes the learning rate."""
+        """Wrap `module` (moved to `device` by DeepSpeed).
+
+        Args:
+            is_head_parameter: by name, which parameters train at optim.head_lr.
+            ds_config: the final dictionary (`megam3.config.deepspeed`).
+            total_steps: shapes the learning rate.
+        """
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.device, self.stage = device, ds_config["zero_optimization"]["stage"]
         self._optim, self._total_steps, self._activations = optim, total_steps, activations
         self._scale, self._is_last_batch, self._drop_update, self._skipped = 1.0, True, False, False
         self._norm, self._is_ready = math.nan, False
-        groups = parameter_groups(module.named_parameters(), optim)
+        groups = parameter_groups(module.named_parameters(), optim, is_head_parameter)
         name_of = {id(parameter): name for name, parameter in module.named_parameters()}
         self._names = [name_of[id(parameter)] for group in groups for parameter in group["params"]]
         self._peak_lrs = [group.pop("peak_lr") for group in groups]
@@ -116,9 +122,9 @@ class Engine:
         """Checkpointing and offload of this model."""
         return self._activations
 
-    def encode(self, texts: PackedTexts) -> Representations:
-        """Run the model on one stream of texts; see `megam3.model.m3.represent`."""
-        return represent(self._engine, texts)
+    def forward(self, *args: Any) -> Any:
+        """Call the model. Under ZeRO-3 its parameters are gathered by this call: the module alone cannot be called."""
+        return self._engine(*args)
 
     @contextlib.contextmanager
     def step_scope(self) -> Iterator[None]:
@@ -152,7 +158,7 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(self._is_last_batch and is_last)
         self._engine.backward(loss * self._scale, scale_wrt_gas=False)
 
-    def update(self, step: int, drop: bool = False) -> StepResult:
+    def update(self, step: int, drop: bool = False) -> UpdateResult:
         """Clip and apply the accumulated gradient at 0-based optimizer step `step`.
 
         A non-finite gradient, or `drop`, leaves weights and moments untouched and is reported as skipped.
@@ -165,7 +171,9 @@ class Engine:
         self._engine.step()
         # a ZeRO optimizer that met a non-finite norm by itself has not called AdamW at all
         self._norm = self._zero_norm() if self.stage > 0 else self._norm
-        return StepResult(self._norm, self._optim.lr * factor, self._skipped or not math.isfinite(self._norm))
+        return UpdateResult(
+            self._norm, self._optim.lr * factor, self._skipped or not math.isfinite(self._norm)
+        )
 
     def save(self, folder: str) -> None:
         """Write this rank's part of weights and optimizer state under folder/engine."""

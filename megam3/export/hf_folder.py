@@ -22,13 +22,14 @@ from torch import Tensor
 
 from megam3 import __version__
 from megam3.config import recipe_yaml
+from megam3.encoders import LEXICAL_FILE, MULTI_VECTOR_FILE
 from megam3.errors import CheckpointError
 from megam3.export.sentence_transformers_files import write_sentence_transformers_files
 from megam3.export.tokenizer_files import write_tokenizer_files
 from megam3.export.verify import model_from_state, verify_folder
 from megam3.model.backbone import max_text_tokens
 from megam3.model.m3 import M3Model
-from megam3.model.pretrained import LEXICAL_FILE, MULTI_VECTOR_FILE, load_tokenizer_of
+from megam3.model.pretrained import load_tokenizer_of
 
 # fields of the published config.json that transformers 5 no longer writes and older readers look for
 _PUBLISHED_FIELDS = {

@@ -7,43 +7,13 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class EncoderShape:
-    """The sizes that decide an encoder's arithmetic."""
-
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    multi_vector_dim: int = 0
-    """Width of the multi-vector head; 0: without heads."""
-
-    def forward_flops(self, lengths: Sequence[int]) -> int:
-        """Floating-point operations of one forward pass over texts of these token counts.
-
-        A matrix product [m,k]x[k,n] is 2·m·k·n. Per token and layer: four H x H projections (8·H²) and two H
-        x I (4·H·I); attention adds 2·L·H for the scores and 2·L·H for the weighted sum to each of a text's L
-        tokens. The lexical head costs 2·H, the multi-vector head 2·H·C a token. Norms, activations and
-        look-ups are left out, as is usual.
-        """
-        hidden, num_tokens = self.hidden_size, sum(lengths)
-        per_token = 8 * hidden**2 + 4 * hidden * self.intermediate_size
-        heads = 2 * hidden * (self.multi_vector_dim + 1) if self.multi_vector_dim else 0
-        attention = 4 * hidden * sum(length**2 for length in lengths)
-        return self.num_layers * (num_tokens * per_token + attention) + num_tokens * heads
-
-    def training_flops(self, lengths: Sequence[int]) -> int:
-        """Forward and backward: three times the forward pass. Recomputation is not counted: it is a cost, not
-        the model's work."""
-        return 3 * self.forward_flops(lengths)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from megam3.config.check import check_config, read_encoder_config, usable_positions
+from megam3.config.check import check_config
 from megam3.config.load import load_config
+from megam3.encoders import read_encoder_config, usable_positions
 from megam3.errors import ConfigError
 from tests.recipes import make_config, write_encoder_config
 
@@ -244,4 +245,37 @@ def test_usable_positions(encoder: dict[str, Any], usable: int | None) -> None:
 
 
 def test_read_encoder_config(project: Path) -> None:
-    assert read_encoder_config(make_config().model)["max_position_embeddings"] == 8194
+    assert read_encoder_config(make_config().model.path)["max_position_embeddings"] == 8194
+
+
+def test_missing_heads_are_found_before_any_text_is_tokenised(project: Path) -> None:
+    (project / "encoder" / "sparse_linear.pt").unlink()
+    rule = "head weights are missing (sparse_linear.pt); set model.missing_heads: init to start these heads"
+    assert rule in message(files=True)
+    check_config(make_config(model__missing_heads="init"), 1)
+    check_config(make_config(objective={"heads": ["dense"]}), 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"model_type": "xmod"}, "is a 'xmod' model, which does not run on packed texts"),
+        ({"is_decoder": True}, "is configured as a decoder"),
+        ({"position_embedding_type": "relative_key"}, "has position_embedding_type 'relative_key'"),
+    ],
+)
+def test_encoders_that_cannot_run_packed_are_refused_by_the_recipe_checks(
+    project: Path, changes: dict[str, Any], rule: str
+) -> None:
+    write_encoder_config(project / "encoder", **changes)
+    assert rule in message(files=True)
+
+
+def test_objective_section_is_chosen_by_kind() -> None:
+    with pytest.raises(ConfigError, match="objective = .*must be one of: .*unified"):
+        make_config(objective={"kind": "other"})
+    with pytest.raises(ConfigError, match="did you mean objective.temperature"):
+        make_config(objective={"kind": "unified", "temprature": 1.0})
+    assert message(objective__heads=["dense", "dense"]).startswith(
+        "objective.heads = ['dense', 'dense']: names a head"
+    )

@@ -8,10 +8,11 @@ from transformers import AutoModel
 
 from megam3.batch import Representations, join_representations, pack_texts
 from megam3.config.schema import ModelConfig
+from megam3.encoders import LEXICAL_FILE, MULTI_VECTOR_FILE
 from megam3.errors import CheckpointError
 from megam3.model.backbone import build_backbone
 from megam3.model.m3 import M3Model, is_head_parameter, represent
-from megam3.model.pretrained import LEXICAL_FILE, MULTI_VECTOR_FILE, load_m3, read_special_ids
+from megam3.model.pretrained import load_m3, read_special_ids
 from tests.factory import make_tiny_model_folder, random_token_ids, tiny_config, write_tiny_tokenizer
 
 LENGTHS = (9, 3, 40, 9, 3, 2, 17)

@@ -5,8 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import XLMRobertaConfig, XLMRobertaModel
 
+from megam3.encoders import EncoderShape
 from megam3.obs import clock as clock_module
-from megam3.obs.clock import EncoderShape, StepClock, measure_matmul_peak, peak_memory_bytes
+from megam3.obs.clock import StepClock, measure_matmul_peak, peak_memory_bytes
 
 
 @pytest.mark.parametrize("length", [5, 33])

@@ -67,7 +67,7 @@ def test_a_tool_is_a_thin_main_that_names_its_subcommand(tool: Path) -> None:
 
 
 FILE_NAMES = re.compile(
-    r"\b(?:megam3|tools|slurm|ds_configs|examples|docs|tests)/[\w./-]+\.(?:py|sh|json|yaml|md)\b"
+    r"\b(?:megam3|tools|slurm|ds_configs|examples|tests)/[\w./-]+\.(?:py|sh|json|yaml|md)\b"
 )
 
 
