@@ -179,13 +179,15 @@ def test_unknown_key_names_the_nearest_one_and_the_line(recipe: Path) -> None:
     recipe.write_text(RECIPE.replace("language: no", "langauge: no"))
     assert (
         message(recipe)
-        == "data.train.1.langauge (small.yaml:9) = 'no': unknown key in data.train.1; did you mean data.train.1.language?"
+        == "data.train.1.langauge (small.yaml:9) = 'no': unknown key in data.train.1; did you mean "
+        "data.train.1.language?"
     )
 
 
 def test_unknown_key_in_an_override_quotes_it(recipe: Path) -> None:
     assert message(recipe, "optim.warmup=0.2") == (
-        "optim.warmup (override optim.warmup=0.2) = 0.2: unknown key in optim; did you mean optim.warmup_ratio?"
+        "optim.warmup (override optim.warmup=0.2) = 0.2: unknown key in optim; did you mean "
+        "optim.warmup_ratio?"
     )
 
 
@@ -203,7 +205,8 @@ def test_unknown_key_without_a_neighbour_lists_the_section(recipe: Path) -> None
 def test_wrong_type_says_field_value_rule_remedy_and_line(recipe: Path) -> None:
     recipe.write_text(RECIPE.replace("steps: 10", "steps: ten"))
     assert message(recipe) == (
-        "train.steps (small.yaml:13) = 'ten': must be an integer; write it without quotes or letters in train.steps"
+        "train.steps (small.yaml:13) = 'ten': must be an integer; write it without quotes or letters in "
+        "train.steps"
         " (Optimizer steps; exactly one of `steps` and `epochs`)"
     )
 
@@ -269,12 +272,12 @@ def test_several_bad_overrides_at_once(recipe: Path) -> None:
     assert "5 problems" in text
     assert "override = 'optim.lr': is not of the form key=value; write for example optim.lr=2e-5" in text
     assert (
-        "data.train (override data.train.5.weight=2) = '5': is a list of 2, and this is no index of it; use an index: 0 to 1"
-        in text
+        "data.train (override data.train.5.weight=2) = '5': is a list of 2, and this is no index of it; use "
+        "an index: 0 to 1" in text
     )
     assert (
-        "name (override name.first=x) = 'small': is a value, so it has no part 'first'; set name itself, or remove the rest"
-        in text
+        "name (override name.first=x) = 'small': is a value, so it has no part 'first'; set name itself, or "
+        "remove the rest" in text
     )
     assert "override train.steps = '[1': its value is not valid YAML; quote it" in text
     assert "data.train (override data.train.x.weight=1) = 'x'" in text
