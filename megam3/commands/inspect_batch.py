@@ -1,4 +1,5 @@
-"""`tools/inspect_batch.py RECIPE --step N`: the batches of any step as text: rows, where each came from, its drawn passages."""
+"""`megam3 inspect-batch RECIPE --step N`: the batches of any step as text: rows, their files, drawn
+passages."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: of the recipe or its data.
     """
-    parser = argparse.ArgumentParser(prog="inspect_batch", description=__doc__)
+    parser = argparse.ArgumentParser(prog="megam3 inspect-batch", description=__doc__)
     parser.add_argument("recipe", help="a YAML file, or the name of a packaged recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields that win over the recipe")
     parser.add_argument("--step", type=int, default=0, help="optimizer step, from 0")

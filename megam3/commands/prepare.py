@@ -1,10 +1,11 @@
-"""`megam3 prepare RECIPE [key=value…]`: tokenise a recipe's training data into its store, ahead of the run or on other machines.
+"""Tokenise a recipe's training data into its store, ahead of the run or on other machines.
 
-    megam3 prepare unified                        # all of it, one process per core
-    megam3 prepare unified --shard 3/16           # task 3 of a job array of 16 (slurm/prepare.sh); the last one to end finishes the store
-    megam3 prepare unified --verify               # read a finished store through and compare every checksum
+    megam3 prepare unified                  # all of it, one process per core
+    megam3 prepare unified --shard 3/16     # task 3 of a job array of 16 (slurm/prepare.sh)
+    megam3 prepare unified --verify         # read a finished store through and compare every checksum
 
-Killed and started again, it continues; finished, it does nothing.
+The last task of an array to end finishes the store. Killed and started again, a task continues; finished, it
+does nothing.
 """
 
 from __future__ import annotations
@@ -79,9 +80,8 @@ def main(argv: Sequence[str]) -> int:
         draw_histogram(manifests, picture)
         print(f"store: {store_dir}, picture: {picture}")
     else:
-        print(
-            f"store: {store_dir}: {len(config.data.train) - len(manifests)} datasets wait for units of other tasks"
-        )
+        num_waiting = len(config.data.train) - len(manifests)
+        print(f"store: {store_dir}: {num_waiting} datasets wait for units of other tasks")
     return 0
 
 
@@ -131,7 +131,8 @@ def _reporter(bar: Progress) -> Callable[[Standing], None]:
     task = bar.add_task("preparing", total=None, rate="")
 
     def report(standing: Standing) -> None:
-        rate = f"{standing.records:,} records, {standing.records_per_second:,.0f}/s, {standing.rejected:,} rejected"
+        speed = f"{standing.records_per_second:,.0f}/s"
+        rate = f"{standing.records:,} records, {speed}, {standing.rejected:,} rejected"
         bar.update(
             task,
             description=standing.dataset,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from megam3.config.batch_size import bucket_table
-from megam3.config.problems import raise_problems
 from megam3.config.schema import (
     DataConfig,
     EvaluationConfig,
@@ -20,7 +19,7 @@ from megam3.config.schema import (
     TrainConfig,
 )
 from megam3.encoders import HEAD_FILES, find_packing_problem, read_encoder_config, usable_positions
-from megam3.errors import ConfigError
+from megam3.errors import ConfigError, raise_all
 
 MIN_TEXT_TOKENS = 3
 """The two special tokens and one of the text."""
@@ -49,7 +48,7 @@ def check_config(config: RunConfig, world_size: int, *, files: bool = True) -> N
     ]
     if files:
         problems += [*data_files(config.data), *evaluation_folders(config.evaluation), *model_folder(config)]
-    raise_problems(problems)
+    raise_all(problems)
 
 
 def batch_size_choice(data: DataConfig) -> Problems:

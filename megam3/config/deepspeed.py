@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from megam3.config.problems import raise_problems
 from megam3.config.schema import RunConfig
-from megam3.errors import ConfigError
+from megam3.errors import ConfigError, raise_all
 
 RECIPE_FIELDS = {
     "train_batch_size": "data.batch",
@@ -84,7 +83,7 @@ def build_deepspeed_config(
         config.engine.template, default_template_dir() if template_dir is None else Path(template_dir)
     )
     template = read_template(path)
-    raise_problems(
+    raise_all(
         [
             *_foreign_fields(template, path),
             *_auto_values(template, path),

@@ -10,8 +10,7 @@ import sentencepiece as spm
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from megam3.errors import DataError
-from megam3.quickstart.encoder import (
+from examples.quickstart.encoder import (
     EncoderInit,
     EncoderSize,
     build_encoder,
@@ -20,7 +19,8 @@ from megam3.quickstart.encoder import (
     measure_rarity,
     rarity_coordinates,
 )
-from megam3.quickstart.tokenizer import train_tokenizer
+from examples.quickstart.tokenizer import train_tokenizer
+from megam3.errors import DataError
 
 WORDS = [
     "".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyzäéя日", k=3 + i % 6)) for i in range(300)

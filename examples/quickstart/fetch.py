@@ -1,7 +1,8 @@
 """Fetch the GNOME help pages with the machine's own package manager; nothing is installed system-wide.
 
-Debian's and Ubuntu's package `gnome-user-docs` holds about 300 help pages in about 40 languages (CC BY-SA 3.0). It is downloaded and
-unpacked into a folder. Machines whose package lists were removed (slim containers) get lists of their own inside that folder.
+Debian's and Ubuntu's package `gnome-user-docs` holds about 300 help pages in about 40 languages (CC BY-SA
+3.0). It is downloaded and unpacked into a folder. Machines whose package lists were removed (slim containers)
+get lists of their own inside that folder.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from megam3.errors import DataError
 logger = logging.getLogger(__name__)
 
 PACKAGE = "gnome-user-docs"
-_REMEDY = f"use a Debian or Ubuntu machine where `apt-get download {PACKAGE}` works, or give your own pairs with DATA=file.jsonl"
+_REMEDY = (
+    f"use a Debian or Ubuntu machine where `apt-get download {PACKAGE}` works, "
+    "or give your own pairs with DATA=file.jsonl"
+)
 
 
 def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -28,7 +32,8 @@ def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def _private_lists(folder: Path) -> list[str]:
-    """Options that keep apt's package lists and cache inside `folder`, so that `update` needs no root and changes nothing outside."""
+    """Options that keep apt's package lists and cache inside `folder`, so that `update` needs no root and
+    changes nothing outside."""
     state, cache = folder / "apt-state", folder / "apt-cache"
     for path in (state / "lists" / "partial", cache / "archives" / "partial"):
         path.mkdir(parents=True, exist_ok=True)
@@ -57,10 +62,12 @@ def _download(folder: Path) -> Path:
 
 
 def fetch_help_pages(folder: str | Path) -> Path:
-    """The folder `…/usr/share/help` of the unpacked package under `folder`; downloaded once, found again afterwards.
+    """The folder `…/usr/share/help` of the unpacked package under `folder`; downloaded once, found again
+    afterwards.
 
     Raises:
-        DataError: no apt-get or dpkg here, or the download failed; says that DATA=file.jsonl is the other way.
+        DataError: no apt-get or dpkg here, or the download failed; says that DATA=file.jsonl is the other
+            way.
     """
     folder = Path(folder).resolve()  # the programs below run inside it
     unpacked = folder / PACKAGE

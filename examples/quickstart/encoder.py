@@ -1,15 +1,20 @@
-"""Build a small XLM-R-shaped encoder from nothing, with heads, in a state from which three heads learn within minutes.
+"""Build a small XLM-R-shaped encoder from nothing, with heads, in a state from which three heads learn within
+minutes.
 
-A random encoder of this kind (post-norm, std 0.02) is nearly blind: the output of `<s>` depends on the text by one part in a thousand, so
-the dense head starts near chance and, at a learning rate the other heads need, collapses. Four remedies, each an argument of its own:
+A random encoder of this kind (post-norm, std 0.02) is nearly blind: the output of `<s>` depends on the text
+by one part in a thousand, so the dense head starts near chance and, at a learning rate the other heads need,
+collapses. Four remedies, each an argument of its own:
 
-- identity attention (Trockman & Kolter, *Mimetic Initialization of Self-Attention Layers*, 2023): W_q W_k and W_v W_o start near multiples
-  of the identity, so a token attends to itself and its like, and `<s>`, which resembles none, starts as a pooler of all tokens;
-- rarity coordinates: how rare a piece is can be counted before training (inverse document frequency), so each piece carries it in one
-  coordinate per attention head; the lexical head starts by reading it, and `<s>` by attending to rare pieces;
-- topics (latent semantic analysis, Deerwester et al., 1990): pieces that stand in the same passages start with similar embeddings, which
-  counting and one truncated SVD give in seconds;
-- small position rows (std 0.002): with 8194 rows and short training, full-size ones would be noise that hides the words.
+- identity attention (Trockman & Kolter, *Mimetic Initialization of Self-Attention Layers*, 2023): W_q W_k and
+  W_v W_o start near multiples of the identity, so a token attends to itself and its like, and `<s>`, which
+  resembles none, starts as a pooler of all tokens;
+- rarity coordinates: how rare a piece is can be counted before training (inverse document frequency), so each
+  piece carries it in one coordinate per attention head; the lexical head starts by reading it, and `<s>` by
+  attending to rare pieces;
+- topics (latent semantic analysis, Deerwester et al., 1990): pieces that stand in the same passages start
+  with similar embeddings, which counting and one truncated SVD give in seconds;
+- small position rows (std 0.002): with 8194 rows and short training, full-size ones would be noise that hides
+  the words.
 """
 
 from __future__ import annotations
@@ -23,10 +28,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, XLMRobertaConfig, XLMRobertaModel
 
-from megam3.quickstart.tokenizer import FIRST_PIECE_ID
+from examples.quickstart.tokenizer import FIRST_PIECE_ID
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EncoderSize:
     """The shape of the encoder."""
 
@@ -39,7 +44,7 @@ class EncoderSize:
     """Minutes of training never over-fit by repetition alone; dropout costs more than it gives there."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EncoderInit:
     """Where the weights start."""
 
@@ -56,18 +61,21 @@ class EncoderInit:
     rarity_gain: float = 1.0
     """Standard deviation of the rarity coordinates, in units of `word_std`; 0 leaves them random."""
     topic_share: float = 0.7
-    """Share t of a piece's embedding, outside the rarity coordinates, that latent semantic analysis gives: t·topic + √(1 - t²)·noise. The
-    noise tells pieces of one topic apart, which exact matching needs. 0: noise alone."""
+    """Share t of a piece's embedding, outside the rarity coordinates, that latent semantic analysis gives:
+    t·topic + √(1 - t²)·noise. The noise tells pieces of one topic apart, which exact matching needs. 0: noise
+    alone."""
     start_gain: float = 0.03
-    """Length of the embedding of `<s>`, in units of a word's; it lies in the rarity coordinates, so that `<s>` attends to rare pieces, and
-    is so small that the norm's epsilon keeps it small: the text then decides the dense vector. 0: `<s>` pools all pieces alike."""
+    """Length of the embedding of `<s>`, in units of a word's; it lies in the rarity coordinates, so that
+    `<s>` attends to rare pieces, and is so small that the norm's epsilon keeps it small: the text then
+    decides the dense vector. 0: `<s>` pools all pieces alike."""
     lexical_scale: float = 0.3
     """Lexical weight of a piece of average rarity."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PassageCounts:
-    """Which ids occur how often in which training passage: the non-zero entries of a [passages, V] matrix, special tokens left out."""
+    """Which ids occur how often in which training passage: the non-zero entries of a [passages, V] matrix,
+    special tokens left out."""
 
     num_passages: int
     vocab_size: int
@@ -89,7 +97,11 @@ def count_pieces(tokenizer: PreTrainedTokenizerBase, passages: Sequence[str]) ->
     lengths = torch.tensor([len(column) for column in columns])
     passage_Z = torch.repeat_interleave(torch.arange(len(passages)), lengths)
     return PassageCounts(
-        len(passages), len(tokenizer), passage_Z, torch.cat(columns), torch.cat(counts).float()
+        num_passages=len(passages),
+        vocab_size=len(tokenizer),
+        passage_Z=passage_Z,
+        ids_Z=torch.cat(columns),
+        counts_Z=torch.cat(counts).float(),
     )
 
 
@@ -98,7 +110,8 @@ class Rarity:
     """How rare each id is in the training passages."""
 
     rarity_V: Tensor
-    """Square root of the inverse document frequency: the product of a query's and a passage's weight is then the idf."""
+    """Square root of the inverse document frequency: the product of a query's and a passage's weight is then
+    the idf."""
     mean: float
     """Over occurrences in passages, not over the vocabulary, most of which is rare."""
     std: float
@@ -126,7 +139,8 @@ def measure_rarity(counts: PassageCounts) -> Rarity:
 def find_topics(counts: PassageCounts, rarity: Rarity, num_topics: int, seed: int) -> Tensor:
     """Latent semantic analysis: a vector of unit variance per id, [V, topics], zero for ids that never occur.
 
-    Entries (1 + log count)·idf, passages scaled to length one, truncated SVD U·S·Vᵀ; an id's vector is its row of V·√S, scaled.
+    Entries (1 + log count)·idf, passages scaled to length one, truncated SVD U·S·Vᵀ; an id's vector is its
+    row of V·√S, scaled.
     """
     num_topics = min(num_topics, counts.num_passages, counts.vocab_size)
     values_Z = (1 + counts.counts_Z.log()) * rarity.rarity_V[counts.ids_Z] ** 2
@@ -148,7 +162,8 @@ def rarity_coordinates(size: EncoderSize) -> list[int]:
 
 
 def encoder_config(size: EncoderSize, vocab_size: int) -> XLMRobertaConfig:
-    """XLM-R's own settings where the class's defaults differ: layer_norm_eps, one token type, two more position rows than tokens."""
+    """XLM-R's own settings where the class's defaults differ: layer_norm_eps, one token type, two more
+    position rows than tokens."""
     return XLMRobertaConfig(
         vocab_size=vocab_size,
         hidden_size=size.hidden_size,
@@ -223,8 +238,8 @@ def initial_heads(
 ) -> dict[str, dict[str, Tensor]]:
     """Head weights by file name.
 
-    The lexical head reads the rarity coordinates (weight = lexical_scale · rarity / mean rarity); the multi-vector head is the identity (or
-    its first rows, when narrower).
+    The lexical head reads the rarity coordinates (weight = lexical_scale · rarity / mean rarity); the
+    multi-vector head is the identity (or its first rows, when narrower).
     """
     lexical_1H = torch.zeros(1, size.hidden_size)
     if init.rarity_gain > 0:
@@ -247,7 +262,8 @@ def build_encoder(
 ) -> XLMRobertaModel:
     """Build the encoder, save it with its heads to `folder`, where the tokenizer is already, and return it.
 
-    `passages` are the training passages, for the document frequencies. The folder is then what `model.path` of a recipe wants.
+    `passages` are the training passages, for the document frequencies. The folder is then what `model.path`
+    of a recipe wants.
     """
     folder = Path(folder)
     counts = count_pieces(tokenizer, list(passages))

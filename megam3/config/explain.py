@@ -1,4 +1,4 @@
-"""pydantic's validation errors retold as ConfigErrors: field, value, rule, remedy, and where it was written."""
+"""pydantic's validation errors as ConfigErrors: field, value, rule, remedy, and where it was written."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def _all_fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> Itera
 
 
 def _nearest(path: Path) -> str:
-    """The remedy for an unknown key: the nearest right name here, the same name elsewhere, or all names of this section."""
+    """The remedy for an unknown key: the nearest name here, the same name elsewhere, or all names here."""
     name, prefix = str(path[-1]), dotted(path[:-1])
     names = [field for section in _sections_at(path[:-1]) for field in section.model_fields]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)

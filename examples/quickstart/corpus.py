@@ -5,8 +5,9 @@
     OUT/heldout/queries.jsonl   {"_id", "text", "lang"}
     OUT/heldout/qrels/test.tsv  query-id  corpus-id  score
 
-Help pages are split by page over ALL languages, so that no translation of a held-out page is trained on. One page in ten is held out; two
-more in ten, which are trained on, also stand in the held-out corpus as distractors.
+Help pages are split by page over ALL languages, so that no translation of a held-out page is trained on. One
+page in ten is held out; two more in ten, which are trained on, also stand in the held-out corpus as
+distractors.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from examples.quickstart.pages import Page
 from megam3.errors import DataError
-from megam3.quickstart.pages import Page
 
 HELD_OUT_TENTH = 0
 DISTRACTOR_TENTHS = (1, 2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Query:
     """A held-out query and the ids of the passages that answer it."""
 
@@ -44,12 +45,14 @@ class Corpus:
 
 
 def tenth(key: str) -> int:
-    """The tenth (0–9) a page or passage belongs to: a hash, so that it never depends on order or on what else is there."""
+    """The tenth (0–9) a page or passage belongs to: a hash, so that it never depends on order or on what else
+    is there."""
     return zlib.crc32(key.encode("utf-8")) % 10
 
 
 def corpus_from_pages(pages: Iterable[Page]) -> Corpus:
-    """Train on description → body and title → body; held-out queries are descriptions (titles where there is none)."""
+    """Train on description → body and title → body; held-out queries are descriptions (titles where there is
+    none)."""
     train: list[dict] = []
     passages: dict[str, str] = {}
     queries: list[Query] = []
@@ -58,7 +61,10 @@ def corpus_from_pages(pages: Iterable[Page]) -> Corpus:
         texts = [text for text in (page.description, page.title) if text]
         if part == HELD_OUT_TENTH:
             passages[page_id] = page.body
-            queries.extend(Query(page_id, text, page.language, (page_id,)) for text in texts[:1])
+            queries.extend(
+                Query(id=page_id, text=text, language=page.language, passage_ids=(page_id,))
+                for text in texts[:1]
+            )
             continue
         if part in DISTRACTOR_TENTHS:
             passages[page_id] = page.body
@@ -96,12 +102,15 @@ def _read_pair(where: str, line: str) -> dict:
 
 
 def corpus_from_pairs(path: str | Path) -> Corpus:
-    """Split the user's own pairs by a hash of the positive text: held out when any positive falls in the held-out tenth.
+    """Split the user's own pairs by a hash of the positive text: held out when any positive falls in the
+    held-out tenth.
 
-    The held-out corpus is those records' positives, plus as distractors the positives and negatives of two tenths of the others.
+    The held-out corpus is those records' positives, plus as distractors the positives and negatives of two
+    tenths of the others.
 
     Raises:
-        DataError: a missing or empty file, a bad line (`file:line`), or so few texts that one side of the split is empty.
+        DataError: a missing or empty file, a bad line (`file:line`), or so few texts that one side of the
+            split is empty.
     """
     path = Path(path)
     if not path.is_file():
@@ -128,7 +137,12 @@ def corpus_from_pairs(path: str | Path) -> Corpus:
             if HELD_OUT_TENTH in parts:
                 found = {passage_id(text): text for text in record["pos"]}
                 queries.append(
-                    Query(f"q{number}", record["query"], str(record.get("lang", "und")), tuple(found))
+                    Query(
+                        id=f"q{number}",
+                        text=record["query"],
+                        language=str(record.get("lang", "und")),
+                        passage_ids=tuple(found),
+                    )
                 )
                 passages.update(found)
                 continue

@@ -3,8 +3,7 @@ import zlib
 
 import pytest
 
-from megam3.errors import DataError
-from megam3.quickstart.corpus import (
+from examples.quickstart.corpus import (
     corpus_from_pages,
     corpus_from_pairs,
     tenth,
@@ -12,15 +11,16 @@ from megam3.quickstart.corpus import (
     training_texts,
     write_corpus,
 )
-from megam3.quickstart.pages import Page
+from examples.quickstart.pages import Page
+from megam3.errors import DataError
 
 PAGES = [
     Page(
-        language,
-        f"guide/p{i}",
-        f"{language} title {i}",
-        f"{language} desc {i}" if i % 3 else "",
-        f"{language} body {i}",
+        language=language,
+        name=f"guide/p{i}",
+        title=f"{language} title {i}",
+        description=f"{language} desc {i}" if i % 3 else "",
+        body=f"{language} body {i}",
     )
     for language in ("de", "en")
     for i in range(60)

@@ -1,4 +1,8 @@
-"""`megam3 quickstart`: fetch real text, train, evaluate, export and query a small retriever, with the tools a large run uses.
+"""Fetch real text, train, evaluate, export and query a small retriever, with the tools a large run uses.
+
+    make quickstart                      in a fresh clone
+    megam3 quickstart                    in the environment it makes
+    python examples/quickstart/run.py    in any environment with megam3's requirements
 
 runs/quickstart/          the run folder; training continues from its checkpoint when it was interrupted
     start/                corpus, tokenizer and untrained encoder
@@ -18,19 +22,25 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+# as a script, Python's path begins with this folder: megam3 and examples are found from the top of the
+# checkout
+sys.path.insert(0, str(ROOT))
+
 from megam3.dist.env import prepare_environment
 
-prepare_environment(
-    os.environ
-)  # DeepSpeed, which reads the checkpoint, looks for an accelerator while it is imported
+# DeepSpeed, which reads the checkpoint, looks for an accelerator while it is imported
+prepare_environment(os.environ)
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
+from examples.quickstart.prepare import Prepared, prepare
 from megam3.batch import pack_texts
 from megam3.checkpoint import consolidated_weights, newest_complete
+from megam3.cli import report_user_errors
 from megam3.config.load import load_config
 from megam3.config.schema import RunConfig
 from megam3.dist.env import free_port
@@ -39,7 +49,6 @@ from megam3.errors import TrainingError
 from megam3.export.hf_folder import export_hf_folder
 from megam3.model.m3 import represent
 from megam3.obs.log import setup_logging
-from megam3.quickstart.prepare import Prepared, prepare
 from megam3.retrieval.beir import BeirDataset, read_beir
 from megam3.retrieval.by_embedder import embedder_encode, embedder_tokenize
 from megam3.retrieval.evaluate import evaluate
@@ -48,7 +57,7 @@ from megam3.scoring.combine import score_heads
 
 logger = logging.getLogger(__name__)
 
-RECIPE = "quickstart"
+RECIPE = Path(__file__).with_name("quickstart.yaml")
 NUM_RANKS = 2
 NUM_EXAMPLES = 3
 
@@ -71,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging(None, is_main=True)
     disable_progress_bar()
     started = time.monotonic()
-    name = RECIPE if given.data is None else f"{RECIPE}-{Path(given.data).stem}"
+    name = "quickstart" if given.data is None else f"quickstart-{Path(given.data).stem}"
     config = load_config(RECIPE, [f"name={name}", *given.overrides])
     run_dir = Path(config.output_dir) / config.name
     prepared = prepare(run_dir / "start", given.data, cache=run_dir.parent / "cache")
@@ -96,14 +105,15 @@ def train(config: RunConfig, prepared: Prepared, overrides: Sequence[str]) -> No
         "--master_port",
         str(free_port()),
     ]
-    command += ["--module", "megam3.train", RECIPE, *overrides]
+    command += ["--module", "megam3.train", str(RECIPE), *overrides]
     command += [
         f"model.path={prepared.encoder_folder}",
         f"data.train.0.paths=[{prepared.train_file}]",
         f"evaluation.folders=[{prepared.heldout_folder}]",
     ]
     logger.info("%s", " ".join(command))
-    code = subprocess.run(command, env={"DS_ACCELERATOR": "cpu", **os.environ}).returncode
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    code = subprocess.run(command, env={"DS_ACCELERATOR": "cpu", **os.environ, "PYTHONPATH": path}).returncode
     if code != 0:
         raise TrainingError(
             "quickstart training",
@@ -140,8 +150,11 @@ def show(config: RunConfig, run_dir: Path, prepared: Prepared, export: Path, sec
     }
     for what, place in places.items():
         console.print(f"{what:15} {place}", soft_wrap=True)
-    size = f"{result.num_queries} queries in {len(set(dataset.languages))} languages over {result.num_passages} passages"
-    console.print(f"{size}; {seconds / 60:.1f} minutes before this table")
+    num_languages = len(set(dataset.languages))
+    console.print(
+        f"{result.num_queries} queries in {num_languages} languages over {result.num_passages} passages; "
+        f"{seconds / 60:.1f} minutes before this table"
+    )
 
 
 def answers(embedder: M3Embedder, dataset: BeirDataset, config: RunConfig) -> Table:
@@ -177,3 +190,7 @@ def answers(embedder: M3Embedder, dataset: BeirDataset, config: RunConfig) -> Ta
             right,
         )
     return table
+
+
+if __name__ == "__main__":
+    sys.exit(report_user_errors(main, sys.argv[1:]))

@@ -13,13 +13,13 @@ import argparse
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megam3.obs.log import setup_logging
-from megam3.quickstart.corpus import (
+from examples.quickstart.corpus import (
     Corpus,
     corpus_from_pages,
     corpus_from_pairs,
@@ -27,10 +27,11 @@ from megam3.quickstart.corpus import (
     training_texts,
     write_corpus,
 )
-from megam3.quickstart.encoder import EncoderInit, EncoderSize, build_encoder
-from megam3.quickstart.fetch import fetch_help_pages
-from megam3.quickstart.pages import read_help_pages
-from megam3.quickstart.tokenizer import train_tokenizer
+from examples.quickstart.encoder import EncoderInit, EncoderSize, build_encoder
+from examples.quickstart.fetch import fetch_help_pages
+from examples.quickstart.pages import read_help_pages
+from examples.quickstart.tokenizer import train_tokenizer
+from megam3.obs.log import setup_logging
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,8 @@ def prepare(
     init: EncoderInit | None = None,
     seed: int = 0,
 ) -> Prepared:
-    """Make what is missing under `folder`, from the user's `pairs` file or (None) from the help pages fetched into `cache`.
+    """Make what is missing under `folder`, from the user's `pairs` file or (None) from the help pages fetched
+    into `cache`.
 
     Raises:
         DataError: the corpus cannot be fetched or read.
@@ -97,7 +99,7 @@ def prepare(
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of this module."""
     parser = argparse.ArgumentParser(
-        prog="megam3.quickstart.prepare", description=__doc__.splitlines()[0] if __doc__ else None
+        prog="python -m examples.quickstart.prepare", description=__doc__.splitlines()[0] if __doc__ else None
     )
     parser.add_argument("folder", help="where everything goes")
     parser.add_argument(
@@ -117,6 +119,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)
     setup_logging(None, is_main=True)
-    size = EncoderSize(given.layers, given.hidden, given.heads, given.intermediate)
+    size = EncoderSize(
+        num_layers=given.layers,
+        hidden_size=given.hidden,
+        num_heads=given.heads,
+        intermediate_size=given.intermediate,
+    )
     prepare(given.folder, given.data or None, given.cache, given.vocab_size, size, seed=given.seed)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,8 @@
 """Train a sentencepiece unigram tokenizer and save it in XLM-R's layout.
 
-XLM-R ids: <s> 0, <pad> 1, </s> 2, <unk> 3, then sentencepiece's own pieces shifted by one (its ids 3, 4, … become 4, 5, …), <mask> last.
-The folder holds `sentencepiece.bpe.model` (read by slow tokenizers), `tokenizer.json` (by fast ones) and `tokenizer_config.json`.
+XLM-R ids: <s> 0, <pad> 1, </s> 2, <unk> 3, then sentencepiece's own pieces shifted by one (its ids 3, 4, …
+become 4, 5, …), <mask> last. The folder holds `sentencepiece.bpe.model` (read by slow tokenizers),
+`tokenizer.json` (by fast ones) and `tokenizer_config.json`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Learn pieces from `texts`, save the tokenizer to `folder` and load it back.
 
-    `vocab_size` counts sentencepiece's pieces; the tokenizer has two ids more (<pad>, <mask>). A small text gets a smaller vocabulary.
+    `vocab_size` counts sentencepiece's pieces; the tokenizer has two ids more (<pad>, <mask>). A small text
+    gets a smaller vocabulary.
 
     Raises:
         DataError: the texts are too few for sentencepiece.

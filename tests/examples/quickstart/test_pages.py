@@ -1,7 +1,7 @@
 import pytest
 
+from examples.quickstart.pages import is_translated, language_tag, read_help_pages, read_page
 from megam3.errors import DataError
-from megam3.quickstart.pages import is_translated, language_tag, read_help_pages, read_page
 
 PAGE = """<?xml version="1.0" encoding="utf-8"?>
 <page xmlns="http://projectmallard.org/1.0/" id="{name}">

@@ -1,4 +1,5 @@
-"""Help pages as records: read Mallard XML (title, one-sentence description, body) in every language a page is really translated to."""
+"""Help pages as records: read Mallard XML (title, one-sentence description, body) in every language a page is
+really translated to."""
 
 from __future__ import annotations
 
@@ -15,12 +16,13 @@ _TEXT_BLOCKS = {
     _NAMESPACE + name for name in ("p", "title", "subtitle", "desc", "item", "td", "cite", "code", "screen")
 }
 _LONG_LINE = 20
-"""Characters from which a line says something about its language; shorter ones are often names of buttons and keys."""
+"""Characters from which a line says something about its language; shorter ones are often names of buttons and
+keys."""
 _SOURCE_FOLDER = "C"
 """Where Mallard help keeps the untranslated (English) pages."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Page:
     """One help page in one language."""
 
@@ -50,7 +52,8 @@ def _flat_text(element: ET.Element | None) -> str:
 
 
 def _block_texts(element: ET.Element) -> Iterator[str]:
-    """Texts of the innermost blocks, in reading order; `info` (credits, revisions, the description) is not part of the body."""
+    """Texts of the innermost blocks, in reading order; `info` (credits, revisions, the description) is not
+    part of the body."""
     for child in element:
         if child.tag == _NAMESPACE + "info":
             continue
@@ -75,11 +78,18 @@ def read_page(path: Path, language: str) -> Page | None:
     if lines and lines[0] == title:
         lines = lines[1:]
     description = _flat_text(root.find(f"{_NAMESPACE}info/{_NAMESPACE}desc"))
-    return Page(language, f"{path.parent.name}/{path.stem}", title, description, "\n".join(lines))
+    return Page(
+        language=language,
+        name=f"{path.parent.name}/{path.stem}",
+        title=title,
+        description=description,
+        body="\n".join(lines),
+    )
 
 
 def is_translated(body: str, english_body: str) -> bool:
-    """Whether fewer than 20 % of the long lines equal lines of the English page; a page without long lines does not count."""
+    """Whether fewer than 20 % of the long lines equal lines of the English page; a page without long lines
+    does not count."""
     long_lines = [line for line in body.split("\n") if len(line) > _LONG_LINE]
     english_lines = set(english_body.split("\n"))
     return bool(long_lines) and sum(line in english_lines for line in long_lines) < 0.2 * len(long_lines)
@@ -88,8 +98,8 @@ def is_translated(body: str, english_body: str) -> bool:
 def read_help_pages(folder: str | Path, min_body_chars: int = 200) -> list[Page]:
     """All usable pages below `folder` (one sub-folder per locale), sorted by language and name.
 
-    Left out: pages that fall back to English, pages with hardly any text, and pages whose English original is missing. A title or
-    description that is still English on a translated page becomes empty.
+    Left out: pages that fall back to English, pages with hardly any text, and pages whose English original is
+    missing. A title or description that is still English on a translated page becomes empty.
 
     Raises:
         DataError: no page found.

@@ -4,8 +4,8 @@ import subprocess
 
 import pytest
 
+from examples.quickstart import fetch
 from megam3.errors import DataError
-from megam3.quickstart import fetch
 
 
 def test_without_apt_the_error_says_both_ways(tmp_path, monkeypatch):
@@ -43,7 +43,8 @@ def test_a_package_is_unpacked_once_and_found_again(tmp_path, monkeypatch):
     root = tmp_path / "build"
     (root / "DEBIAN").mkdir(parents=True)
     (root / "DEBIAN" / "control").write_text(
-        "Package: gnome-user-docs\nVersion: 1\nArchitecture: all\nMaintainer: x <x@example.org>\nDescription: x\n"
+        "Package: gnome-user-docs\nVersion: 1\nArchitecture: all\nMaintainer: x <x@example.org>\n"
+        "Description: x\n"
     )
     page = root / "usr" / "share" / "help" / "C" / "guide" / "a.page"
     page.parent.mkdir(parents=True)
