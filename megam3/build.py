@@ -1,4 +1,5 @@
-"""From a checked recipe to the live objects of a run. The start-up order is the numbered comments of `build`, and only here."""
+"""From a checked recipe to the live objects of a run. The start-up order is the numbered comments of `build`,
+and only here."""
 
 import hashlib
 import json
@@ -128,7 +129,8 @@ def build(config: RunConfig, device: torch.device) -> Run:
 
 
 def state_layout(ds_config: dict) -> str:
-    """What decides how weights and moments are cut into files; a checkpoint of another layout is joined by name."""
+    """What decides how weights and moments are cut into files; a checkpoint of another layout is joined by
+    name."""
     return json.dumps([comm.world_size(), ds_config["zero_optimization"], ds_config["bf16"]], sort_keys=True)
 
 
@@ -157,10 +159,12 @@ def model_signature(module: nn.Module) -> str:
 
 
 def open_data(config: RunConfig, tokenizer: Tokenizer, run_dir: str) -> TrainingData:
-    """Tokenise what the store lacks on the main rank while the others wait, then open it everywhere; collective.
+    """Tokenise what the store lacks on the main rank while the others wait, then open it everywhere;
+    collective.
 
     Raises:
-        DataError: of the preparation on the main rank, of opening on any; ranks that waited say that the main rank failed.
+        DataError: of the preparation on the main rank, of opening on any; ranks that waited say that the main
+            rank failed.
     """
     store_dir = config.data.store_dir or os.path.join(run_dir, "store")
 
@@ -168,7 +172,8 @@ def open_data(config: RunConfig, tokenizer: Tokenizer, run_dir: str) -> Training
         return open_training_data(config.data, tokenizer, store_dir, config.train.seed)
 
     with ThreadPoolExecutor(1) as background:
-        # in a thread, so that the main rank answers the others meanwhile: no collective call waits longer than a heartbeat
+        # in a thread, so that the main rank answers the others meanwhile: no collective call waits longer
+        # than a heartbeat
         work = background.submit(open_here) if comm.is_main() else None
         while not comm.any_rank(work is not None and work.done()):
             if work is not None:

@@ -1,6 +1,8 @@
-"""The training loop. It knows no stage: objectives compute, the engine steps, this file counts, logs, evaluates, saves and stops.
+"""The training loop. It knows no stage: objectives compute, the engine steps, this file counts, logs,
+evaluates, saves and stops.
 
-Everything random in a step is a function of (seed, step, rank), so a resumed run draws what the uninterrupted one would have drawn.
+Everything random in a step is a function of (seed, step, rank), so a resumed run draws what the uninterrupted
+one would have drawn.
 """
 
 import logging
@@ -28,10 +30,12 @@ from megam3.obs.progress import TrainingProgress
 logger = logging.getLogger(__name__)
 
 MEMORY_STEPS = 3
-"""Steps after which the memory a run holds has been seen: AdamW's moments come in the first, the allocator settles in the next."""
+"""Steps after which the memory a run holds has been seen: AdamW's moments come in the first, the allocator
+settles in the next."""
 
 EXIT_REQUEUE = 85
-"""Exit code of a run that saved itself on SIGTERM or SIGUSR1 and wants to be started again; slurm/train.sh turns it into a requeue."""
+"""Exit code of a run that saved itself on SIGTERM or SIGUSR1 and wants to be started again; slurm/train.sh
+turns it into a requeue."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +81,8 @@ def train(run: Run, stop: "StopSignal") -> int:
     """Train to the last step, or until asked to stop; returns the process' exit code.
 
     Raises:
-        TrainingError: a loss or gradient was not finite and engine.on_nonfinite is "stop"; weights are those before
-            that step.
+        TrainingError: a loss or gradient was not finite and engine.on_nonfinite is "stop"; weights are those
+            before that step.
     """
     settings, first_step = run.config.train, run.state.progress.step
     progress, saved_step, is_stopped = run.state.progress, first_step, False
@@ -124,7 +128,8 @@ def train(run: Run, stop: "StopSignal") -> int:
 
 
 def run_step(run: Run, batches: Sequence[Batch], progress: Progress, stop_requested: bool) -> StepReport:
-    """Forward and backward passes of one optimizer step, then one collective in which all ranks learn the figures and agree."""
+    """Forward and backward passes of one optimizer step, then one collective in which all ranks learn the
+    figures and agree."""
     seed_step(run.config.train.seed, progress.step, comm.rank())
     figures: list[dict[str, torch.Tensor]] = []
     with run.engine.step_scope():
@@ -166,9 +171,11 @@ def _is_due(step: int, every_steps: int | None, is_last: bool) -> bool:
 
 
 def join_ranks(names: list[str], rows_WF: torch.Tensor) -> StepReport:
-    """The report of a step from every rank's row: its figures in the order of `names`, then the five counts of `run_step`."""
+    """The report of a step from every rank's row: its figures in the order of `names`, then the five counts
+    of `run_step`."""
     figures_WF, counts = rows_WF[:, : len(names)], rows_WF[:, len(names) :].sum(0).long().tolist()
-    # scores are global, so one rank's bad vector spoils every rank's loss; its own figures are bad only where it came from
+    # scores are global, so one rank's bad vector spoils every rank's loss; its own figures are bad only where
+    # it came from
     bad_WF = ~torch.isfinite(figures_WF)
     worst = int(bad_WF.sum(1).argmax())
     nonfinite = (
@@ -247,7 +254,8 @@ def _log_values(run: Run, report: StepReport, result: UpdateResult, clock: StepC
 
 
 class StopSignal:
-    """Remembers SIGTERM and SIGUSR1; the loop reads it at each step and ends after that step. The old handlers come back on exit.
+    """Remembers SIGTERM and SIGUSR1; the loop reads it at each step and ends after that step. The old
+    handlers come back on exit.
 
     Entered before anything is built, so that a signal during a long start is not lost and does not kill.
     """

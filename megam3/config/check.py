@@ -1,6 +1,7 @@
 """Rules that join several fields, or a field and the disk. No device is touched and no weight is read.
 
-Each rule is a small function that yields the ConfigErrors it finds; `check_config` runs them all and reports everything at once.
+Each rule is a small function that yields the ConfigErrors it finds; `check_config` runs them all and reports
+everything at once.
 """
 
 from __future__ import annotations
@@ -237,7 +238,8 @@ def evaluation_folders(evaluation: EvaluationConfig) -> Problems:
 
 
 def model_folder(config: RunConfig) -> Problems:
-    """The encoder's folder is there, runs packed, has the heads the stage needs and positions for every limit in use."""
+    """The encoder's folder is there, runs packed, has the heads the stage needs and positions for every limit
+    in use."""
     try:
         encoder = read_encoder_config(config.model.path)
     except ConfigError as error:
