@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megam3.balance import assign_ranks
 from megam3.config.schema import BatchConfig, DataConfig, DatasetConfig
+from megam3.cost import assign_ranks
 from megam3.data.assemble import Assembler, Shuffle, TextFrame
-from megam3.data.layout import DatasetRows
 from megam3.data.plan import build_plan
 from megam3.data.store import INDEX_DTYPE, RUN_DTYPE, StoredDataset
+from megam3.data.strata import DatasetRows
 
 ROWS_PER_SHARD, LENGTHS_PER_SHARD, NUM_LANGUAGES = 100_000, 400, 100
 

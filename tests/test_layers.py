@@ -12,7 +12,7 @@ PACKAGE = ROOT / "megam3"
 LAYERS = [
     {"config", "errors", "files", "__init__"},
     {"batch", "dist", "encoders"},
-    {"balance", "cost", "candidates", "teacher"},
+    {"cost", "candidates", "teacher"},
     {"obs", "data", "model", "scoring", "losses", "memory", "planning", "gradcache"},
     {"tiled", "loss"},
     {"objectives", "engine"},

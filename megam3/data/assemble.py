@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megam3.balance import assign_ranks, text_cost
+from megam3.cost import assign_ranks, text_cost
 from megam3.data.permute import draw, key_of
 from megam3.data.plan import Plan, PlannedBatch
 from megam3.data.shard import INDEX_FIELDS

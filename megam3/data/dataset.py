@@ -25,9 +25,9 @@ from megam3.data.assemble import Assembler, TextFrame
 from megam3.data.loader import Batch, Loader
 from megam3.data.plan import Plan, build_plan
 from megam3.data.prepare import Progress, prepare_data
-from megam3.data.share import changed_parts, describe, fingerprint_of, make_assembler, make_handler, open_all
 from megam3.data.store import StoredDataset
 from megam3.data.tokenizer import Tokenizer
+from megam3.data.worker import changed_parts, describe, fingerprint_of, make_assembler, make_handler, open_all
 from megam3.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)

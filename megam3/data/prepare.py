@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megam3.config.schema import DataConfig, DatasetConfig
-from megam3.data.catalog import duplicate_lines, finish_dataset
+from megam3.data.manifest import duplicate_lines, finish_dataset
 from megam3.data.process import Worker, run_worker
 from megam3.data.shard import TextRules, build_shard, input_digest, write_checked
 from megam3.data.source import Unit, find_files, split_file

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megam3.balance import assign_ranks
+from megam3.cost import assign_ranks
 from megam3.data.assemble import Assembler
 from megam3.data.plan import Plan, PlannedBatch
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megam3.balance import text_cost
+from megam3.cost import text_cost
 from megam3.data.assemble import SEGMENT_ORDERS, draw_group, pack_documents, shuffle_segments
 from megam3.data.dataset import open_training_data
 from megam3.data.permute import key_of

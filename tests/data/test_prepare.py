@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megam3.data.catalog import finish_dataset
+from megam3.data.manifest import finish_dataset
 from megam3.data.prepare import prepare_data
 from megam3.data.shard import text_hash
 from megam3.data.store import open_dataset, verify_dataset

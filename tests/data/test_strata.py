@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megam3.data.layout import place_rows
+from megam3.data.strata import place_rows
 
 CELLS = st.lists(st.tuples(st.integers(0, 200), st.integers(1, 40)), min_size=1, max_size=9)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from megam3.config.schema import DataConfig
 from megam3.data.assemble import Assembler, Shuffle, TextFrame, draft_to_frame
-from megam3.data.layout import DatasetRows
 from megam3.data.plan import Plan, build_plan
 from megam3.data.process import Handler, run_worker
 from megam3.data.store import StoredDataset, open_dataset
+from megam3.data.strata import DatasetRows
 from megam3.errors import ConfigError, DataError
 
 
