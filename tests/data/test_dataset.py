@@ -9,8 +9,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from megam3.batch import PackedTexts
-from megam3.data.collate import TextBatch
+from megam3.batch import PackedTexts, TextBatch
 from megam3.data.dataset import open_training_data
 from megam3.data.shard import text_hash
 from megam3.data.worker import changed_parts
