@@ -274,9 +274,8 @@ def _report_start(config: RunConfig, state: RunState, total_steps: int, data: Tr
         state.progress.step,
     )
     for dataset, stored in zip(config.data.train, data.datasets, strict=True):
-        cut, texts, rejected = (
-            stored.manifest["totals"][name] for name in ("truncated", "texts", "rejected")
-        )
+        totals = stored.manifest.totals
+        cut, texts, rejected = totals.truncated, totals.texts, totals.rejected
         if cut:
             logger.warning(
                 "%s: %d of %d texts were longer than their limit and are cut", dataset.name, cut, texts

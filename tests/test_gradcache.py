@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from megam3.balance import plan_chunks
 from megam3.batch import Representations, join_representations, pack_texts
 from megam3.config.schema import HeadWeights, UnifiedConfig
+from megam3.cost import plan_chunks
 from megam3.dist import comm
 from megam3.gradcache import cached_step
 from megam3.losses import NAMES, resolve_weights, unified_loss
