@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megam3.config.load import load_config
+from megam3.commands.recipe import add_recipe, given_config
 from megam3.config.schema import RunConfig
 from megam3.data.prepare import UNIT_BYTES, prepare_data
 from megam3.data.prepare import Progress as Standing
@@ -39,8 +39,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="megam3 prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", help="a YAML file, or the name of a packaged recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields that win over the recipe")
+    add_recipe(parser)
     parser.add_argument(
         "--processes",
         type=int,
@@ -62,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--verify", action="store_true", help="check a finished store instead")
     arguments = parser.parse_intermixed_args(argv)
-    config = load_config(arguments.recipe, arguments.overrides)
+    config = given_config(arguments)
     store_dir = store_folder(config)
     if arguments.verify:
         return _verify(config, store_dir)
