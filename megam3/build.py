@@ -1,11 +1,11 @@
-"""From a checked recipe to the live objects of a run. The start-up order is the numbered comments of `build`, and only here."""
+"""From a checked recipe to the live objects of a run. The start-up order is the numbered comments of `build`,
+and only here."""
 
 import hashlib
 import json
 import logging
 import os
 import platform
-import shutil
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -38,6 +38,7 @@ from megam3.memory_report import describe_run
 from megam3.objectives.base import Objective, find_objective
 from megam3.obs.clock import measure_matmul_peak
 from megam3.obs.log import setup_logging
+from megam3.obs.run_folder import MODEL_FOLDER, describe_run_folder
 from megam3.retrieval.beir import BeirDataset, read_beir
 from megam3.retrieval.evaluate import evaluate
 from megam3.trainer import Run
@@ -45,17 +46,6 @@ from megam3.trainer import Run
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 5.0
-
-MODEL_FILES = (
-    "config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "sentencepiece.bpe.model",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-)
-"""With tokenizer*.json: what a Hugging Face folder holds besides weights."""
 
 
 def build(config: RunConfig, device: torch.device) -> Run:
@@ -108,7 +98,13 @@ def build(config: RunConfig, device: torch.device) -> Run:
     )
     state = _start_state(config, run_dir, engine, data, state)
     if comm.is_main():
-        _write_run_files(run_dir, config, ds_config, device)
+        describe_run_folder(
+            run_dir,
+            recipe_text=dump_config(config),
+            ds_config=ds_config,
+            environment=describe_environment(device),
+            model_path=config.model.path,
+        )
         _report_start(config, state, total_steps, data)
         rounding = bf16_sums_warning(config, ds_config)
         if rounding:
@@ -124,16 +120,17 @@ def build(config: RunConfig, device: torch.device) -> Run:
         data=data,
         total_steps=total_steps,
         state=state,
-        model_files=os.path.join(run_dir, "model"),
+        model_files=os.path.join(run_dir, MODEL_FOLDER),
         encoder_shape=shape,
         matmul_peak=measure_matmul_peak(device, dtype),
-        evaluate=evaluation(config, engine, objective, tokenizer, test_sets, run_dir) if test_sets else None,
+        evaluate=evaluation(config, engine, objective, tokenizer, test_sets, run_dir),
         planned_bytes=planned_bytes,
     )
 
 
 def state_layout(ds_config: dict) -> str:
-    """What decides how weights and moments are cut into files; a checkpoint of another layout is joined by name."""
+    """What decides how weights and moments are cut into files; a checkpoint of another layout is joined by
+    name."""
     return json.dumps([comm.world_size(), ds_config["zero_optimization"], ds_config["bf16"]], sort_keys=True)
 
 
@@ -162,10 +159,12 @@ def model_signature(module: nn.Module) -> str:
 
 
 def open_data(config: RunConfig, tokenizer: Tokenizer, run_dir: str) -> TrainingData:
-    """Tokenise what the store lacks on the main rank while the others wait, then open it everywhere; collective.
+    """Tokenise what the store lacks on the main rank while the others wait, then open it everywhere;
+    collective.
 
     Raises:
-        DataError: of the preparation on the main rank, of opening on any; ranks that waited say that the main rank failed.
+        DataError: of the preparation on the main rank, of opening on any; ranks that waited say that the main
+            rank failed.
     """
     store_dir = config.data.store_dir or os.path.join(run_dir, "store")
 
@@ -173,7 +172,8 @@ def open_data(config: RunConfig, tokenizer: Tokenizer, run_dir: str) -> Training
         return open_training_data(config.data, tokenizer, store_dir, config.train.seed)
 
     with ThreadPoolExecutor(1) as background:
-        # in a thread, so that the main rank answers the others meanwhile: no collective call waits longer than a heartbeat
+        # in a thread, so that the main rank answers the others meanwhile: no collective call waits longer
+        # than a heartbeat
         work = background.submit(open_here) if comm.is_main() else None
         while not comm.any_rank(work is not None and work.done()):
             if work is not None:
@@ -249,28 +249,17 @@ def _start_state(
     return replace(state, progress=saved.progress)
 
 
-def _write_run_files(run_dir: str, config: RunConfig, ds_config: dict, device: torch.device) -> None:
-    model_dir = os.path.join(run_dir, "model")
-    os.makedirs(model_dir, exist_ok=True)
-    for name in sorted(os.listdir(config.model.path)):
-        if name in MODEL_FILES or (name.startswith("tokenizer") and name.endswith(".json")):
-            shutil.copy(os.path.join(config.model.path, name), model_dir)
-    with open(os.path.join(run_dir, "recipe.yaml"), "w", encoding="utf-8") as stream:
-        stream.write(dump_config(config))
-    with open(os.path.join(run_dir, "ds_config.json"), "w", encoding="utf-8") as stream:
-        json.dump(ds_config, stream, indent=1)
-    environment = {
+def describe_environment(device: torch.device) -> dict[str, object]:
+    """What env.json records: versions, ranks and hardware."""
+    processor = platform.processor() or platform.machine()
+    return {
         "python": platform.python_version(),
         "packages": {name: version(name) for name in ("torch", "deepspeed", "transformers")},
         "world_size": comm.world_size(),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
         "threads": torch.get_num_threads(),
         "host": socket.gethostname(),
     }
-    with open(os.path.join(run_dir, "env.json"), "w", encoding="utf-8") as stream:
-        json.dump(environment, stream, indent=1)
 
 
 def _report_start(config: RunConfig, state: RunState, total_steps: int, data: TrainingData) -> None:
@@ -285,9 +274,8 @@ def _report_start(config: RunConfig, state: RunState, total_steps: int, data: Tr
         state.progress.step,
     )
     for dataset, stored in zip(config.data.train, data.datasets, strict=True):
-        cut, texts, rejected = (
-            stored.manifest["totals"][name] for name in ("truncated", "texts", "rejected")
-        )
+        totals = stored.manifest.totals
+        cut, texts, rejected = totals.truncated, totals.texts, totals.rejected
         if cut:
             logger.warning(
                 "%s: %d of %d texts were longer than their limit and are cut", dataset.name, cut, texts

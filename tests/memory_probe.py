@@ -1,8 +1,10 @@
-"""Training steps in a process of their own, and the most memory they held: python -m tests.memory_probe '[{"hidden_size": 32, …}, {…}]'.
+"""Training steps in a process of their own, and the most memory they held: python -m tests.memory_probe
+'[{"hidden_size": 32, …}, {…}]'.
 
-The first case is a small one, which loads what libraries load on first use (some 30 MiB). The figures are the last one's, and it is alone
-in its process, because what an earlier engine leaves to be freed later would be taken for memory that was there before.
-glibc keeps freed blocks for later; with a small mmap threshold it hands every tensor straight back, so that resident memory is what lives.
+The first case is a small one, which loads what libraries load on first use (some 30 MiB). The figures are the
+last one's, and it is alone in its process, because what an earlier engine leaves to be freed later would be
+taken for memory that was there before. glibc keeps freed blocks for later; with a small mmap threshold it
+hands every tensor straight back, so that resident memory is what lives.
 """
 
 import gc
@@ -50,7 +52,8 @@ SMALL = {"hidden_size": 32, "num_layers": 1, "num_queries": 2, "passages_per_que
 
 
 def probe(change: dict, world_size: int = 1) -> dict:
-    """Run DEFAULTS with `change` in fresh processes; bytes rank 0 planned, and held beyond what it had before its model."""
+    """Run DEFAULTS with `change` in fresh processes; bytes rank 0 planned, and held beyond what it had before
+    its model."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

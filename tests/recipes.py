@@ -30,7 +30,8 @@ def make_config(**changes: Any) -> RunConfig:
 
 
 def write_encoder_config(folder: Path, **changes: Any) -> Path:
-    """A folder with the config.json of BGE-M3's encoder, fields replaced, and empty files where its heads would be."""
+    """A folder with the config.json of BGE-M3's encoder, fields replaced, and empty files where its heads
+    would be."""
     folder.mkdir(parents=True, exist_ok=True)
     encoder = {
         "model_type": "xlm-roberta",

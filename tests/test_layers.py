@@ -14,7 +14,7 @@ LAYERS = [
     {"encoders"},
     {"config"},
     {"batch", "dist"},
-    {"balance", "cost", "candidates", "teacher"},
+    {"cost", "candidates", "teacher"},
     {"obs", "data", "model", "scoring", "losses", "memory", "planning", "gradcache"},
     {"tiled", "loss"},
     {"objectives", "engine"},

@@ -1,4 +1,5 @@
-"""The training loop on real ranks: what a run folder holds, and that a run that was stopped, killed or damaged ends like any other."""
+"""The training loop on real ranks: what a run folder holds, and that a run that was stopped, killed or
+damaged ends like any other."""
 
 import importlib.util
 import json
@@ -185,7 +186,8 @@ def test_a_killed_run_started_again_ends_like_one_that_never_was(place: Workplac
     assert pair[0]["long"]["code"] == 0, pair[0]["long"]["said"]
     checkpoints = place.run("killed") / "checkpoints"
     arguments = (place.recipe, "name=killed", *LONG)
-    # SIGTERM to the whole group is what a terminal, systemd or a container sends; the ranks save, the launcher just ends
+    # SIGTERM to the whole group is what a terminal, systemd or a container sends; the ranks save, the
+    # launcher just ends
     started = launch(*arguments)
     ranks = ranks_after(started, checkpoints / "step-000006" / "COMPLETE")
     os.killpg(started.pid, signal.SIGTERM)

@@ -22,8 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megam3.commands.recipe import add_recipe, given_config
 from megam3.config.schema import RunConfig
-from megam3.data.prepare import UNIT_BYTES, prepare_data
-from megam3.data.prepare import Progress as Standing
+from megam3.data.prepare import UNIT_BYTES, PrepareProgress, prepare_data
 from megam3.data.report import draw_histogram, store_report
 from megam3.data.store import open_dataset, verify_dataset
 from megam3.data.tokenizer import load_tokenizer
@@ -115,7 +114,7 @@ def _verify(config: RunConfig, store_dir: Path) -> int:
     for dataset in config.data.train:
         opened = open_dataset(store_dir, dataset.name)
         verify_dataset(opened)
-        print(f"{dataset.name}: {len(opened.manifest['shards'])} shards, all checksums match")
+        print(f"{dataset.name}: {len(opened.manifest.shards)} shards, all checksums match")
     return 0
 
 
@@ -129,11 +128,11 @@ def _bar() -> Progress:
     return Progress(*columns, TimeRemainingColumn(), console=Console(file=sys.stderr))
 
 
-def _reporter(bar: Progress) -> Callable[[Standing], None]:
+def _reporter(bar: Progress) -> Callable[[PrepareProgress], None]:
     """A bar on a terminal, a line per unit elsewhere."""
     task = bar.add_task("preparing", total=None, rate="")
 
-    def report(standing: Standing) -> None:
+    def report(standing: PrepareProgress) -> None:
         speed = f"{standing.records_per_second:,.0f}/s"
         rate = f"{standing.records:,} records, {speed}, {standing.rejected:,} rejected"
         bar.update(

@@ -1,6 +1,7 @@
 """Rules that join several fields, or a field and the disk. No device is touched and no weight is read.
 
-Each rule is a small function that yields the ConfigErrors it finds; `check_config` runs them all and reports everything at once.
+Each rule is a small function that yields the ConfigErrors it finds; `check_config` runs them all and reports
+everything at once.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megam3.config.batch_size import bucket_table
+from megam3.config.batch_size import bucket_table, edge_problems, size_problems
 from megam3.config.schema import (
     DataConfig,
     EvaluationConfig,
@@ -34,11 +35,11 @@ def check_config(config: RunConfig, world_size: int, *, files: bool = True) -> N
         ConfigError: a rule is broken; `GroupedConfigError` for several.
     """
     problems = [
-        *batch_size_choice(config.data),
+        *size_problems(config.data),
         *batch_limits(config.data, world_size),
         *world_size_divides(config.data, world_size),
         *text_limits(config.data),
-        *length_edges(config.data),
+        *edge_problems(config.data),
         *datasets(config.data),
         *run_length(config.train, config.evaluation),
         *activation_offload(config),
@@ -49,23 +50,6 @@ def check_config(config: RunConfig, world_size: int, *, files: bool = True) -> N
     if files:
         problems += [*data_files(config.data), *evaluation_folders(config.evaluation), *model_folder(config)]
     raise_all(problems)
-
-
-def batch_size_choice(data: DataConfig) -> Problems:
-    """Exactly one of global_queries, global_tokens and buckets."""
-    batch = data.batch
-    given = {
-        name: value
-        for name in ("global_queries", "global_tokens", "buckets")
-        if (value := getattr(batch, name)) is not None
-    }
-    rule = "exactly one of global_queries, global_tokens and buckets says how large a step is"
-    if not given:
-        yield ConfigError("data.batch", None, rule, "set one, for example data.batch.global_queries=64")
-    if len(given) > 1:
-        yield ConfigError(
-            "data.batch", given, rule, f"keep one and set the others to null: {', '.join(given)}"
-        )
 
 
 def world_size_divides(data: DataConfig, world_size: int) -> Problems:
@@ -112,26 +96,6 @@ def batch_limits(data: DataConfig, world_size: int) -> Problems:
             budget,
             rule,
             f"use at least {pair * world_size}, or lower the limits of texts",
-        )
-
-
-def length_edges(data: DataConfig) -> Problems:
-    """Upper edges of length buckets ascend and cover the longest text."""
-    table = bucket_table(data.batch)
-    field = "data.length_buckets" if table is None else "data.batch.buckets"
-    edges = data.length_buckets if table is None else [row.max_tokens for row in table]
-    longest = max(data.query_max_tokens, data.passage_max_tokens)
-    if not edges:
-        yield ConfigError(field, [], "needs at least one bucket", f"add one that covers {longest} tokens")
-    elif any(first >= second for first, second in zip(edges, edges[1:], strict=False)):
-        yield ConfigError(field, edges, "upper edges must ascend", "sort them and remove repeated ones")
-    elif table is not None and edges[-1] < longest:
-        rule = f"texts of up to {longest} tokens belong to no bucket"
-        yield ConfigError(
-            field,
-            edges[-1],
-            rule,
-            f"add a bucket with max_tokens: {longest}, or lower data.passage_max_tokens",
         )
 
 
@@ -237,7 +201,8 @@ def evaluation_folders(evaluation: EvaluationConfig) -> Problems:
 
 
 def model_folder(config: RunConfig) -> Problems:
-    """The encoder's folder is there, runs packed, has the heads the stage needs and positions for every limit in use."""
+    """The encoder's folder is there, runs packed, has the heads the stage needs and positions for every limit
+    in use."""
     try:
         encoder = read_encoder_config(config.model.path)
     except ConfigError as error:

@@ -141,7 +141,8 @@ def _description(path: Path) -> str:
     for section in _sections_at(tuple(names[:-1])) if names else []:
         field = section.model_fields.get(names[-1])
         if field is not None and field.description:
-            return field.description.splitlines()[0]
+            # its first sentence, whichever way the lines are broken
+            return " ".join(field.description.split()).split(". ")[0]
     return ""
 
 

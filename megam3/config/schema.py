@@ -1,6 +1,8 @@
-"""The recipe: every field a run can set, with its unit and its source. `RunConfig` at the end joins the sections.
+"""The recipe: every field a run can set, with its unit and its source. `RunConfig` at the end joins the
+sections.
 
-Unknown keys and mistyped values stop a run before any device is touched. A field without a default is required; `None` means off.
+Unknown keys and mistyped values stop a run before any device is touched. A field without a default is
+required; `None` means off.
 """
 
 from collections.abc import Iterator
@@ -32,17 +34,20 @@ class ModelConfig(Section):
     """The encoder and its heads."""
 
     path: str
-    """Hugging Face folder of the encoder; heads are read from `colbert_linear.pt` and `sparse_linear.pt` beside it when they are there."""
+    """Hugging Face folder of the encoder; heads are read from `colbert_linear.pt` and `sparse_linear.pt`
+    beside it when they are there."""
     missing_heads: Literal["error", "init"] = "error"
     """What to do when the folder has no head weights: refuse, or start heads from scratch."""
     multi_vector_dim: PositiveInt | None = None
     """Width C of the multi-vector head; None: the encoder's hidden size."""
     lexical_init_bias: float = 0.3
-    """Bias of a lexical head started from scratch (its weight starts at 0): every token starts alive with this weight."""
+    """Bias of a lexical head started from scratch (its weight starts at 0): every token starts alive with
+    this weight."""
     hidden_dropout: float | None = Field(default=None, ge=0, lt=1)
     """Overrides the encoder's dropout probability; None: the encoder's own."""
     attention_dropout: float | None = Field(default=None, ge=0, lt=1)
-    """Overrides the dropout of attention weights; above 0 the CUDA path leaves the flash kernels, which have none."""
+    """Overrides the dropout of attention weights; above 0 the CUDA path leaves the flash kernels, which have
+    none."""
 
 
 class DatasetConfig(Section):
@@ -87,7 +92,8 @@ class BatchConfig(Section):
     buckets: list[BucketConfig] | Literal["m3_contrastive", "m3_unified"] | None = None
     """Table of queries by length bucket, or the paper's (arXiv 2402.03216, table 9)."""
     chunk_tokens: PositiveInt | None = None
-    """Gradient cache: encode in chunks of at most this many tokens; None: one forward pass for the whole batch of a rank."""
+    """Gradient cache: encode in chunks of at most this many tokens; None: one forward pass for the whole
+    batch of a rank."""
     accumulation_steps: PositiveInt = 1
     """Batches whose gradients are averaged into one optimizer step; each keeps its own negatives."""
 
@@ -106,7 +112,8 @@ class DataConfig(Section):
     passage_max_tokens: PositiveInt = 8192
     """Longer passages are truncated, special tokens included, and counted."""
     passages_per_query: PositiveInt = 8
-    """Passages of a group: one positive and this many minus one negatives; a record with fewer negatives gives a smaller group."""
+    """Passages of a group: one positive and this many minus one negatives; a record with fewer negatives
+    gives a smaller group."""
     homogeneous_by: Literal["dataset", "language", "task"] = "dataset"
     """What all rows of a batch share, besides their length bucket."""
     length_buckets: list[PositiveInt] = Field(default=[500, 1000, 2000, 3000, 4000, 5000, 6000, 7000, 8192])
@@ -114,11 +121,13 @@ class DataConfig(Section):
     language_temperature: PositiveFloat = 1.0
     """Languages are sampled in proportion to rows ** (1 / temperature); 1 keeps the data's own shares."""
     segment_shuffle_probability: float = Field(default=0.0, ge=0, le=1)
-    """Probability that a long passage is cut in three and reordered (arXiv 2402.03216, section 3.4: 0.002)."""
+    """Probability that a long passage is cut in three and reordered (arXiv 2402.03216, section 3.4:
+    0.002)."""
     segment_shuffle_min_tokens: PositiveInt = 512
     """Passages shorter than this are never shuffled."""
     pack_texts_tokens: PositiveInt | None = None
-    """Pretraining on texts: join short texts of a batch into sequences of at most this many tokens; None: one sequence per text."""
+    """Pretraining on texts: join short texts of a batch into sequences of at most this many tokens; None: one
+    sequence per text."""
     on_bad_record: Literal["stop", "skip"] = "stop"
     """Stop at the first bad record, or skip and keep it in a side file."""
     max_bad_records: NonNegativeInt = 1000
@@ -154,7 +163,8 @@ class LossWeights(HeadWeights):
 
 
 class ObjectiveConfig(Section):
-    """Base of the `objective` sections: what the checks and the memory plan ask of any stage. `kind` tells them apart.
+    """Base of the `objective` sections: what the checks and the memory plan ask of any stage. `kind` tells
+    them apart.
 
     A stage that is not in megam3 itself subclasses it beside its objective (see docs/architecture.md).
     """
@@ -188,7 +198,8 @@ class UnifiedConfig(ObjectiveConfig):
     heads: list[HeadName] = Field(default=["dense", "lexical", "multi_vector"], min_length=1)
     """Heads that exist and are trained; the others are neither computed nor allocated."""
     preset: Literal["m3", "m3_v1", "joint"] = "m3"
-    """Weights of: the released code and later paper; the paper's first version (all 1); heads alone, without sum and distillation."""
+    """Weights of: the released code and later paper; the paper's first version (all 1); heads alone, without
+    sum and distillation."""
     temperature: PositiveFloat = 0.02
     """Divides every score before the softmax."""
     sum_weights: HeadWeights | None = None
@@ -206,14 +217,15 @@ class UnifiedConfig(ObjectiveConfig):
     maxsim: Literal["mean", "sum"] = "mean"
     """Mean over query tokens (the paper) or plain sum (ColBERT)."""
     loss_tiles: Literal["auto", "always", "never"] = "auto"
-    """Compute the loss in tiles, without a score matrix: exact, about twice the scoring time; auto: past 64 M scores a head, or 4 GB of
-    MaxSim's winners."""
+    """Compute the loss in tiles, without a score matrix: exact, about twice the scoring time; auto: past 64 M
+    scores a head, or 4 GB of MaxSim's winners."""
     mask_false_negatives: bool = True
     """Leave out columns whose text equals the query's positive."""
     false_negative_margin: float | None = None
     """Leave out columns whose score exceeds the positive's by more than this; None: off."""
     false_negative_margin_source: Literal["sum", "teacher"] = "sum"
-    """Which score the margin rule compares: the heads' combined score, or the teacher's (of the own group only)."""
+    """Which score the margin rule compares: the heads' combined score, or the teacher's (of the own group
+    only)."""
 
     def problems(self) -> Iterator[ConfigError]:
         """Something must be trained, and each head once."""
@@ -236,10 +248,11 @@ class UnifiedConfig(ObjectiveConfig):
 
 
 def _section_of_kind(value: Any) -> Any:
-    """The section that a recipe's `objective` describes, chosen by `kind` among all subclasses of ObjectiveConfig.
+    """The section that a recipe's `objective` describes, chosen by `kind` among all subclasses of
+    ObjectiveConfig.
 
-    Subclasses, not a closed union: a stage that is imported is known here, and the schema needs no edit for it. Without `kind`
-    the section is the unified one, as in recipes from before there were several.
+    Subclasses, not a closed union: a stage that is imported is known here, and the schema needs no edit for
+    it. Without `kind` the section is the unified one, as in recipes from before there were several.
     """
     if not isinstance(value, dict):
         return value
@@ -321,9 +334,11 @@ class TrainConfig(Section):
     evaluate_every_steps: PositiveInt | None = None
     """Five-mode evaluation of `evaluation.folders`; None: only when asked for."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: continue from the run's newest complete checkpoint when there is one, on any number of ranks and at any ZeRO stage."""
+    """auto: continue from the run's newest complete checkpoint when there is one, on any number of ranks and
+    at any ZeRO stage."""
     resume_with_other_data: bool = False
-    """Continue at the checkpoint's step although tokenizer, data or plan changed; False: refuse, and name what changed."""
+    """Continue at the checkpoint's step although tokenizer, data or plan changed; False: refuse, and name
+    what changed."""
     dead_head_share: float = Field(default=0.001, ge=0, lt=1)
     """Warn when a smaller share of lexical weights than this is above zero."""
 

@@ -1,6 +1,8 @@
-"""The one file that touches DeepSpeed's engine: forward, backward, step, save and load of a model under any ZeRO stage.
+"""The one file that touches DeepSpeed's engine: forward, backward, step, save and load of a model under any
+ZeRO stage.
 
-A step is a sequence of backward calls whose last one is announced beforehand, because ZeRO reduces gradients at that boundary:
+A step is a sequence of backward calls whose last one is announced beforehand, because ZeRO reduces gradients
+at that boundary:
 
     with engine.step_scope():
         for index, batch in enumerate(batches):
@@ -8,7 +10,8 @@ A step is a sequence of backward calls whose last one is announced beforehand, b
                 objective.run(engine, batch, progress)      # calls engine.forward and engine.backward
         result = engine.update(step)
 
-Gradients are averaged over ranks by DeepSpeed; `dist/gather.py` derives the convention that makes this the global gradient.
+Gradients are averaged over ranks by DeepSpeed; `dist/gather.py` derives the convention that makes this the
+global gradient.
 """
 
 import contextlib
@@ -49,10 +52,12 @@ class UpdateResult:
 
 
 def join(device: torch.device) -> None:
-    """Let DeepSpeed use the process group of `comm.start`; a world of one, which has none, gets one that needs no network.
+    """Let DeepSpeed use the process group of `comm.start`; a world of one, which has none, gets one that
+    needs no network.
 
-    On CPUs DeepSpeed would first compile a shared-memory all-reduce, and every rank would die where there is no compiler. Only its
-    inference calls use that op, training's collectives go through gloo either way: it is declared unavailable, and nothing is lost.
+    On CPUs DeepSpeed would first compile a shared-memory all-reduce, and every rank would die where there is
+    no compiler. Only its inference calls use that op, training's collectives go through gloo either way: it
+    is declared unavailable, and nothing is lost.
     """
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -66,7 +71,8 @@ def join(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def model_construction(ds_config: dict) -> Iterator[None]:
-    """Build or load a model inside, after `join`; under ZeRO-3 each weight is partitioned as it arrives, so no rank holds all of them."""
+    """Build or load a model inside, after `join`; under ZeRO-3 each weight is partitioned as it arrives, so
+    no rank holds all of them."""
     alive = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
     yield
     del alive
@@ -108,7 +114,8 @@ class Engine:
             model=module, optimizer=self._torch_optimizer, config=ds_config, dist_init_required=False
         )
         if self.stage == 0 and comm.world_size() == 1:
-            # nobody to reduce with: DeepSpeed would copy all gradients into a flat buffer and back, a fifth of a step at XLM-R's vocabulary
+            # nobody to reduce with: DeepSpeed would copy all gradients into a flat buffer and back, a fifth
+            # of a step at XLM-R's vocabulary
             self._engine.enable_backward_allreduce = False
         self._is_ready = True
 
@@ -123,7 +130,8 @@ class Engine:
         return self._activations
 
     def forward(self, *args: Any) -> Any:
-        """Call the model. Under ZeRO-3 its parameters are gathered by this call: the module alone cannot be called."""
+        """Call the model. Under ZeRO-3 its parameters are gathered by this call: the module alone cannot be
+        called."""
         return self._engine(*args)
 
     @contextlib.contextmanager
@@ -154,7 +162,8 @@ class Engine:
             self._scale, self._is_last_batch = 1.0, True
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Accumulate the gradient of `loss`; `is_last` is the batch's last call on this rank, the same on every rank."""
+        """Accumulate the gradient of `loss`; `is_last` is the batch's last call on this rank, the same on
+        every rank."""
         self._engine.set_gradient_accumulation_boundary(self._is_last_batch and is_last)
         self._engine.backward(loss * self._scale, scale_wrt_gas=False)
 
@@ -180,13 +189,15 @@ class Engine:
         self._engine.save_checkpoint(folder, tag=TAG, save_latest=False, client_state={NAMES: self._names})
 
     def load(self, folder: str) -> None:
-        """Read what `save` wrote at the same world size and ZeRO stage; nothing is unpickled but tensors and DeepSpeed's bookkeeping."""
+        """Read what `save` wrote at the same world size and ZeRO stage; nothing is unpickled but tensors and
+        DeepSpeed's bookkeeping."""
         with weights_only_loads():
             path, _ = self._engine.load_checkpoint(folder, tag=TAG, load_lr_scheduler_states=False)
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}/{TAG}"
 
     def load_elastic(self, folder: str) -> None:
-        """Read what an engine of any world size and ZeRO stage wrote: weights, moments and AdamW's step count, by parameter name."""
+        """Read what an engine of any world size and ZeRO stage wrote: weights, moments and AdamW's step
+        count, by parameter name."""
         restore(
             SavedStates(folder),
             self._engine.module,
@@ -196,7 +207,8 @@ class Engine:
         )
 
     def _plain_norm(self) -> float:
-        # without ZeRO, DeepSpeed clips in place and keeps no norm: read it from the reduced gradients before the step
+        # without ZeRO, DeepSpeed clips in place and keeps no norm: read it from the reduced gradients before
+        # the step
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients)) if gradients else math.nan
 
@@ -204,9 +216,11 @@ class Engine:
         return float(self._engine.optimizer._global_grad_norm)
 
     def _guard_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Runs right before torch's AdamW moves weights: ZeRO knows the global norm by now, the same on every rank.
+        """Runs right before torch's AdamW moves weights: ZeRO knows the global norm by now, the same on every
+        rank.
 
-        Parameters without a gradient are left alone by AdamW, moments and step count included, so dropping the gradients skips the step.
+        Parameters without a gradient are left alone by AdamW, moments and step count included, so dropping
+        the gradients skips the step.
         """
         if not self._is_ready:
             return  # DeepSpeed steps on zero gradients once while it allocates the moments

@@ -1,4 +1,5 @@
-"""AdamW and its parameter groups: weight decay off for biases and norms, an own learning rate for the heads."""
+"""AdamW and its parameter groups: weight decay off for biases and norms, an own learning rate for the
+heads."""
 
 from collections.abc import Callable, Iterable
 
@@ -13,10 +14,11 @@ def parameter_groups(
     config: OptimConfig,
     is_head_parameter: Callable[[str], bool],
 ) -> list[dict]:
-    """Split trainable parameters into up to four groups, (encoder | heads) × (decayed | not), each in exactly one.
+    """Split trainable parameters into up to four groups, (encoder | heads) × (decayed | not), each in exactly
+    one.
 
-    Biases and norm parameters are one-dimensional; under ZeRO-3 every partitioned parameter is, so the full shape decides.
-    Each group carries `peak_lr`, which the engine multiplies with the schedule's factor.
+    Biases and norm parameters are one-dimensional; under ZeRO-3 every partitioned parameter is, so the full
+    shape decides. Each group carries `peak_lr`, which the engine multiplies with the schedule's factor.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in named_parameters:

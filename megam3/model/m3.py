@@ -1,6 +1,7 @@
 """The M3 model: one encoder, three heads, one forward pass over a packed stream.
 
-State-dict keys: `encoder.*` (the Hugging Face encoder's own keys), `lexical_head.{weight,bias}`, `multi_vector_head.{weight,bias}`.
+State-dict keys: `encoder.*` (the Hugging Face encoder's own keys), `lexical_head.{weight,bias}`,
+`multi_vector_head.{weight,bias}`.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -16,7 +17,8 @@ from megam3.model.backbone import encode_packed
 from megam3.model.heads import dense_vectors, lexical_structure, lexical_weights, multi_vector_rows
 
 HEAD_PREFIXES = ("lexical_head.", "multi_vector_head.")
-"""Parameters whose names start with one of these belong to the heads; they may have a learning rate of their own."""
+"""Parameters whose names start with one of these belong to the heads; they may have a learning rate of their
+own."""
 
 
 class M3Model(nn.Module):
@@ -52,7 +54,8 @@ class M3Model(nn.Module):
     def forward(
         self, input_ids_T: Tensor, position_ids_T: Tensor, cu_seqlens_N1: Tensor, lengths: tuple[int, ...]
     ) -> tuple[Tensor, ...]:
-        """The fields of Representations, in order, as a plain tuple (ZeRO-3's hooks find tensors in tuples, lists and dicts only)."""
+        """The fields of Representations, in order, as a plain tuple (ZeRO-3's hooks find tensors in tuples,
+        lists and dicts only)."""
         num_texts, num_tokens = len(lengths), input_ids_T.shape[0]
         device = input_ids_T.device
         lengths_N = (cu_seqlens_N1[1:] - cu_seqlens_N1[:-1]).long()
@@ -82,8 +85,9 @@ class M3Model(nn.Module):
 def init_heads(model: M3Model, lexical_init_bias: float) -> None:
     """Start both heads so that they rank before the first step.
 
-    Lexical: weight 0 and a positive bias, so every token is alive with equal weight (counting shared ids). Multi-vector: the identity, or,
-    when C differs from D, rows (columns) orthonormal from a fixed seed, which keeps angles as well as C dimensions can.
+    Lexical: weight 0 and a positive bias, so every token is alive with equal weight (counting shared ids).
+    Multi-vector: the identity, or, when C differs from D, rows (columns) orthonormal from a fixed seed, which
+    keeps angles as well as C dimensions can.
     """
     if model.lexical_head is not None:
         model.lexical_head.weight.zero_()

@@ -1,4 +1,5 @@
-"""Read an M3Model from a Hugging Face folder: the encoder, and its heads from `sparse_linear.pt` and `colbert_linear.pt` beside it."""
+"""Read an M3Model from a Hugging Face folder: the encoder, and its heads from `sparse_linear.pt` and
+`colbert_linear.pt` beside it."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -24,10 +25,12 @@ def load_m3(
     heads: Collection[str] = HEADS,
     dtype: torch.dtype = torch.float32,
 ) -> M3Model:
-    """The model in folder `path`; `config` gives dropout, the width of the multi-vector head and what to do about missing heads.
+    """The model in folder `path`; `config` gives dropout, the width of the multi-vector head and what to do
+    about missing heads.
 
-    Under ZeRO-3 keep an HfDeepSpeedConfig alive and call this outside `deepspeed.zero.Init`: transformers partitions the encoder while it
-    loads, and the heads, small and whole, are partitioned by `deepspeed.initialize`.
+    Under ZeRO-3 keep an HfDeepSpeedConfig alive and call this outside `deepspeed.zero.Init`: transformers
+    partitions the encoder while it loads, and the heads, small and whole, are partitioned by
+    `deepspeed.initialize`.
 
     Args:
         special_ids: ids without lexical weight; None: read from the folder's tokenizer.
@@ -83,7 +86,8 @@ def load_tokenizer_of(path: str) -> PreTrainedTokenizerBase:
 
 
 def read_special_ids(path: str) -> tuple[int, ...]:
-    """Ids of begin, end, padding and unknown of the tokenizer in folder `path`; config.json does not know the unknown token.
+    """Ids of begin, end, padding and unknown of the tokenizer in folder `path`; config.json does not know the
+    unknown token.
 
     Raises:
         CheckpointError: no readable tokenizer.

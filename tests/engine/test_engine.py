@@ -175,7 +175,8 @@ def test_two_ranks_under_every_stage_equal_torch_on_one(folder, every_stage):
         merged = consolidate(result["folder"])
         assert merged.keys() == weights.keys()
         for name, tensor in weights.items():
-            # a softmax does not see the key bias: its gradient is rounding noise, which Adam scales up to full steps
+            # a softmax does not see the key bias: its gradient is rounding noise, which Adam scales up to
+            # full steps
             if name.endswith("key.bias"):
                 continue
             where = f"{result['folder']} {name}"

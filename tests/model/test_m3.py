@@ -1,4 +1,5 @@
-"""The model as a whole: order of its outputs, independence from packing, initial heads, and how it is read from a folder."""
+"""The model as a whole: order of its outputs, independence from packing, initial heads, and how it is read
+from a folder."""
 
 import dataclasses
 
@@ -28,7 +29,8 @@ def load(folder, **fields):
 
 
 def test_every_head_equals_the_formulas_on_the_padded_encoder(folder):
-    """Each text alone through transformers' own encoder, then the formulas of arXiv 2402.03216, section 3.2, written out."""
+    """Each text alone through transformers' own encoder, then the formulas of arXiv 2402.03216, section 3.2,
+    written out."""
     model = load(folder).double().eval()
     encoder = AutoModel.from_pretrained(folder).double().eval()
     token_ids = random_token_ids(LENGTHS)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megam3.balance import assign_ranks, plan_chunks, text_cost
+from megam3.cost import assign_ranks, plan_chunks, text_cost
 
 
 def test_cost_is_what_attention_and_matrices_take():

@@ -6,15 +6,15 @@ Imports neither torch nor transformers, so that a worker answers within a second
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megam3.config.schema import DataConfig
-from megam3.data.assemble import Assembler, Shuffle, TextFrame, draft_to_frame
-from megam3.data.layout import DatasetRows
+from megam3.data.assemble import Assembler, BatchArrays, TextFrame
 from megam3.data.plan import Plan, build_plan
-from megam3.data.process import Handler, run_worker
 from megam3.data.store import StoredDataset, open_dataset
+from megam3.data.strata import DatasetRows
 from megam3.errors import ConfigError, DataError
 
 
@@ -36,8 +36,19 @@ def describe(config: DataConfig, opened: Sequence[StoredDataset]) -> list[Datase
     rows, first = [], 0
     for dataset, stored in zip(config.train, opened):
         size = dataset.passages_per_query or config.passages_per_query
-        shape = (dataset.name, dataset.task, dataset.weight, dataset.in_batch_negatives, size, stored.is_text)
-        rows.append(DatasetRows(*shape, stored.languages, stored.runs, first))
+        rows.append(
+            DatasetRows(
+                name=dataset.name,
+                task=dataset.task,
+                weight=dataset.weight,
+                in_batch_negatives=dataset.in_batch_negatives,
+                passages_per_query=size,
+                is_text=stored.is_text,
+                languages=stored.languages,
+                runs=stored.runs,
+                first_row=first,
+            )
+        )
         first += stored.num_rows
     return rows
 
@@ -49,7 +60,7 @@ def fingerprint_of(tokenizer: str, opened: Sequence[StoredDataset], plan: Plan) 
     ['data']
     """
     data = hashlib.blake2b(
-        " ".join(stored.manifest["fingerprint"] for stored in opened).encode(), digest_size=16
+        " ".join(stored.manifest.fingerprint for stored in opened).encode(), digest_size=16
     ).hexdigest()
     return f"tokenizer:{tokenizer} data:{data} plan:{plan.fingerprint}"
 
@@ -61,36 +72,32 @@ def changed_parts(saved: str, now: str) -> list[str]:
     return [name for name in changed if name != "plan"] or changed
 
 
-def make_assembler(
-    config: DataConfig, plan: Plan, opened: Sequence[StoredDataset], frame: TextFrame
-) -> Assembler:
-    """The assembler with the recipe's shuffle and packing."""
-    shuffle = Shuffle(config.segment_shuffle_probability, config.segment_shuffle_min_tokens)
-    return Assembler(plan, opened, frame, shuffle, config.pack_texts_tokens)
+@dataclass(frozen=True, kw_only=True)
+class WorkerSetup:
+    """All that a worker needs to serve one rank's share of any batch."""
+
+    config: DataConfig
+    store_dir: str
+    seed: int
+    frame: TextFrame
+    tokenizer: str
+    """The tokenizer's fingerprint."""
+    fingerprint: str
+    """Of the data as the parent opened it."""
+    rank: int
+    world_size: int
 
 
-def make_handler(setup: dict) -> Handler:
-    """Handler of {"number": n}: the share of the setup's rank in batch n (worker side).
+def make_handler(setup: WorkerSetup) -> Callable[[int], BatchArrays]:
+    """Handler of batch numbers (worker side).
 
     Raises:
         DataError: the store changed between the parent's opening it and ours.
     """
-    config = DataConfig.model_validate_json(setup["config"])
-    opened = open_all(config, setup["store_dir"])
-    plan = build_plan(config, describe(config, opened), setup["seed"])
-    if fingerprint_of(setup["tokenizer"], opened, plan) != setup["fingerprint"]:
-        raise DataError(
-            "data.store_dir",
-            setup["store_dir"],
-            "was changed while a run was reading it",
-            "prepare into another folder",
-        )
-    prefix, suffix, instruction_tokens = (tuple(ids) for ids in setup["frame"])
-    assembler = make_assembler(config, plan, opened, TextFrame(prefix, suffix, instruction_tokens))
-    return lambda request: draft_to_frame(
-        assembler.draft(request["number"], setup["rank"], setup["world_size"])
-    )
-
-
-if __name__ == "__main__":
-    run_worker(make_handler)
+    opened = open_all(setup.config, setup.store_dir)
+    plan = build_plan(setup.config, describe(setup.config, opened), setup.seed)
+    if fingerprint_of(setup.tokenizer, opened, plan) != setup.fingerprint:
+        rule = "was changed while a run was reading it"
+        raise DataError("data.store_dir", setup.store_dir, rule, "prepare into another folder")
+    assembler = Assembler(setup.config, plan, opened, setup.frame)
+    return lambda number: assembler.share(number, setup.rank, setup.world_size)
