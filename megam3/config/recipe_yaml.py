@@ -136,7 +136,7 @@ def _reader() -> YAML:
 
 
 def _check_events(text: str, source: str) -> None:
-    """Stop at the first event too deep or too many: the parser yields them one by one, the rest stays unread."""
+    """Stop at the first event too deep or too many: they come one by one, and the rest stays unread."""
     depth = 0
     for number, event in enumerate(_reader().parse(text)):
         if number > MAX_VALUES:
