@@ -15,12 +15,15 @@ Nothing is padded. Three texts of 3, 2 and 4 tokens are one stream of 9:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing import Self  # Python 3.11, and only a type
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +172,9 @@ class RetrievalBatch:
     """int64: row of each query among all datasets; names the sample in logs and resume tests."""
     passage_hashes_P: Tensor
     """int64: hash of the passage's text; equal text anywhere in the global batch is no negative."""
+    known_positive_hashes_QM: Tensor | None = None
+    """int64: hashes of all positives of the query's record, also those not drawn; shorter rows repeat one. None: no
+    record has more than the one drawn."""
     teacher_scores_P: Tensor | None = None
     """float32: scores of a teacher (a re-ranker), when the records carry them."""
     in_batch_negatives: bool = True
@@ -238,7 +244,7 @@ class TextBatch:
         return replace(self, texts=self.texts.to(device))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Representations:
     """What the heads read from one forward pass over N texts. Float tensors carry the graph."""
 
@@ -265,13 +271,58 @@ class Representations:
         lexical, multi = self.lexical_offsets_N1[start : stop + 1], self.multi_offsets_N1[start : stop + 1]
         z0, z1, k0, k1 = torch.stack([lexical[0], lexical[-1], multi[0], multi[-1]]).tolist()
         return Representations(
-            self.dense_ND[start:stop],
-            self.lexical_weights_Z[z0:z1],
-            self.lexical_ids_Z[z0:z1],
-            lexical - z0,
-            self.multi_KC[k0:k1],
-            multi - k0,
+            dense_ND=self.dense_ND[start:stop],
+            lexical_weights_Z=self.lexical_weights_Z[z0:z1],
+            lexical_ids_Z=self.lexical_ids_Z[z0:z1],
+            lexical_offsets_N1=lexical - z0,
+            multi_KC=self.multi_KC[k0:k1],
+            multi_offsets_N1=multi - k0,
         )
+
+    def split(self, sizes: Sequence[int]) -> list[Representations]:
+        """Consecutive runs of `sizes` texts, which add up to all of them; gradients of all runs come back in one tensor.
+
+        One look at the offsets serves all runs. `select` per run would, in the backward pass, make a tensor of the whole
+        size for every run.
+        """
+        edges = [0]
+        for size in sizes:
+            edges.append(edges[-1] + size)
+        assert edges[-1] == self.num_texts, "the runs must cover all texts"
+        lexical, multi = self.lexical_offsets_N1, self.multi_offsets_N1
+        first_pair, first_row = torch.stack([lexical[edges], multi[edges]]).tolist()
+        pair_counts = [stop - start for start, stop in zip(first_pair, first_pair[1:])]
+        row_counts = [stop - start for start, stop in zip(first_row, first_row[1:])]
+        dense = self.dense_ND.split(list(sizes))
+        weights = self.lexical_weights_Z.split(pair_counts)
+        ids = self.lexical_ids_Z.split(pair_counts)
+        vectors = self.multi_KC.split(row_counts)
+        return [
+            Representations(
+                dense_ND=dense[run],
+                lexical_weights_Z=weights[run],
+                lexical_ids_Z=ids[run],
+                lexical_offsets_N1=lexical[edges[run] : edges[run + 1] + 1] - first_pair[run],
+                multi_KC=vectors[run],
+                multi_offsets_N1=multi[edges[run] : edges[run + 1] + 1] - first_row[run],
+            )
+            for run in range(len(sizes))
+        ]
+
+    def keep_heads(self, heads: Collection[str]) -> Representations:
+        """The same texts with no pairs or rows where that head is not named: nothing of it is moved or scored."""
+        kept = self
+        none_N1 = self.lexical_offsets_N1.new_zeros(self.num_texts + 1)
+        if "lexical" not in heads:
+            kept = replace(
+                kept,
+                lexical_weights_Z=kept.lexical_weights_Z[:0],
+                lexical_ids_Z=kept.lexical_ids_Z[:0],
+                lexical_offsets_N1=none_N1,
+            )
+        if "multi_vector" not in heads:
+            kept = replace(kept, multi_KC=kept.multi_KC[:0], multi_offsets_N1=none_N1)
+        return kept
 
     def floats(self) -> tuple[Tensor, Tensor, Tensor]:
         """The differentiable tensors: dense_ND, lexical_weights_Z, multi_KC."""
@@ -290,16 +341,16 @@ def join_representations(parts: Sequence[Representations]) -> Representations:
         return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
     return Representations(
-        torch.cat([p.dense_ND for p in parts]),
-        torch.cat([p.lexical_weights_Z for p in parts]),
-        torch.cat([p.lexical_ids_Z for p in parts]),
-        join_offsets([p.lexical_offsets_N1 for p in parts]),
-        torch.cat([p.multi_KC for p in parts]),
-        join_offsets([p.multi_offsets_N1 for p in parts]),
+        dense_ND=torch.cat([p.dense_ND for p in parts]),
+        lexical_weights_Z=torch.cat([p.lexical_weights_Z for p in parts]),
+        lexical_ids_Z=torch.cat([p.lexical_ids_Z for p in parts]),
+        lexical_offsets_N1=join_offsets([p.lexical_offsets_N1 for p in parts]),
+        multi_KC=torch.cat([p.multi_KC for p in parts]),
+        multi_offsets_N1=join_offsets([p.multi_offsets_N1 for p in parts]),
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Progress:
     """Where a run stands; checkpointed, and handed to objectives, which keep no state of their own."""
 

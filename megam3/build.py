@@ -33,11 +33,11 @@ from megam3.encoders import read_encoder_config
 from megam3.engine.activations import ActivationMemory
 from megam3.engine.deepspeed import Engine, join, model_construction
 from megam3.errors import DataError
-from megam3.memory_report import describe_run
 from megam3.objectives.base import Objective, find_objective
 from megam3.obs.clock import measure_matmul_peak
 from megam3.obs.log import setup_logging
 from megam3.obs.run_folder import MODEL_FOLDER, describe_run_folder
+from megam3.planning.memory_report import describe_run
 from megam3.retrieval.beir import BeirDataset, read_beir
 from megam3.retrieval.evaluate import evaluate
 from megam3.trainer import Run

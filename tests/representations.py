@@ -27,12 +27,12 @@ def random_representations(
     multi = torch.randn(sum(rows), width + 1, generator=generator, dtype=torch.float64)
     weights = torch.rand(sum(pairs), generator=generator, dtype=torch.float64)
     return Representations(
-        torch.nn.functional.normalize(dense, dim=1).to(dtype).requires_grad_(),
-        weights.to(dtype).requires_grad_(),
-        torch.cat([torch.zeros(0, dtype=torch.int64), *ids]),
-        make_offsets(pairs),
-        torch.nn.functional.normalize(multi, dim=1).to(dtype).requires_grad_(),
-        make_offsets(rows),
+        dense_ND=torch.nn.functional.normalize(dense, dim=1).to(dtype).requires_grad_(),
+        lexical_weights_Z=weights.to(dtype).requires_grad_(),
+        lexical_ids_Z=torch.cat([torch.zeros(0, dtype=torch.int64), *ids]),
+        lexical_offsets_N1=make_offsets(pairs),
+        multi_KC=torch.nn.functional.normalize(multi, dim=1).to(dtype).requires_grad_(),
+        multi_offsets_N1=make_offsets(rows),
     )
 
 

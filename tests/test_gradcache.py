@@ -7,7 +7,8 @@ from megam3.config.schema import HeadWeights, UnifiedConfig
 from megam3.cost import plan_chunks
 from megam3.dist import comm
 from megam3.gradcache import cached_step
-from megam3.losses import NAMES, resolve_weights, unified_loss
+from megam3.loss.settings import NAMES, resolve_settings
+from megam3.loss.unified import unified_loss
 from megam3.scoring.combine import HEADS, count_over_ranks, score_global
 from tests.ranks import run_ranks
 
@@ -39,12 +40,12 @@ class Encoder(nn.Module):
         counts = torch.tensor(texts.lengths) - 1
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
         return Representations(
-            nn.functional.normalize(dense, dim=1),
-            torch.relu(self.lexical(hidden).squeeze(1) + 1)[~first_T][order],
-            texts.input_ids_T[~first_T][order],
-            offsets,
-            nn.functional.normalize(self.multi(hidden[~first_T]), dim=1),
-            offsets,
+            dense_ND=nn.functional.normalize(dense, dim=1),
+            lexical_weights_Z=torch.relu(self.lexical(hidden).squeeze(1) + 1)[~first_T][order],
+            lexical_ids_Z=texts.input_ids_T[~first_T][order],
+            lexical_offsets_N1=offsets,
+            multi_KC=nn.functional.normalize(self.multi(hidden[~first_T]), dim=1),
+            multi_offsets_N1=offsets,
         )
 
 
@@ -68,7 +69,7 @@ def _loss(num_queries):
         everything = torch.ones(num_queries, sum(counts.passages), dtype=torch.bool)
         scale = comm.world_size() / sum(counts.queries)
         terms = unified_loss(
-            scores, positive, everything, resolve_weights(UnifiedConfig(temperature=0.3)), scale, True
+            scores, positive, everything, resolve_settings(UnifiedConfig(temperature=0.3)), scale, True
         )
         return terms.total, terms
 

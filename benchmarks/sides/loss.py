@@ -9,13 +9,15 @@ import torch
 from benchmarks.ranks import await_answer, meet, own_rank
 from benchmarks.worker import Step, serve
 from megam3.batch import Representations
-from megam3.candidates import Candidates
 from megam3.config.schema import LossWeights, UnifiedConfig
 from megam3.dist.gather import gather_rows
-from megam3.losses import LossSettings, LossTerms, resolve_weights, unified_loss
+from megam3.loss.negatives import Negatives
+from megam3.loss.rows import LossTerms
+from megam3.loss.settings import LossSettings, resolve_settings
+from megam3.loss.tiled import tiled_unified_loss
+from megam3.loss.unified import unified_loss
 from megam3.model.heads import normalize_rows
 from megam3.scoring.combine import RankCounts, count_over_ranks, score_global
-from megam3.tiled.loss import tiled_unified_loss
 
 NUM_IDS = 20_000
 """Ids that texts draw from: two texts share some."""
@@ -29,26 +31,33 @@ def make_representations(
     keys = torch.unique(text_Z * NUM_IDS + torch.randint(NUM_IDS, text_Z.shape, generator=generator))
     pairs_N = torch.bincount(keys // NUM_IDS, minlength=num_texts)
     return Representations(
-        normalize_rows(torch.randn(num_texts, width, generator=generator)).requires_grad_(),
-        torch.rand(keys.shape[0], generator=generator).requires_grad_(),
-        keys % NUM_IDS,
-        torch.cat([pairs_N.new_zeros(1), pairs_N.cumsum(0)]),
-        normalize_rows(torch.randn(num_texts * num_rows, width, generator=generator)).requires_grad_(),
-        torch.arange(num_texts + 1) * num_rows,
+        dense_ND=normalize_rows(torch.randn(num_texts, width, generator=generator)).requires_grad_(),
+        lexical_weights_Z=torch.rand(keys.shape[0], generator=generator).requires_grad_(),
+        lexical_ids_Z=keys % NUM_IDS,
+        lexical_offsets_N1=torch.cat([pairs_N.new_zeros(1), pairs_N.cumsum(0)]),
+        multi_KC=normalize_rows(
+            torch.randn(num_texts * num_rows, width, generator=generator)
+        ).requires_grad_(),
+        multi_offsets_N1=torch.arange(num_texts + 1) * num_rows,
     )
 
 
-def make_candidates(counts: RankCounts, num_queries: int, num_passages: int) -> Candidates:
+def make_negatives(counts: RankCounts, num_queries: int, num_passages: int) -> Negatives:
     """Groups of equal size, every text different."""
     start_Q = counts.first_passage + torch.arange(num_queries) * (num_passages // num_queries)
     hash_P = gather_rows(counts.first_passage + torch.arange(num_passages), counts.passages)
-    return Candidates(start_Q, start_Q + num_passages // num_queries, hash_P, start_Q)
+    return Negatives(
+        positive_column_Q=start_Q,
+        group_stop_Q=start_Q + num_passages // num_queries,
+        passage_hash_P=hash_P,
+        known_positive_hash_QM=start_Q[:, None],
+    )
 
 
 def whole_loss(
     queries: Representations,
     passages: Representations,
-    candidates: Candidates,
+    negatives: Negatives,
     settings: LossSettings,
     counts: RankCounts,
     distill: bool,
@@ -57,7 +66,7 @@ def whole_loss(
     scores = score_global(queries, passages, settings.sum_weights, heads=settings.heads, counts=counts)
     scale = len(counts.queries) / sum(counts.queries)
     return unified_loss(
-        scores.by_name(), candidates.positive_column_Q, candidates.allowed(), settings, scale, distill
+        scores.by_name(), negatives.positive_column_Q, negatives.visible(), settings, scale, distill
     )
 
 
@@ -71,9 +80,9 @@ def build(spec: dict) -> Step:
     dense_alone = UnifiedConfig(
         preset="joint", loss_weights=LossWeights(dense=1.0, lexical=0.0, multi_vector=0.0)
     )
-    settings = resolve_weights(dense_alone if spec.get("heads") == "dense" else UnifiedConfig())
+    settings = resolve_settings(dense_alone if spec.get("heads") == "dense" else UnifiedConfig())
     counts = count_over_ranks(queries, passages)
-    candidates = make_candidates(counts, spec["num_queries"], spec["num_passages"])
+    negatives = make_negatives(counts, spec["num_queries"], spec["num_passages"])
     loss = tiled_unified_loss if spec.get("tiles") else whole_loss
     leaves = {
         f"{side} {name}": x
@@ -86,7 +95,7 @@ def build(spec: dict) -> Step:
             process.stdin.write("\n")
         for leaf in leaves.values():
             leaf.grad = None
-        terms = loss(queries, passages, candidates, settings, counts, spec.get("distill", False))
+        terms = loss(queries, passages, negatives, settings, counts, spec.get("distill", False))
         terms.total.backward()
         for process in other_ranks:
             await_answer(process)

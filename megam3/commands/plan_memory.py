@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from megam3.commands.recipe import add_recipe, given_config
 from megam3.config.check import check_config
-from megam3.memory import plan_memory
-from megam3.memory_report import GIB, advice, heaviest_step, read_model_shape, read_strategy, table
+from megam3.planning.memory import plan_memory
+from megam3.planning.memory_report import GIB, advice, heaviest_step, read_model_shape, read_strategy, table
 
 
 def main(argv: Sequence[str]) -> int:

@@ -51,6 +51,9 @@ class BatchArrays:
     """int64: of each query or document, among the rows of all datasets."""
     hashes: np.ndarray
     """int64: of each passage or document."""
+    known_positives: np.ndarray
+    """int64 [queries, most]: hashes of all positives of each record, shorter rows repeat one; [queries, 0] where no
+    record has more than the one drawn."""
     scores: np.ndarray
     """float32: teacher scores of the passages, or empty."""
     dataset: str
@@ -127,6 +130,7 @@ class Assembler:
         passages: list[np.ndarray] = []
         group_sizes: list[int] = []
         hashes: list[int] = []
+        known: list[np.ndarray] = []
         scores: list[float] = []
         num_truncated = 0
         for position, (dataset, stored) in zip(positions.tolist(), self._stored(planned, positions)):
@@ -136,6 +140,7 @@ class Assembler:
             passages += [self._shuffled(stored.text(i), dataset, (key, row, turn, i)) for i in chosen]
             group_sizes.append(len(chosen))
             hashes += stored.hashes[chosen].tolist()
+            known.append(stored.hashes[1 : 1 + stored.num_positives])
             if len(stored.scores):
                 scores += stored.scores[np.asarray(chosen) - 1].tolist()
             num_truncated += int(stored.truncated[0]) + int(stored.truncated[chosen].sum())
@@ -145,6 +150,7 @@ class Assembler:
             texts=queries + passages,
             group_sizes=group_sizes,
             hashes=hashes,
+            known_positives=rectangle(known),
             # all or none per dataset; a batch that mixes datasets may have them for some rows only
             scores=scores if len(scores) == len(hashes) else [],
             num_truncated=num_truncated,
@@ -176,6 +182,7 @@ class Assembler:
             texts=sequences,
             group_sizes=sizes,
             hashes=[int(stored.hashes[0]) for stored in documents],
+            known_positives=rectangle([]),
             scores=[],
             num_truncated=sum(int(stored.truncated[0]) for stored in documents),
         )
@@ -188,6 +195,7 @@ class Assembler:
         texts: list[np.ndarray],
         group_sizes: list[int],
         hashes: list[int],
+        known_positives: np.ndarray,
         scores: list[float],
         num_truncated: int,
     ) -> BatchArrays:
@@ -202,12 +210,24 @@ class Assembler:
             group_offsets=np.cumsum([0, *group_sizes], dtype=np.int64),
             rows=planned.rows[positions],
             hashes=np.asarray(hashes, dtype=np.int64),
+            known_positives=known_positives,
             scores=np.asarray(scores, dtype=np.float32),
             dataset=first.name if len(owners) == 1 else "mixed",
             language=languages[0] if len(languages) == 1 else "mul",  # ISO 639-2 for several languages
             in_batch_negatives=first.in_batch_negatives,
             num_truncated=num_truncated,
         )
+
+
+def rectangle(known: Sequence[np.ndarray]) -> np.ndarray:
+    """Hashes of each query's positives as one [queries, most] array; shorter rows repeat their first.
+
+    Without a second positive anywhere nothing has to travel: [queries, 0].
+    """
+    most = max((len(hashes) for hashes in known), default=0)
+    if most < 2:
+        return np.zeros((len(known), 0), dtype=np.int64)
+    return np.stack([np.concatenate([h, np.repeat(h[:1], most - len(h))]) for h in known]).astype(np.int64)
 
 
 def draw_group(stored: StoredRow, passages_per_query: int, key: int, row: int, turn: int) -> list[int]:

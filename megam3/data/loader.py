@@ -43,6 +43,9 @@ def to_batch(arrays: BatchArrays, pin: bool = False) -> RetrievalBatch | TextBat
         group_offsets_Q1=offsets,
         rows_Q=rows,
         passage_hashes_P=torch.from_numpy(arrays.hashes),
+        known_positive_hashes_QM=torch.from_numpy(arrays.known_positives)
+        if arrays.known_positives.size
+        else None,
         teacher_scores_P=torch.from_numpy(arrays.scores) if len(arrays.scores) else None,
         in_batch_negatives=arrays.in_batch_negatives,
         dataset=arrays.dataset,

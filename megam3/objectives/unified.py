@@ -8,19 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from megam3.batch import PackedTexts, Progress, Representations, RetrievalBatch
-from megam3.candidates import find_candidates, group_rows
 from megam3.config.schema import ModelConfig, UnifiedConfig
-from megam3.dist import comm
 from megam3.encoders import EncoderShape
 from megam3.gradcache import cached_step
-from megam3.losses import LossTerms, TeacherGroups, resolve_weights, unified_loss
-from megam3.memory import loss_needs_tiles
+from megam3.loss.distillation import TeacherGroups
+from megam3.loss.negatives import find_negatives, group_rows
+from megam3.loss.rows import LossTerms
+from megam3.loss.settings import resolve_settings
+from megam3.loss.unified import retrieval_loss
 from megam3.model.m3 import M3Model, encoder_shape, is_head_parameter, represent
 from megam3.model.pretrained import load_m3
 from megam3.objectives.base import Objective, Trainee
-from megam3.scoring.combine import RankCounts, count_over_ranks, score_global, score_heads
-from megam3.scoring.split import split_texts
-from megam3.tiled.loss import tiled_unified_loss
+from megam3.scoring.combine import count_over_ranks
 
 
 class UnifiedObjective(Objective[UnifiedConfig]):
@@ -30,7 +29,7 @@ class UnifiedObjective(Objective[UnifiedConfig]):
 
     def __init__(self, section: UnifiedConfig, chunk_tokens: int | None = None):
         super().__init__(section, chunk_tokens)
-        self._settings = resolve_weights(section)
+        self._settings = resolve_settings(section)
 
     def load_model(self, config: ModelConfig, dtype: torch.dtype) -> M3Model:
         """See `megam3.objectives.base.Objective`; heads that are not trained are not allocated."""
@@ -75,40 +74,27 @@ class UnifiedObjective(Objective[UnifiedConfig]):
 
     def _loss(self, representations: Representations, batch: RetrievalBatch, step: int) -> LossTerms:
         settings, device = self._settings, representations.dense_ND.device
-        queries, passages = split_texts(representations, [batch.num_queries, batch.num_passages])
+        queries, passages = representations.split([batch.num_queries, batch.num_passages])
         counts = count_over_ranks(queries, passages)
-        # without in-batch negatives a query meets its own group alone: other ranks' passages would be scored only to be masked
+        # without in-batch negatives a query meets its own group alone
         columns = counts.passages if batch.in_batch_negatives else None
-        candidates = find_candidates(batch, self.section.mask_false_negatives, columns).to(device)
+        negatives = find_negatives(batch, self.section.mask_false_negatives, columns).to(device)
         teacher = None
-        if settings.teacher is not None and batch.teacher_scores_P is not None:
-            columns_QG, exists_QG = candidates.group_columns()
-            teacher = TeacherGroups(
-                group_rows(batch.teacher_scores_P, batch.group_offsets_Q1, 0.0).to(device),
-                columns_QG,
-                exists_QG,
-            )
-        distill = settings.distills(step)
-        if self._tiles(counts):
-            return tiled_unified_loss(
-                queries, passages, candidates, settings, counts, distill, self.section.maxsim, teacher
-            )
-        scoring = (queries, passages, settings.sum_weights, self.section.maxsim, settings.heads)
-        scores = score_global(*scoring, counts) if batch.in_batch_negatives else score_heads(*scoring)
-        row_scale = comm.world_size() / sum(counts.queries)
-        positive_Q = candidates.positive_column_Q
-        return unified_loss(
-            scores.by_name(), positive_Q, candidates.allowed(), settings, row_scale, distill, teacher
+        wants_teacher = settings.teacher is not None or settings.margin_source == "teacher"
+        if wants_teacher and batch.teacher_scores_P is not None:
+            columns_QG, exists_QG = negatives.group_columns()
+            scores_QG = group_rows(batch.teacher_scores_P, batch.group_offsets_Q1, 0.0).to(device)
+            teacher = TeacherGroups(scores_QG, columns_QG, exists_QG)
+        return retrieval_loss(
+            queries,
+            passages,
+            negatives=negatives,
+            settings=settings,
+            counts=counts,
+            distill=settings.distills(step),
+            teacher=teacher,
+            tiles=self.section.loss_tiles,
         )
-
-    def _tiles(self, counts: RankCounts) -> bool:
-        """Every rank decides by the same numbers, because the two losses talk differently."""
-        if self.section.loss_tiles == "auto":
-            query_rows = sum(counts.query_rows) if "multi_vector" in self._settings.heads else 0
-            return loss_needs_tiles(
-                max(counts.queries), sum(counts.passages), query_rows, max(counts.passages)
-            )
-        return self.section.loss_tiles == "always"
 
 
 def _figures(

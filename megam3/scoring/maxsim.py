@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megam3.scoring.chunks import passages_at_a_time, products_at_a_time, rows_widened_at_a_time
 from megam3.scoring.sparse import csr_product, transposed_csr
 from megam3.scoring.winners import (
     Chunk,
@@ -31,11 +32,6 @@ from megam3.scoring.winners import (
     cut_texts,
     prefers_kernel,
 )
-
-CHUNK_ELEMENTS_CPU = 1 << 20
-"""Entries of the product held at a time on a CPU: 4 MB in fp32, which stays in cache until the max has read it."""
-CHUNK_ELEMENTS_CUDA = 1 << 26
-"""The same on CUDA: 256 MB, large enough to fill the device."""
 
 
 def _pooling(
@@ -51,7 +47,7 @@ def _pooling(
     return query_K, lengths.to(dtype).reciprocal()[query_K]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Pairs:
     """The sparse matrix A of the backward pass, and the rows on both of its sides."""
 
@@ -149,11 +145,17 @@ class _MaxSim(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_QP: Tensor) -> tuple[Tensor | None, ...]:
         query_KC, passage_KC, winner_KP, query_K, weight_K = ctx.saved_tensors
-        pairs = _Pairs(query_KC, passage_KC, winner_KP, query_K, weight_K, grad_QP)
+        pairs = _Pairs(
+            query_KC=query_KC,
+            passage_KC=passage_KC,
+            winner_KP=winner_KP,
+            query_K=query_K,
+            weight_K=weight_K,
+            grad_QP=grad_QP,
+        )
         num_rows, width = query_KC.shape
-        # on a CPU the copies may be larger than a product, which has to stay in cache
-        max_elements = ctx.chunk if query_KC.is_cuda else 4 * ctx.chunk
-        max_rows, max_texts = max(1, max_elements // max(width, 1)), max(1, ctx.chunk // max(num_rows, 1))
+        max_rows = rows_widened_at_a_time(ctx.chunk, width, query_KC.is_cuda)
+        max_texts = passages_at_a_time(ctx.chunk, num_rows)
         chunks = list(cut_texts(ctx.passage_lengths, max_rows, max_texts))
         # rows narrower than the accumulation are widened a block at a time; others need no copy, and one block is fastest
         step = max(1, num_rows if query_KC.dtype == grad_QP.dtype else min(num_rows, max_rows))
@@ -193,7 +195,7 @@ def maxsim_scores(
     """
     query_lengths, queries = _with_rows(query_offsets_Q1)
     passage_lengths, passages = _with_rows(passage_offsets_P1)
-    chunk = chunk_elements or (CHUNK_ELEMENTS_CUDA if query_KC.is_cuda else CHUNK_ELEMENTS_CPU)
+    chunk = chunk_elements or products_at_a_time(query_KC.is_cuda)
     use_kernel = prefers_kernel(query_KC, passage_KC) if use_kernel is None else use_kernel
     scores = _MaxSim.apply(query_KC, passage_KC, query_lengths, passage_lengths, reduction, chunk, use_kernel)
     if len(queries) < query_offsets_Q1.shape[0] - 1:

@@ -30,6 +30,7 @@ def make_handler(setup: dict) -> Handler:
             group_offsets=np.array([0, 1]),
             rows=np.array([number]),
             hashes=np.array([number * 7]),
+            known_positives=np.zeros((1, 0), np.int64),
             scores=np.zeros(0, np.float32),
             dataset="d",
             language="de",

@@ -72,7 +72,7 @@ def train_steps(
                     make_groups(4, seed=step * accumulation + index), comm.rank(), comm.world_size()
                 )
                 with engine.accumulation(index, accumulation):
-                    figures = objective.run(engine, batch, Progress(step))
+                    figures = objective.run(engine, batch, Progress(step=step))
                 total += float(comm.all_reduce_sum(figures["loss/total"])) / comm.world_size() / accumulation
             marked.append(engine.activations.marked_inputs_saved)
         losses.append(total)
@@ -114,7 +114,7 @@ def torch_run(folder: str, steps: int, accumulation: int = 1, total_steps: int =
         batches = [
             batch_of(make_groups(4, seed=step * accumulation + index)) for index in range(accumulation)
         ]
-        figures = [objective.run(Plain(), batch, Progress(step)) for batch in batches]
+        figures = [objective.run(Plain(), batch, Progress(step=step)) for batch in batches]
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)))
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate_factor(

@@ -4,14 +4,13 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from megam3 import memory
 from megam3.batch import Progress
 from megam3.config.schema import ModelConfig, UnifiedConfig
 from megam3.dist import comm
+from megam3.loss import limits, unified
+from megam3.loss.tiled import tiled_unified_loss
 from megam3.model.pretrained import load_m3
-from megam3.objectives import unified
 from megam3.objectives.unified import UnifiedObjective, spread
-from megam3.tiled.loss import tiled_unified_loss
 from tests.batches import batch_of, make_groups
 from tests.factory import make_tiny_model_folder
 from tests.ranks import run_ranks
@@ -96,7 +95,7 @@ def _run(folder: str, in_batch: bool, step: int, chunk_tokens: int | None, tiles
     cut = [0, 5] if comm.world_size() == 1 else [0, 3, 5]
     batch = batch_of(groups[cut[comm.rank()] : cut[comm.rank() + 1]], in_batch_negatives=in_batch)
     figures = UnifiedObjective(CONFIG.model_copy(update={"loss_tiles": tiles}), chunk_tokens).run(
-        engine, batch, Progress(step)
+        engine, batch, Progress(step=step)
     )
     total = float(comm.all_reduce_sum(figures["loss/total"])) / comm.world_size()
     return {"total": total, "names": sorted(figures), "gradients": engine.gradients()}
@@ -172,14 +171,14 @@ def test_spread_is_zero_for_equal_vectors_and_one_for_opposite_ones():
 def test_tiles_are_taken_where_scores_or_winners_would_be_too_many(folder, monkeypatch, limit, tiled):
     taken = []
 
-    def spy(*arguments):
+    def spy(*arguments, **options):
         taken.append(True)
-        return tiled_unified_loss(*arguments)
+        return tiled_unified_loss(*arguments, **options)
 
     monkeypatch.setattr(unified, "tiled_unified_loss", spy)
     whole = _run(folder, True, 5, None)["total"]
     assert not taken
     if limit:
-        monkeypatch.setattr(memory, limit, 1)
+        monkeypatch.setattr(limits, limit, 1)
     assert _run(folder, True, 5, None)["total"] == pytest.approx(whole, rel=1e-5)
     assert bool(taken) == tiled

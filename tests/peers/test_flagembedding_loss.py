@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from megam3.batch import Representations, pack_texts
-from megam3.candidates import Candidates
 from megam3.config.schema import UnifiedConfig
-from megam3.losses import TeacherGroups, resolve_weights, unified_loss
+from megam3.loss.distillation import TeacherGroups
+from megam3.loss.negatives import Negatives
+from megam3.loss.settings import resolve_settings
+from megam3.loss.unified import unified_loss
 from megam3.model.heads import dense_vectors, lexical_structure, lexical_weights, multi_vector_rows
 from megam3.scoring.combine import score_heads
 
@@ -26,12 +28,14 @@ def _represent(ids, hidden, record, weights):
     structure = lexical_structure(texts.input_ids_T, text_ids_T, texts.num_texts, SPECIAL_IDS)
     logits_T = torch.nn.functional.linear(hidden_TD, weights["lexical"], record["lexical.bias"]).squeeze(1)
     projected_TC = torch.nn.functional.linear(hidden_TD, weights["multi_vector"], record["multi_vector.bias"])
+    multi_KC, multi_offsets_N1 = multi_vector_rows(projected_TC, text_ids_T, texts.cu_seqlens_N1)
     return Representations(
-        dense_vectors(hidden_TD, texts.cu_seqlens_N1),
-        lexical_weights(logits_T, structure),
-        structure.ids_Z,
-        structure.offsets_N1,
-        *multi_vector_rows(projected_TC, text_ids_T, texts.cu_seqlens_N1),
+        dense_ND=dense_vectors(hidden_TD, texts.cu_seqlens_N1),
+        lexical_weights_Z=lexical_weights(logits_T, structure),
+        lexical_ids_Z=structure.ids_Z,
+        lexical_offsets_N1=structure.offsets_N1,
+        multi_KC=multi_KC,
+        multi_offsets_N1=multi_offsets_N1,
     )
 
 
@@ -53,16 +57,21 @@ def test_total_loss_and_gradients_equal_flagembedding(variant, distill, teacher)
     num_queries, group = record["teacher_scores"].shape
     first = group * torch.arange(num_queries)
     hashes = torch.arange(num_queries * group)
-    candidates = Candidates(first, first + group, hashes, hashes[first])
-    settings = resolve_weights(UnifiedConfig(teacher=teacher))
+    negatives = Negatives(
+        positive_column_Q=first,
+        group_stop_Q=first + group,
+        passage_hash_P=hashes,
+        known_positive_hash_QM=hashes[first][:, None],
+    )
+    settings = resolve_settings(UnifiedConfig(teacher=teacher))
     terms = unified_loss(
         score_heads(queries, passages, settings.sum_weights).by_name(),
-        candidates.positive_column_Q,
-        candidates.allowed(),
+        negatives.positive_column_Q,
+        negatives.visible(),
         settings,
         1 / num_queries,
         distill,
-        TeacherGroups(record["teacher_scores"], *candidates.group_columns()) if teacher else None,
+        TeacherGroups(record["teacher_scores"], *negatives.group_columns()) if teacher else None,
     )
     torch.testing.assert_close(terms.total.detach(), record[f"{variant}.loss"], rtol=1e-12, atol=0)
     terms.total.backward()

@@ -25,12 +25,12 @@ def encode_ids(token_ids):
         return torch.tensor([0, *np.cumsum(counts)], dtype=torch.int64)
 
     return Representations(
-        torch.tensor(np.stack([t[0] for t in tables]), dtype=torch.float32),
-        torch.tensor([w for t in tables for w in t[1].values()], dtype=torch.float32),
-        torch.tensor([i for t in tables for i in t[1]], dtype=torch.int64),
-        offsets([len(t[1]) for t in tables]),
-        torch.tensor(np.concatenate([t[2] for t in tables]), dtype=torch.float32),
-        offsets([len(t[2]) for t in tables]),
+        dense_ND=torch.tensor(np.stack([t[0] for t in tables]), dtype=torch.float32),
+        lexical_weights_Z=torch.tensor([w for t in tables for w in t[1].values()], dtype=torch.float32),
+        lexical_ids_Z=torch.tensor([i for t in tables for i in t[1]], dtype=torch.int64),
+        lexical_offsets_N1=offsets([len(t[1]) for t in tables]),
+        multi_KC=torch.tensor(np.concatenate([t[2] for t in tables]), dtype=torch.float32),
+        multi_offsets_N1=offsets([len(t[2]) for t in tables]),
     )
 
 

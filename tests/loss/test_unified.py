@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from megam3.config.schema import HeadWeights, LossWeights, UnifiedConfig
-from megam3.losses import NAMES, resolve_weights, unified_loss
-from megam3.teacher import TeacherGroups, margin_mask
+from megam3.loss.distillation import TeacherGroups
+from megam3.loss.settings import NAMES, resolve_settings
+from megam3.loss.unified import unified_loss
 
 HEADS = NAMES[:3]
 GROUPS = [[0, 1, 2], [3, 4], [5, 6, 7]]
@@ -104,7 +105,7 @@ M3_DISTILLS = {"dense": 1.0, "lexical": 0.1, "multi_vector": 1.0}
 @pytest.mark.parametrize("teacher", [None, "kl_div", "m3_kd_loss"])
 def test_equals_the_loop(in_batch, distill, teacher):
     scores, allowed = _scores(), _allowed(in_batch)
-    settings = resolve_weights(UnifiedConfig(temperature=TAU, teacher=teacher))
+    settings = resolve_settings(UnifiedConfig(temperature=TAU, teacher=teacher))
     terms = unified_loss(
         scores, POSITIVES, allowed, settings, 1 / 3, distill, _teacher() if teacher else None
     )
@@ -115,7 +116,7 @@ def test_equals_the_loop(in_batch, distill, teacher):
 
 @pytest.mark.parametrize("teacher", [None, "kl_div", "m3_kd_loss"])
 def test_gradients_equal_finite_differences(teacher):
-    settings = resolve_weights(UnifiedConfig(temperature=TAU, teacher=teacher))
+    settings = resolve_settings(UnifiedConfig(temperature=TAU, teacher=teacher))
     allowed, frozen = _allowed(), _scores()
     taught = _teacher() if teacher else None
 
@@ -143,7 +144,7 @@ def test_gradients_equal_finite_differences(teacher):
 
 def test_masked_columns_receive_no_gradient_and_never_nan():
     scores, allowed = _scores(), _allowed()
-    settings = resolve_weights(UnifiedConfig(temperature=0.02, teacher="m3_kd_loss"))
+    settings = resolve_settings(UnifiedConfig(temperature=0.02, teacher="m3_kd_loss"))
     unified_loss(scores, POSITIVES, allowed, settings, 1 / 3, True, _teacher()).total.backward()
     for name in HEADS:
         assert torch.isfinite(scores[name].grad).all()
@@ -153,7 +154,7 @@ def test_masked_columns_receive_no_gradient_and_never_nan():
 def test_alone_with_its_positive_the_loss_is_zero():
     allowed = torch.zeros(3, NUM_PASSAGES, dtype=torch.bool).scatter(1, POSITIVES[:, None], True)
     for teacher in (None, "kl_div", "m3_kd_loss"):
-        settings = resolve_weights(UnifiedConfig(teacher=teacher))
+        settings = resolve_settings(UnifiedConfig(teacher=teacher))
         terms = unified_loss(
             _scores(), POSITIVES, allowed, settings, 1.0, True, _teacher() if teacher else None
         )
@@ -162,7 +163,7 @@ def test_alone_with_its_positive_the_loss_is_zero():
 
 
 def test_order_of_negatives_in_a_record_does_not_matter():
-    taught, settings = _teacher(), resolve_weights(UnifiedConfig(teacher="m3_kd_loss"))
+    taught, settings = _teacher(), resolve_settings(UnifiedConfig(teacher="m3_kd_loss"))
     swap = torch.tensor([0, 2, 1])
     swapped = TeacherGroups(taught.scores_QG[:, swap], taught.columns_QG[:, swap], taught.exists_QG[:, swap])
     everything = torch.ones(3, NUM_PASSAGES, dtype=torch.bool)
@@ -177,25 +178,27 @@ def test_accuracy_counts_masked_rows_rightly():
     scores = {name: torch.zeros(2, 3) for name in NAMES}
     scores["dense"] = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 3.0]])
     allowed = torch.tensor([[True, False, True], [True, True, True]])
-    settings = resolve_weights(UnifiedConfig())
+    settings = resolve_settings(UnifiedConfig())
     terms = unified_loss(scores, torch.tensor([0, 1]), allowed, settings, 0.5, False)
     assert terms.accuracy["dense"].item() == 0.5
 
 
 def test_margin_rule_by_the_sum_and_by_the_teacher():
     scores = _scores()
-    mask = margin_mask(scores["sum"], scores["sum"].gather(1, POSITIVES[:, None]).squeeze(1), 0.5)
-    for query in range(3):
-        for column in range(NUM_PASSAGES):
-            assert mask[query, column] == (
-                scores["sum"][query, column] > scores["sum"][query, POSITIVES[query]] + 0.5
-            )
-    everything, plain = torch.ones(3, NUM_PASSAGES, dtype=torch.bool), resolve_weights(UnifiedConfig())
-    with_margin = resolve_weights(UnifiedConfig(false_negative_margin=0.5))
+    above = [
+        [
+            scores["sum"][query, column] > scores["sum"][query, POSITIVES[query]] + 0.5
+            for column in range(NUM_PASSAGES)
+        ]
+        for query in range(3)
+    ]
+    mask = torch.tensor(above)
+    everything, plain = torch.ones(3, NUM_PASSAGES, dtype=torch.bool), resolve_settings(UnifiedConfig())
+    with_margin = resolve_settings(UnifiedConfig(false_negative_margin=0.5))
     ours = unified_loss(scores, POSITIVES, everything, with_margin, 1.0, True).total
     assert ours.item() == unified_loss(scores, POSITIVES, ~mask, plain, 1.0, True).total.item()
 
-    by_teacher = resolve_weights(
+    by_teacher = resolve_settings(
         UnifiedConfig(false_negative_margin=0.4, false_negative_margin_source="teacher")
     )
     expected = everything.clone()
@@ -207,8 +210,8 @@ def test_margin_rule_by_the_sum_and_by_the_teacher():
 
 
 def test_presets():
-    m3, v1 = resolve_weights(UnifiedConfig()), resolve_weights(UnifiedConfig(preset="m3_v1"))
-    joint = resolve_weights(
+    m3, v1 = resolve_settings(UnifiedConfig()), resolve_settings(UnifiedConfig(preset="m3_v1"))
+    joint = resolve_settings(
         UnifiedConfig(preset="joint", loss_weights=LossWeights(dense=2.0, lexical=0.0, multi_vector=0.5))
     )
     assert (m3.loss_weights.lexical, m3.sum_weights.lexical, m3.distill_weights.lexical, m3.loss_divisor) == (
@@ -248,18 +251,18 @@ def test_the_recipes_own_weights_win():
         distill_weights=HeadWeights(dense=0.0),
         self_distill_start_step=7,
     )
-    settings = resolve_weights(config)
+    settings = resolve_settings(config)
     assert (settings.sum_weights.lexical, settings.loss_weights.lexical, settings.distill_weights.dense) == (
         2.0,
         1.0,
         0.0,
     )
     assert [settings.distills(step) for step in (0, 6, 7)] == [False, False, True]
-    assert not resolve_weights(UnifiedConfig(self_distill=False)).distills(100)
+    assert not resolve_settings(UnifiedConfig(self_distill=False)).distills(100)
     terms = unified_loss(_scores(), POSITIVES, _allowed(), settings, 1.0, True)
     assert [name for name in terms.terms if "distill" in name] == ["distill_lexical", "distill_multi_vector"]
     assert "sum" not in terms.terms
-    margin_only = resolve_weights(
+    margin_only = resolve_settings(
         UnifiedConfig(preset="joint", false_negative_margin=1.0, loss_weights=LossWeights(lexical=0.0))
     )
     assert margin_only.sum_weights == HeadWeights(dense=1, lexical=0, multi_vector=1)
@@ -274,7 +277,7 @@ def test_a_rank_without_queries_adds_zero():
             scores,
             nothing,
             torch.zeros(0, columns, dtype=torch.bool),
-            resolve_weights(UnifiedConfig()),
+            resolve_settings(UnifiedConfig()),
             2.0,
             True,
         )

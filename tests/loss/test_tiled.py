@@ -1,20 +1,21 @@
 """The tiled loss against the plain one: values, every term, accuracies and gradients, in float64."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from megam3.batch import join_representations
-from megam3.candidates import Candidates
 from megam3.config.schema import LossWeights, UnifiedConfig
 from megam3.dist import comm
 from megam3.dist.gather import gather_rows
-from megam3.losses import resolve_weights, unified_loss
+from megam3.loss.distillation import TeacherGroups
+from megam3.loss.negatives import Negatives
+from megam3.loss.settings import resolve_settings
+from megam3.loss.tiled import tiled_unified_loss
+from megam3.loss.unified import unified_loss
 from megam3.scoring.combine import count_over_ranks, score_global, score_heads
-from megam3.scoring.split import keep_heads, split_texts
-from megam3.teacher import TeacherGroups
-from megam3.tiled.loss import tiled_unified_loss
 from tests.ranks import run_ranks
 from tests.representations import random_representations
 
@@ -40,16 +41,21 @@ def _side(rank):
     )
 
 
-def _candidates(offsets, hashes, everyones_hashes, first, in_batch):
+def _negatives(offsets, hashes, everyones_hashes, first, in_batch):
     starts, stops = offsets[:-1], offsets[1:]
-    if not in_batch:
-        return Candidates(starts, stops, hashes, hashes[starts], False)
-    return Candidates(starts + first, stops + first, everyones_hashes, hashes[starts], True)
+    shift = first if in_batch else 0
+    return Negatives(
+        positive_column_Q=starts + shift,
+        group_stop_Q=stops + shift,
+        passage_hash_P=everyones_hashes if in_batch else hashes,
+        known_positive_hash_QM=hashes[starts][:, None],
+        in_batch_negatives=in_batch,
+    )
 
 
-def _teacher(candidates, taught, config):
+def _teacher(negatives, taught, config):
     return (
-        TeacherGroups(taught, *candidates.group_columns())
+        TeacherGroups(taught, *negatives.group_columns())
         if config.teacher or config.false_negative_margin_source == "teacher"
         else None
     )
@@ -76,10 +82,10 @@ CONFIGS = [
 def _both(rank, config, in_batch, distill, tile, only_tiled=False):
     """Plain and tiled numbers of this rank."""
     queries, passages, offsets, hashes, taught = _side(rank)
-    settings, counts = resolve_weights(config), count_over_ranks(queries, passages)
-    candidates = _candidates(offsets, hashes, gather_rows(hashes), counts.first_passage, in_batch)
-    candidates = Candidates(**{**vars(candidates), "mask_false_negatives": config.mask_false_negatives})
-    teacher = _teacher(candidates, taught, config)
+    settings, counts = resolve_settings(config), count_over_ranks(queries, passages)
+    negatives = _negatives(offsets, hashes, gather_rows(hashes), counts.first_passage, in_batch)
+    negatives = replace(negatives, mask_false_negatives=config.mask_false_negatives)
+    teacher = _teacher(negatives, taught, config)
     leaves = [*queries.floats(), *passages.floats()]
     scores = score_global(queries, passages, settings.sum_weights, heads=settings.heads, counts=counts)
     if not in_batch:
@@ -87,15 +93,15 @@ def _both(rank, config, in_batch, distill, tile, only_tiled=False):
     scale = comm.world_size() / sum(counts.queries)
     plain = unified_loss(
         scores.by_name(),
-        candidates.positive_column_Q,
-        candidates.allowed(),
+        negatives.positive_column_Q,
+        negatives.visible(),
         settings,
         scale,
         distill,
         teacher,
     )
     tiled = tiled_unified_loss(
-        queries, passages, candidates, settings, counts, distill, teacher=teacher, tile_texts=tile
+        queries, passages, negatives, settings, counts, distill, teacher=teacher, tile_texts=tile
     )
     return [_numbers(plain, leaves), _numbers(tiled, leaves)]
 
@@ -134,9 +140,14 @@ def test_equals_the_plain_loss_over_three_ranks_one_of_them_empty():
 def test_a_single_query_with_a_single_passage_costs_nothing():
     queries, passages = random_representations(1, 1), random_representations(1, 2)
     zero = torch.zeros(1, dtype=torch.int64)
-    candidates = Candidates(zero, zero + 1, zero, zero)
-    settings, counts = resolve_weights(UnifiedConfig()), count_over_ranks(queries, passages)
-    terms = tiled_unified_loss(queries, passages, candidates, settings, counts, True)
+    negatives = Negatives(
+        positive_column_Q=zero,
+        group_stop_Q=zero + 1,
+        passage_hash_P=zero,
+        known_positive_hash_QM=zero[:, None],
+    )
+    settings, counts = resolve_settings(UnifiedConfig()), count_over_ranks(queries, passages)
+    terms = tiled_unified_loss(queries, passages, negatives, settings, counts, True)
     assert terms.total.item() == 0.0
     terms.total.backward()
     for leaf in (*queries.floats(), *passages.floats()):
@@ -145,10 +156,10 @@ def test_a_single_query_with_a_single_passage_costs_nothing():
 
 def test_split_and_join_are_inverse():
     texts = random_representations(7, 3)
-    joined = join_representations(split_texts(texts, [2, 0, 4, 1]))
+    joined = join_representations(texts.split([2, 0, 4, 1]))
     for ours, theirs in zip(vars(joined).values(), vars(texts).values()):
         assert torch.equal(ours, theirs)
-    bare = keep_heads(texts, ("dense",))
+    bare = texts.keep_heads(("dense",))
     assert (bare.lexical_ids_Z.numel(), bare.multi_KC.shape[0], bare.multi_offsets_N1.tolist()) == (
         0,
         0,

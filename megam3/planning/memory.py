@@ -18,36 +18,16 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megam3.config.deepspeed import FP32_SUMS_FROM_STAGE
+from megam3.loss.limits import GROUP_TILE_TEXTS, SCORE_MATRICES, loss_needs_tiles, texts_per_tile
+from megam3.scoring.chunks import passages_at_a_time, products_at_a_time, rows_widened_at_a_time
 
 FP32, INT32 = 4, 4
-
-MATRIX_SCORES = 1 << 26
-"""Scores of one head held at once before the loss goes over to tiles: 256 MB in fp32, times SCORE_MATRICES."""
-
-WINNERS = 1 << 30
-"""MaxSim's (query row, passage) pairs held at once before the loss goes over to tiles: 4 GB of winners."""
-
-TILE_TEXTS = 2048
-"""Queries and passages of a tile: 4 M scores, 16 MB each in fp32."""
-
-TILE_WINNERS = 1 << 24
-"""With the multi-vector head, bound on a tile's (query rows × passages), each of which keeps an int32 between its passes: 64 MB."""
-
-GROUP_TILE_TEXTS = 64
-"""The tiled loss scores this many queries against their own groups at a time, of which each query keeps one."""
-
-SCORE_MATRICES = 17
-"""fp32 matrices queries × passages alive at the peak of the loss: per score (3 heads, sum) itself, masked logits, log-probabilities and one
-gradient; and the distillation's target."""
-
-PRODUCTS_CPU, PRODUCTS_CUDA = 1 << 20, 1 << 26
-"""Row products of MaxSim held at a time; equal to CHUNK_ELEMENTS_* of megam3/scoring/maxsim.py."""
 
 WINNER_BYTES = 28
 """MaxSim's backward pass per (query row, passage): column, coefficient, sorted column, order (int64), row and value."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """Sizes of an encoder with three heads."""
 
@@ -77,7 +57,7 @@ class ModelShape:
         return embeddings + self.num_layers * layer + hidden + 1 + width * (hidden + 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Strategy:
     """How the memory is shared and saved: what ds_configs/ and the engine section decide."""
 
@@ -96,7 +76,7 @@ class Strategy:
     on_gpu: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepShape:
     """The work of one rank in one step."""
 
@@ -246,26 +226,6 @@ def representation_bytes(model: ModelShape, strategy: Strategy, step: StepShape)
     return 2 * (rows + num_texts * model.hidden_size * FP32 + step.num_tokens * FP32) + step.num_tokens * 8
 
 
-def loss_needs_tiles(num_queries: int, num_columns: int, query_rows: int, num_passages: int) -> bool:
-    """Whether whole score matrices, or MaxSim's winners with them, would be too many to hold.
-
-    Args:
-        num_queries, num_passages: of one rank.
-        num_columns: passages of all ranks.
-        query_rows: multi-vector rows of all ranks' queries; 0 without that head.
-    """
-    return num_queries * num_columns > MATRIX_SCORES or query_rows * num_passages > WINNERS
-
-
-def texts_per_tile(rows_per_query: float) -> int:
-    """Texts per side of a tile, for queries of so many multi-vector rows on average; 0 without that head."""
-    return (
-        TILE_TEXTS
-        if rows_per_query == 0
-        else max(1, min(TILE_TEXTS, int((TILE_WINNERS / max(1.0, rows_per_query)) ** 0.5)))
-    )
-
-
 def loss_bytes(model: ModelShape, strategy: Strategy, step: StepShape) -> dict[str, int]:
     """Peak of the loss over all ranks' passages: score matrices, MaxSim's winners and its backward pass, every rank's queries."""
     ranks, size, width = strategy.world_size, strategy.precision_bytes, model.row_width
@@ -288,7 +248,7 @@ def loss_bytes(model: ModelShape, strategy: Strategy, step: StepShape) -> dict[s
         kept = rows * passages + queries * step.query_tokens * min(
             step.num_passages, GROUP_TILE_TEXTS * group
         )
-    product = PRODUCTS_CUDA if strategy.on_gpu else PRODUCTS_CPU
+    product = products_at_a_time(strategy.on_gpu)
     return {
         "score matrices": scores * SCORE_MATRICES * FP32,
         "MaxSim": kept * INT32
@@ -301,10 +261,11 @@ def loss_bytes(model: ModelShape, strategy: Strategy, step: StepShape) -> dict[s
 def _maxsim_backward(
     strategy: Strategy, query_rows: int, num_passages: int, passage_tokens: int, width: int
 ) -> int:
-    """Pairs in work at a time, as megam3/scoring/maxsim.py cuts them: chunks of passages, and of query rows where those are widened."""
-    product = PRODUCTS_CUDA if strategy.on_gpu else PRODUCTS_CPU
-    held_rows = max(1, (product if strategy.on_gpu else 4 * product) // width)
-    texts = max(1, min(num_passages, held_rows // max(1, passage_tokens), product // max(1, query_rows)))
+    """Pairs in work at a time: chunks of passages, and of query rows where those are widened."""
+    product = products_at_a_time(strategy.on_gpu)
+    held_rows = rows_widened_at_a_time(product, width, strategy.on_gpu)
+    per_sort = passages_at_a_time(product, query_rows)
+    texts = max(1, min(num_passages, held_rows // max(1, passage_tokens), per_sort))
     rows = query_rows if strategy.precision_bytes == FP32 else min(query_rows, held_rows)
     return rows * texts * WINNER_BYTES
 

@@ -1,6 +1,6 @@
 """From a recipe to the memory of one rank at the worst moment of a step, in words: for `megam3 plan-memory` and for the start of a run.
 
-Counted from config.json and the recipe by megam3/memory.py; no weights are read, no device is touched.
+Counted from config.json and the recipe by megam3/planning/memory.py; no weights are read, no device is touched.
 """
 
 from __future__ import annotations
@@ -8,12 +8,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from megam3.config.batch_size import BatchRow, batch_arithmetic
+from megam3.config.batch_size import BucketStep, group_sizes, queries_in_buckets
 from megam3.config.deepspeed import build_deepspeed_config
 from megam3.config.schema import RunConfig
 from megam3.encoders import counted_families, read_encoder_config
 from megam3.errors import ConfigError
-from megam3.memory import MemoryPlan, ModelShape, StepShape, Strategy, largest_chunk, plan_memory, remedies
+from megam3.planning.memory import (
+    MemoryPlan,
+    ModelShape,
+    StepShape,
+    Strategy,
+    largest_chunk,
+    plan_memory,
+    remedies,
+)
 
 GIB = 1 << 30
 DEFAULT_BUCKET, DEFAULT_LIVE = 500_000_000, 1_000_000_000
@@ -52,16 +60,16 @@ def read_model_shape(config: RunConfig) -> ModelShape:
         return value
 
     return ModelShape(
-        size("num_hidden_layers"),
-        size("hidden_size"),
-        size("intermediate_size"),
-        size("num_attention_heads"),
-        size("vocab_size"),
-        size("max_position_embeddings"),
-        int(encoder.get("type_vocab_size", 1)),
-        config.model.multi_vector_dim or 0,
-        dropout(config.model.hidden_dropout, "hidden_dropout_prob"),
-        dropout(config.model.attention_dropout, "attention_probs_dropout_prob"),
+        num_layers=size("num_hidden_layers"),
+        hidden_size=size("hidden_size"),
+        intermediate_size=size("intermediate_size"),
+        num_attention_heads=size("num_attention_heads"),
+        vocab_size=size("vocab_size"),
+        num_positions=size("max_position_embeddings"),
+        num_types=int(encoder.get("type_vocab_size", 1)),
+        multi_vector_dim=config.model.multi_vector_dim or 0,
+        hidden_dropout=dropout(config.model.hidden_dropout, "hidden_dropout_prob"),
+        attention_dropout=dropout(config.model.attention_dropout, "attention_probs_dropout_prob"),
     )
 
 
@@ -74,26 +82,31 @@ def read_strategy(config: RunConfig, world_size: int, *, on_gpu: bool) -> Strate
         return (zero.get(key) or {}).get("device", "none") != "none"
 
     stage: int = zero["stage"]
+    copies = 2 if zero.get("overlap_comm", stage == 3) and stage > 0 else 1
     return Strategy(
-        stage,
-        world_size,
-        2 if final["bf16"]["enabled"] else 4,
-        config.engine.activation_checkpointing,
-        config.engine.activation_offload,
-        offloads("offload_optimizer"),
-        offloads("offload_param"),
-        zero.get("reduce_bucket_size", DEFAULT_BUCKET)
-        * (2 if zero.get("overlap_comm", stage == 3) and stage > 0 else 1),
-        zero.get("stage3_max_live_parameters", DEFAULT_LIVE),
-        on_gpu,
+        zero_stage=stage,
+        world_size=world_size,
+        precision_bytes=2 if final["bf16"]["enabled"] else 4,
+        checkpointing=config.engine.activation_checkpointing,
+        activation_offload=config.engine.activation_offload,
+        optimizer_offload=offloads("offload_optimizer"),
+        parameter_offload=offloads("offload_param"),
+        bucket_elements=zero.get("reduce_bucket_size", DEFAULT_BUCKET) * copies,
+        live_parameters=zero.get("stage3_max_live_parameters", DEFAULT_LIVE),
+        on_gpu=on_gpu,
     )
 
 
 def heaviest_step(config: RunConfig, model: ModelShape, strategy: Strategy) -> tuple[int, StepShape]:
-    """The length bucket (its upper edge) whose step needs most, when every text has the bucket's full length."""
+    """The length bucket (its upper edge) whose step needs most, when every text has the bucket's full length.
+
+    Every group size of the recipe is tried: with a token budget, small groups make more queries of fewer passages.
+    """
+    is_text = config.objective.data_kind == "text"
     steps = [
-        (row.max_tokens, _step(config, row, strategy.world_size))
-        for row in batch_arithmetic(config.data, strategy.world_size)
+        (step.max_tokens, _step(config, step, strategy.world_size))
+        for group in sorted(set(group_sizes(config.data)))
+        for step in queries_in_buckets(config.data, group, is_text)
     ]
     return max(steps, key=lambda step: plan_memory(model, strategy, step[1]).total_bytes)
 
@@ -142,19 +155,17 @@ def advice(
     ], False
 
 
-def _step(config: RunConfig, row: BatchRow, world_size: int) -> StepShape:
-    data = config.data
-    query_tokens, passage_tokens = (
-        min(row.max_tokens, data.query_max_tokens),
-        min(row.max_tokens, data.passage_max_tokens),
-    )
-    queries, passages = row.queries_per_rank, row.passages_per_rank
-    if queries is None or passages is None:
-        group = data.passages_per_query
-        queries = max(1, row.max_tokens_per_rank // (query_tokens + group * passage_tokens))
-        passages = queries * group
+def _step(config: RunConfig, step: BucketStep, world_size: int) -> StepShape:
+    """One rank's share of a step, by the same numbers as the data plan serves."""
+    # what fits a token budget need not divide over the ranks: one may get a query more than the mean
+    queries = -(-step.queries // world_size)
     return StepShape(
-        queries, passages, query_tokens, passage_tokens, data.batch.chunk_tokens, config.objective.tiling()
+        num_queries=queries if step.query_tokens else 0,
+        num_passages=queries * (step.passages // step.queries),
+        query_tokens=step.query_tokens,
+        passage_tokens=step.passage_tokens,
+        chunk_tokens=config.data.batch.chunk_tokens,
+        loss_tiles=config.objective.tiling(),
     )
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megam3.batch import RetrievalBatch, pack_texts
-from megam3.candidates import find_candidates, group_rows
 from megam3.dist import comm
+from megam3.loss.negatives import find_negatives, group_rows
 from tests.ranks import run_ranks
 
 
@@ -43,38 +43,38 @@ SIZES, HASHES = [2, 1, 3], [7, 8, 7, 9, 9, 7]
 
 @pytest.mark.parametrize("in_batch", [True, False])
 @pytest.mark.parametrize("mask", [True, False])
-def test_allowed_equals_the_loop_also_in_tiles(in_batch, mask):
-    candidates = find_candidates(_batch(SIZES, HASHES, in_batch), mask)
+def test_visible_equals_the_loop_also_in_tiles(in_batch, mask):
+    negatives = find_negatives(_batch(SIZES, HASHES, in_batch), mask)
     expected = torch.tensor(_naive(SIZES, HASHES, in_batch, mask))
-    assert torch.equal(candidates.allowed(), expected)
-    assert torch.equal(candidates.allowed(slice(1, 3), slice(2, 5)), expected[1:3, 2:5])
-    assert candidates.positive_column_Q.tolist() == [0, 2, 3]
+    assert torch.equal(negatives.visible(), expected)
+    assert torch.equal(negatives.visible(slice(1, 3), slice(2, 5)), expected[1:3, 2:5])
+    assert negatives.positive_column_Q.tolist() == [0, 2, 3]
 
 
 def test_equal_texts_are_never_negatives():
     # passage 2 is query 0's positive under another query; 4 equals query 2's positive inside its own group
-    allowed = find_candidates(_batch(SIZES, HASHES), True).allowed()
-    assert allowed.tolist()[0] == [True, True, False, True, True, False]
-    assert allowed.tolist()[2] == [True, True, True, True, False, True]
+    visible = find_negatives(_batch(SIZES, HASHES), True).visible()
+    assert visible.tolist()[0] == [True, True, False, True, True, False]
+    assert visible.tolist()[2] == [True, True, True, True, False, True]
 
 
 def test_groups_side_by_side():
-    candidates = find_candidates(_batch(SIZES, HASHES), True)
-    columns, exists = candidates.group_columns()
+    negatives = find_negatives(_batch(SIZES, HASHES), True)
+    columns, exists = negatives.group_columns()
     assert columns.tolist() == [[0, 1, 1], [2, 2, 2], [3, 4, 5]]
     assert exists.tolist() == [[True, True, False], [True, False, False], [True, True, True]]
     rows = group_rows(torch.arange(6.0), _batch(SIZES, HASHES).group_offsets_Q1, fill=-1.0)
     assert rows.tolist() == [[0.0, 1.0, -1.0], [2.0, -1.0, -1.0], [3.0, 4.0, 5.0]]
-    assert candidates.to("cpu").allowed().tolist() == candidates.allowed().tolist()
+    assert negatives.to("cpu").visible().tolist() == negatives.visible().tolist()
 
 
 def _on_a_rank():
     batch = _batch(SIZES[:2], HASHES[:3]) if comm.rank() == 0 else _batch(SIZES[2:], HASHES[3:])
-    candidates = find_candidates(batch, True, (3, 3))
+    negatives = find_negatives(batch, True, (3, 3))
     return [
-        candidates.allowed().tolist(),
-        candidates.positive_column_Q.tolist(),
-        find_candidates(batch, True).num_passages,
+        negatives.visible().tolist(),
+        negatives.positive_column_Q.tolist(),
+        find_negatives(batch, True).num_passages,
     ]
 
 
@@ -86,9 +86,29 @@ def test_two_ranks_see_what_one_rank_sees():
 
 def test_no_queries():
     batch = _batch([], torch.zeros(0, dtype=torch.int64).tolist())
-    candidates = find_candidates(
+    negatives = find_negatives(
         replace(batch, passage_hashes_P=torch.zeros(0, dtype=torch.int64)),
         True,
     )
-    assert candidates.allowed().shape == (0, 0)
-    assert candidates.group_columns()[0].shape == (0, 0)
+    assert negatives.visible().shape == (0, 0)
+    assert negatives.group_columns()[0].shape == (0, 0)
+
+
+def test_every_known_positive_of_a_query_is_no_negative():
+    # query 0 also knows text 9 (columns 3 and 4), query 2 text 8 (column 1); query 1 has one positive, repeated
+    known = torch.tensor([[7, 9], [7, 7], [9, 8]])
+    batch = replace(_batch(SIZES, HASHES), known_positive_hashes_QM=known)
+    negatives = find_negatives(batch, True)
+    naive = [
+        [
+            column == positive or hash_ not in {*known[query].tolist(), HASHES[positive]}
+            for column, hash_ in enumerate(HASHES)
+        ]
+        for query, positive in enumerate([0, 2, 3])
+    ]
+    assert negatives.visible().tolist() == naive
+    assert negatives.visible()[0].tolist() == [True, True, False, False, False, False]
+    columns, exists = negatives.group_columns()
+    in_group = negatives.visible_in_group()
+    assert torch.equal(in_group & exists, negatives.visible().gather(1, columns) & exists)
+    assert find_negatives(batch, False).visible().all()

@@ -12,9 +12,10 @@ from transformers import XLMRobertaConfig, XLMRobertaModel
 from megam3.batch import pack_texts
 from megam3.config.schema import ModelConfig
 from megam3.engine.activations import ActivationMemory
-from megam3.memory import (
-    PRODUCTS_CPU,
-    PRODUCTS_CUDA,
+from megam3.loss.limits import loss_needs_tiles
+from megam3.model.m3 import M3Model, represent
+from megam3.model.pretrained import load_m3
+from megam3.planning.memory import (
     ModelShape,
     StepShape,
     Strategy,
@@ -22,17 +23,20 @@ from megam3.memory import (
     largest_chunk,
     layer_bytes,
     loss_bytes,
-    loss_needs_tiles,
     plan_memory,
     remedies,
     state_bytes,
 )
-from megam3.model.m3 import M3Model, represent
-from megam3.model.pretrained import load_m3
-from megam3.scoring.maxsim import CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_CUDA
 from tests.factory import make_tiny_model_folder, random_token_ids
 
-BGE_M3 = ModelShape(24, 1024, 4096, 16, 250_002, 8194)
+BGE_M3 = ModelShape(
+    num_layers=24,
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_attention_heads=16,
+    vocab_size=250_002,
+    num_positions=8194,
+)
 STEP = StepShape(num_queries=4, num_passages=32, query_tokens=512, passage_tokens=8192)
 GIB = 1 << 30
 
@@ -68,7 +72,16 @@ def _saved_bytes(model: M3Model, lengths: list[int]) -> int:
 def test_a_layer_saves_exactly_the_tensors_that_are_counted(tmp_path, lengths, dropout):
     # the difference of two depths is the layers alone
     saved = [_saved_bytes(_model(tmp_path / str(n), num_layers=n, dropout=dropout), lengths) for n in (1, 3)]
-    shape = ModelShape(1, 64, 128, 4, 480, 514, hidden_dropout=dropout, attention_dropout=dropout)
+    shape = ModelShape(
+        num_layers=1,
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=4,
+        vocab_size=480,
+        num_positions=514,
+        hidden_dropout=dropout,
+        attention_dropout=dropout,
+    )
     counted = layer_bytes(
         shape, Strategy(precision_bytes=4, on_gpu=False), sum(lengths), max(lengths), len(set(lengths)) > 1
     )
@@ -86,7 +99,14 @@ def test_a_checkpointed_layer_saves_its_input(tmp_path):
 def test_parameters_are_counted_as_the_model_has_them(tmp_path):
     model = _model(tmp_path, num_layers=2, dropout=0.0)
     config = model.encoder.config
-    shape = ModelShape(2, 64, 128, 4, config.vocab_size, config.max_position_embeddings)
+    shape = ModelShape(
+        num_layers=2,
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=4,
+        vocab_size=config.vocab_size,
+        num_positions=config.max_position_embeddings,
+    )
     assert shape.num_parameters == sum(p.numel() for p in model.parameters())
     sizes = {
         "vocab_size": 250_002,
@@ -106,7 +126,14 @@ def test_parameters_are_counted_as_the_model_has_them(tmp_path):
 def test_one_layer_by_hand():
     # 10 tokens of width 4, inner 16, 2 heads, bf16 on a GPU: (8·4 + 2·16) · 2 + 16 (norms' statistics) + 2 ·
     # 4 (log-sum-exp) a token
-    shape = ModelShape(1, 4, 16, 2, 100, 10)
+    shape = ModelShape(
+        num_layers=1,
+        hidden_size=4,
+        intermediate_size=16,
+        num_attention_heads=2,
+        vocab_size=100,
+        num_positions=10,
+    )
     assert layer_bytes(shape, Strategy(), 10, 10) == 10 * (64 * 2 + 16 + 8)
     assert layer_bytes(replace(shape, hidden_dropout=0.1), Strategy(), 10, 10) == 10 * (64 * 2 + 16 + 8 + 8)
 
@@ -205,7 +232,3 @@ def test_a_loss_in_tiles_holds_the_winners_of_one_tile():
     assert tiled - gathered < GIB
     assert loss_needs_tiles(1024, 288 * 8, 1024 * 512 * 8, 288)
     assert not loss_needs_tiles(1024, 288 * 8, 0, 288)
-
-
-def test_products_held_are_those_of_maxsim():
-    assert (PRODUCTS_CPU, PRODUCTS_CUDA) == (CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_CUDA)

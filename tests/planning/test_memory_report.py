@@ -6,9 +6,9 @@ import pytest
 
 from megam3.cli import main
 from megam3.config.load import load_config
-from megam3.memory import plan_memory
-from megam3.memory_report import heaviest_step, read_model_shape, read_strategy
-from tests.memory_probe import probe
+from megam3.planning.memory import plan_memory
+from megam3.planning.memory_report import heaviest_step, read_model_shape, read_strategy
+from tests.planning.memory_probe import probe
 
 BGE_M3 = {
     "model_type": "xlm-roberta",

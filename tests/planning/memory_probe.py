@@ -1,4 +1,4 @@
-"""Training steps in a process of their own, and the most memory they held: python -m tests.memory_probe
+"""Training steps in a process of their own, and the most memory they held: python -m tests.planning.memory_probe
 '[{"hidden_size": 32, …}, {…}]'.
 
 The first case is a small one, which loads what libraries load on first use (some 30 MiB). The figures are the
@@ -25,10 +25,10 @@ from megam3.dist import comm
 from megam3.dist.env import discover_ranks, free_port
 from megam3.engine.activations import ActivationMemory
 from megam3.engine.deepspeed import Engine, join, model_construction
-from megam3.memory import ModelShape, StepShape, Strategy, plan_memory
 from megam3.model.m3 import is_head_parameter
 from megam3.model.pretrained import load_m3
 from megam3.objectives.unified import UnifiedObjective
+from megam3.planning.memory import ModelShape, StepShape, Strategy, plan_memory
 from tests.batches import batch_of
 from tests.factory import make_tiny_model_folder, random_token_ids
 
@@ -74,8 +74,8 @@ def probe(change: dict, world_size: int = 1) -> dict:
             }
             make_tiny_model_folder(Path(spec["folder"]), **sizes)
         command, place = (
-            [sys.executable, "-m", "tests.memory_probe", json.dumps(cases)],
-            Path(__file__).resolve().parents[1],
+            [sys.executable, "-m", "tests.planning.memory_probe", json.dumps(cases)],
+            Path(__file__).resolve().parents[2],
         )
         ranks = []
         for rank in map(str, range(world_size)):
@@ -138,27 +138,35 @@ def main(spec: dict) -> dict:
     for step in range(2):
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         with engine.step_scope(), engine.accumulation(0, 1):
-            objective.run(engine, batch_of(_groups(spec, 100 * step + 10 * comm.rank())), Progress(step))
+            objective.run(engine, batch_of(_groups(spec, 100 * step + 10 * comm.rank())), Progress(step=step))
         peaks.append(_resident("VmHWM") - before)
         engine.update(step)
     config = model.encoder.config
     shape = ModelShape(
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_attention_heads,
-        config.vocab_size,
-        config.max_position_embeddings,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        num_positions=config.max_position_embeddings,
         hidden_dropout=spec["dropout"],
         attention_dropout=spec["dropout"],
     )
     assert shape.num_parameters == sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     strategy = Strategy(
-        spec["zero_stage"], spec["world_size"], 4, spec["checkpointing"], bucket_elements=1000, on_gpu=False
+        zero_stage=spec["zero_stage"],
+        world_size=spec["world_size"],
+        precision_bytes=4,
+        checkpointing=spec["checkpointing"],
+        bucket_elements=1000,
+        on_gpu=False,
     )
-    num_passages = spec["num_queries"] * spec["passages_per_query"]
     work = StepShape(
-        spec["num_queries"], num_passages, spec["query_tokens"], spec["passage_tokens"], spec["chunk_tokens"]
+        num_queries=spec["num_queries"],
+        num_passages=spec["num_queries"] * spec["passages_per_query"],
+        query_tokens=spec["query_tokens"],
+        passage_tokens=spec["passage_tokens"],
+        chunk_tokens=spec["chunk_tokens"],
     )
     plan = plan_memory(shape, strategy, work)
     return {

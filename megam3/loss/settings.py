@@ -1,0 +1,106 @@
+"""Every number of the unified loss, resolved from the recipe: a preset, and what the recipe says over it.
+
+The presets name their sources. A head that `objective.heads` leaves out has no weight anywhere, and the averages are taken
+over the losses that remain.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megam3.config.schema import HEADS, HeadWeights, LossWeights, UnifiedConfig
+
+NAMES = (*HEADS, "sum")
+"""Scores that have a loss, in the order of every table."""
+
+M3_SUM = HeadWeights(dense=1.0, lexical=0.3, multi_vector=1.0)
+"""w1, w2, w3 of the combined score: arXiv 2402.03216v4, section 3.3, and FlagEmbedding 1.4.2 (`ensemble_score`)."""
+M3_LOSS = LossWeights(dense=1.0, lexical=0.1, multi_vector=1.0, sum=1.0)
+"""λ1, λ2, λ3 and 1: arXiv 2402.03216v4, section 3.3, and FlagEmbedding 1.4.2 (`EncoderOnlyEmbedderM3Model.forward`)."""
+M3_DISTILL = HeadWeights(dense=1.0, lexical=0.1, multi_vector=1.0)
+"""The same λ on the distillation losses."""
+ONES = HeadWeights(dense=1.0, lexical=1.0, multi_vector=1.0)
+"""arXiv 2402.03216v1, section 3.3: every weight 1."""
+ONES_AND_SUM = LossWeights(dense=1.0, lexical=1.0, multi_vector=1.0, sum=1.0)
+"""The same, with the combined score."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """What `resolve_settings` makes of the recipe: every number the loss uses."""
+
+    temperature: float
+    maxsim: Literal["mean", "sum"]
+    """Reduction of the multi-vector score over query rows."""
+    sum_weights: HeadWeights | None
+    """None: no combined score is needed."""
+    loss_weights: LossWeights
+    loss_divisor: float
+    """L averages four losses with three heads and the sum (the later paper and the released code divide by their
+    number, not by their weights); `joint` adds them up."""
+    distill_weights: HeadWeights | None
+    """None: no self-distillation in this run."""
+    distill_divisor: float
+    """L' averages one distillation loss a head."""
+    distill_start_step: int
+    teacher: Literal["kl_div", "m3_kd_loss"] | None
+    false_negative_margin: float | None
+    margin_source: Literal["sum", "teacher"]
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Heads that must be scored: those with a loss, a part in the sum, or a distillation."""
+        tables = [self.loss_weights, self.sum_weights, self.distill_weights]
+        return tuple(name for name in HEADS if any(t is not None and getattr(t, name) for t in tables))
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Scores that are formed: the heads, then their sum where it is needed."""
+        return (*self.heads, *(["sum"] if self.sum_weights is not None else []))
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Scores with a loss of their own."""
+        return tuple(name for name in NAMES if getattr(self.loss_weights, name))
+
+    @property
+    def distilled(self) -> tuple[str, ...]:
+        """Heads that the combined score teaches, once distillation has begun."""
+        weights = self.distill_weights
+        return tuple(name for name in HEADS if weights is not None and getattr(weights, name))
+
+    def distills(self, step: int) -> bool:
+        """Whether self-distillation is on after `step` optimizer steps."""
+        return self.distill_weights is not None and step >= self.distill_start_step
+
+
+def resolve_settings(config: UnifiedConfig) -> LossSettings:
+    """Preset plus the recipe's own tables.
+
+    `joint`, and a single head, have neither sum nor distillation, whatever else is set: the sum of one head is that head.
+    """
+    alone = config.preset == "joint" or len(config.heads) == 1
+    is_m3 = config.preset == "m3"
+    losses = config.loss_weights or (M3_LOSS if is_m3 else ONES_AND_SUM)
+    sums = config.sum_weights or (M3_SUM if is_m3 else ONES)
+    distills = config.distill_weights or (M3_DISTILL if is_m3 else ONES)
+    absent = {name: 0.0 for name in HEADS if name not in config.heads}
+    losses, sums, distills = (table.model_copy(update=absent) for table in (losses, sums, distills))
+    if alone:
+        losses = losses.model_copy(update={"sum": 0.0})
+        # the sum serves the margin rule alone here, and heads out of training stay out of it
+        sums = HeadWeights(**{name: getattr(sums, name) if getattr(losses, name) else 0.0 for name in HEADS})
+    has_distillation = config.self_distill and not alone
+    margin_on_sum = config.false_negative_margin is not None and config.false_negative_margin_source == "sum"
+    return LossSettings(
+        temperature=config.temperature,
+        maxsim=config.maxsim,
+        sum_weights=sums if losses.sum or has_distillation or margin_on_sum else None,
+        loss_weights=losses,
+        loss_divisor=1.0 if alone else len(config.heads) + 1.0,
+        distill_weights=distills if has_distillation else None,
+        distill_divisor=float(len(config.heads)),
+        distill_start_step=config.self_distill_start_step,
+        teacher=config.teacher,
+        false_negative_margin=config.false_negative_margin,
+        margin_source=config.false_negative_margin_source,
+    )
