@@ -14,7 +14,7 @@ from types import FrameType
 import torch
 
 from megam3.batch import Progress
-from megam3.checkpoint import RunState, save_checkpoint
+from megam3.checkpoint import Retention, RunState, save_checkpoint
 from megam3.config.schema import RunConfig
 from megam3.data.dataset import TrainingData
 from megam3.data.loader import Batch
@@ -168,7 +168,7 @@ def save(run: Run, progress: Progress) -> None:
         replace(run.state, progress=progress),
         run.engine.save,
         run.model_files,
-        run.config.train.keep_checkpoints,
+        Retention(keep=run.config.train.keep_checkpoints, resumed_step=run.state.progress.step or None),
     )
     logger.info("saved %s", folder)
 
