@@ -1,4 +1,7 @@
-"""A real two-node Slurm on this machine, for tests marked `slurm`: slurmctld and two slurmd on loopback, one core each."""
+"""A real two-node Slurm on this machine, for tests marked `slurm`: slurmctld and two slurmd on loopback.
+
+Each node has two cores and two GPUs that are numbers only; jobs of partition `urgent` push out those of `main`.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +40,13 @@ SelectTypeParameters=CR_Core
 ReturnToService=2
 JobRequeue=1
 KillWait=20
+SlurmdParameters=config_overrides
+GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9
 """
 
 
@@ -96,9 +104,11 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
         (folder / name).mkdir()
     host = socket.gethostname().split(".")[0]
     nodes = "\n".join(
-        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 RealMemory=100 State=UNKNOWN"
+        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=100"
+        " Gres=gpu:2 State=UNKNOWN"
         for node, port in zip(NODES, ports[1:], strict=True)
     )
+    (folder / "gres.conf").write_text("Name=gpu Count=2\n")
     conf = folder / "slurm.conf"
     conf.write_text(CONFIG.format(host=host, folder=folder, controller_port=ports[0], nodes=nodes))
     inherited = {
