@@ -52,13 +52,21 @@ export MEGAM3_JOB=${SLURM_JOB_ID:-}
 # since Slurm 22.05 srun no longer takes --cpus-per-task from the job: without this, every rank would get one core
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
 # with an arbitrary distribution rank 0 is on the first host of the given list, not of the sorted one
-[ -z "${SLURM_ARBITRARY_NODELIST:-}" ] || export MASTER_ADDR=${MASTER_ADDR:-${SLURM_ARBITRARY_NODELIST%%,*}}
+if [ -n "${SLURM_HOSTFILE:-}" ] && [ -r "$SLURM_HOSTFILE" ] && [ -z "${MASTER_ADDR:-}" ]; then
+  read -r MASTER_ADDR <"$SLURM_HOSTFILE" && export MASTER_ADDR=${MASTER_ADDR%%[,\*]*}
+fi
 
 # how many ranks: what was asked for, else one for each GPU
 tasks=()
 if [ -z "${SLURM_NTASKS_PER_NODE:-}${SLURM_NTASKS:-}" ]; then
   gpus=${SLURM_GPUS_ON_NODE:-0}
-  [ "$gpus" -le 1 ] || tasks=(--ntasks-per-node="$gpus" --ntasks=$((gpus * ${SLURM_JOB_NUM_NODES:-1})))
+  if [ "$gpus" -gt 1 ]; then
+    tasks=(--ntasks-per-node="$gpus" --ntasks=$((gpus * ${SLURM_JOB_NUM_NODES:-1})))
+    if [ "${SLURM_CPUS_ON_NODE:-$gpus}" -lt "$gpus" ]; then
+      say "${SLURM_CPUS_ON_NODE} cores for $gpus ranks on a node: they share them; add --cpus-per-gpu to the line of sbatch"
+      tasks+=(--overcommit)
+    fi
+  fi
 fi
 # every rank's output in a file of its own, when asked for; otherwise all in the job's log, each line led by its rank
 output=(--label)

@@ -1,6 +1,6 @@
 """A real two-node Slurm on this machine, for tests marked `slurm`: slurmctld and two slurmd on loopback.
 
-Each node has two cores and two GPUs that are numbers only; jobs of partition `urgent` push out those of `main`.
+Each node has two cores and two GPUs that are copies of /dev/null; jobs of partition `urgent` push out those of `main`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -108,7 +109,9 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
         " Gres=gpu:2 State=UNKNOWN"
         for node, port in zip(NODES, ports[1:], strict=True)
     )
-    (folder / "gres.conf").write_text("Name=gpu Count=2\n")
+    for gpu in range(2):
+        os.mknod(folder / f"gpu{gpu}", stat.S_IFCHR | 0o600, os.makedev(1, 3))  # /dev/null under another name
+    (folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={folder}/gpu[0-1]\n")
     conf = folder / "slurm.conf"
     conf.write_text(CONFIG.format(host=host, folder=folder, controller_port=ports[0], nodes=nodes))
     inherited = {
@@ -188,7 +191,7 @@ def _wait_until_idle(cluster: Cluster) -> None:
     end = time.monotonic() + 60
     while True:
         done = subprocess.run(
-            ["sinfo", "-h", "-N", "-o", "%t"],
+            ["sinfo", "-h", "-N", "-p", "main", "-o", "%t"],
             env=dict(cluster.environ),
             capture_output=True,
             text=True,
