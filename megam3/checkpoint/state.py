@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from megam3.batch import Progress
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunState:
     """What a run needs to know of a checkpoint before it touches the weights."""
 
