@@ -31,7 +31,7 @@ from megam3.checkpoint.state import RunState
 from megam3.dist import comm
 from megam3.errors import CheckpointError
 from megam3.files import flush_folder, flush_tree, write_json
-from megam3.obs.shared_folder import check_shared
+from megam3.dist.shared_folder import check_shared
 
 logger = logging.getLogger(__name__)
 
