@@ -11,6 +11,12 @@ import sys
 import traceback
 from dataclasses import replace
 
+from megam3.obs.stop import EXIT_REQUEUE, EXIT_STOPPED, StopSignal
+
+STOP = StopSignal()
+if __name__ == "__main__":
+    STOP.__enter__()  # the imports below take seconds, in which a signal would kill without a save
+
 from megam3.dist.env import RankInfo, discover_ranks, prepare_environment
 
 prepare_environment(os.environ)  # DeepSpeed picks its accelerator and its build folder while it is imported
@@ -26,13 +32,16 @@ from megam3.dist import comm
 from megam3.dist.device import choose_device, describe_devices, device_index
 from megam3.dist.shared_folder import check_shared
 from megam3.errors import UserError
-from megam3.trainer import EXIT_REQUEUE, StopSignal, train
+from megam3.obs.guard import RunGuard
+from megam3.trainer import train
 
 logger = logging.getLogger(__name__)
 
 EXIT_LOST_PEER = 1
 """Exit code of a rank that had to end because another one did."""
 
+
+COLLECTIVE_TIMEOUT_FACTOR = 1.5
 
 EXIT_FAILED = 1
 """Exit code of a rank that met an error nobody expected; its traceback is on stderr."""
@@ -41,9 +50,10 @@ EXIT_FAILED = 1
 def main(argv: list[str] | None = None) -> int:
     """Train one run on this rank; returns the exit code.
 
-    0: finished. 2: bad input. 85: to be started again. 1: another rank has ended, or an error nobody
-    expected. A rank among several that fails does not return: it says why and leaves at once, without waiting
-    for the others, which may sit in a collective call that it will never join (`megam3.dist.comm.leave`).
+    0: finished. 2: bad input. 85: to be started again. 143: stopped by SIGTERM. 1: another rank has ended, or
+    an error nobody expected. A rank among several that fails does not return: it says why and leaves at once,
+    without waiting for the others, which may sit in a collective call that it will never join
+    (`megam3.dist.comm.leave`).
     """
     arguments = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")]
     rank = int(os.environ.get("RANK", "0"))
@@ -63,8 +73,11 @@ def main(argv: list[str] | None = None) -> int:
         # found from the command line and the disk alone, so every rank finds the same: one of them says it
         return print_user_error(error) if rank == 0 else USER_ERROR_CODE
     try:
-        with StopSignal() as stop:
-            code = _train(config, ranks, stop)
+        if __name__ == "__main__":
+            code = _train(config, ranks, STOP)
+        else:
+            with StopSignal() as stop:
+                code = _train(config, ranks, stop)
     except UserError as error:
         code = print_user_error(error, f"rank {rank}: " if ranks.world_size > 1 else "")
     except Exception as error:
@@ -74,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"megam3: rank {rank}: another rank has ended; its own message says why", file=sys.stderr)
         code = EXIT_LOST_PEER
-    if code in (0, EXIT_REQUEUE):
+    if code in (0, EXIT_REQUEUE, EXIT_STOPPED):
         # every rank comes here, so all of them leave the group together
         comm.stop()
     else:
@@ -86,15 +99,19 @@ def _train(config: RunConfig, ranks: RankInfo, stop: StopSignal) -> int:
     device = choose_device(config.engine.device, ranks.local_rank, os.environ)
     # DeepSpeed takes its device from LOCAL_RANK: both must mean the same one
     replace(ranks, local_rank=device_index(device, ranks.local_rank)).export(os.environ)
-    comm.start(ranks, "nccl" if device.type == "cuda" else "gloo")
+    # the watchdog speaks first, and says more than a collective that times out
+    timeout_seconds = COLLECTIVE_TIMEOUT_FACTOR * config.train.timeout_seconds
+    comm.start(ranks, "nccl" if device.type == "cuda" else "gloo", timeout_seconds)
     share_threads(device)
     check_shared(os.path.join(config.output_dir, config.name), "output_dir")
     if config.data.store_dir is not None:
         check_shared(config.data.store_dir, "data.store_dir")
-    run = build(config, device)
-    for line in describe_devices(device):
-        logger.info(line)
-    return train(run, stop)
+    run_dir = os.path.join(config.output_dir, config.name)
+    with RunGuard(run_dir, config.train.timeout_seconds, os.environ) as guard:
+        run = build(config, device, guard)
+        for line in describe_devices(device):
+            logger.info(line)
+        return train(run, stop)
 
 
 def share_threads(device: torch.device) -> None:

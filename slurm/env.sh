@@ -14,6 +14,11 @@
 : "${MEGAM3_MAX_RESTARTS:=3}"
 : "${MEGAM3_RESTART_SECONDS:=600}"
 
+# seconds between Slurm's warning and its kill, as in `#SBATCH --signal=B:USR1@300` of train.sh: a run whose steps are too
+# long for it says so
+: "${MEGAM3_WARNING_SECONDS:=300}"
+export MEGAM3_WARNING_SECONDS
+
 # a folder for one log file a rank; empty: all ranks write into the job's log, each line led by its rank
 : "${MEGAM3_RANK_LOGS:=}"
 

@@ -20,9 +20,12 @@ from megam3.checkpoint.find import (
     check_resumable,
     clear_partials,
     consolidated_weights,
+    list_steps,
     newest_complete,
     read_state,
     set_aside,
+    was_started_by,
+    write_started_by,
 )
 from megam3.checkpoint.folders import find_problem
 from megam3.checkpoint.save import Retention, save_checkpoint
@@ -36,8 +39,11 @@ __all__ = [
     "consolidated_weights",
     "find_problem",
     "has_same_layout",
+    "list_steps",
     "newest_complete",
     "read_state",
     "save_checkpoint",
     "set_aside",
+    "was_started_by",
+    "write_started_by",
 ]

@@ -14,9 +14,12 @@ from megam3.checkpoint.state import RunState
 from megam3.dist import comm
 from megam3.engine.consolidate import consolidate
 from megam3.errors import CheckpointError
-from megam3.files import read_json
+from megam3.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
+
+STARTED_BY = "started-by.json"
+"""In a run folder: the job whose train.resume=never or train.resume_step was carried out."""
 
 
 def newest_complete(run_dir: str, report: Callable[[str], None], step: int | None = None) -> str | None:
@@ -32,7 +35,7 @@ def newest_complete(run_dir: str, report: Callable[[str], None], step: int | Non
     root = os.path.join(run_dir, "checkpoints")
     there = comm.gather_objects_json(list(reversed(step_names(root))))[0]
     names = [name for name in there if step in (None, step_of(name))]
-    broken = []
+    broken: list[str] = []
     for name in names:
         folder = os.path.join(root, name)
         found = comm.gather_objects_json(find_problem(folder, comm.rank(), comm.world_size()))
@@ -66,6 +69,26 @@ def _rename_all(root: str, names: Sequence[str], why: str) -> None:
             rename_aside(root, name, why)
         except OSError as error:
             logger.warning("%s cannot be renamed: %s", os.path.join(root, name), error)
+
+
+def list_steps(run_dir: str) -> list[int]:
+    """Steps of the checkpoints in a run folder, whole or not, oldest first."""
+    return [step_of(name) for name in step_names(os.path.join(run_dir, "checkpoints"))]
+
+
+def was_started_by(run_dir: str, job: str) -> bool:
+    """Whether this job has begun this run before: then train.resume=never and train.resume_step are done, and
+    a requeue continues. `job` empty: a start by hand, which always means what it says.
+    """
+    try:
+        return bool(job) and read_json(os.path.join(run_dir, STARTED_BY)) == {"job": job}
+    except (OSError, ValueError):
+        return False
+
+
+def write_started_by(run_dir: str, job: str) -> None:
+    """Note that `job` has set aside or gone back as it was asked to; main rank only."""
+    write_json(os.path.join(run_dir, STARTED_BY), {"job": job})
 
 
 def clear_partials(run_dir: str) -> None:

@@ -29,9 +29,9 @@ from megam3.checkpoint.folders import (
 )
 from megam3.checkpoint.state import RunState
 from megam3.dist import comm
+from megam3.dist.shared_folder import check_shared
 from megam3.errors import CheckpointError
 from megam3.files import flush_folder, flush_tree, write_json
-from megam3.dist.shared_folder import check_shared
 
 logger = logging.getLogger(__name__)
 
@@ -90,17 +90,17 @@ def save_checkpoint(
     name = step_name(state.progress.step)
     partial, final = os.path.join(root, f".{name}.partial"), os.path.join(root, name)
     _main_rank_does(root, lambda: _prepare(root, partial, state, model_files))
-    check_shared(partial)
+    check_shared(partial, patience_seconds=STALE_SECONDS)
     try:
         written = write(partial)
         flush_written(partial, written)
+        own = files_below(partial) if written is None or comm.is_main() else written
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError of its zip writer. Peers may sit in a
         # collective of `write`: no talk with them here
         raise _write_error(partial, error) from error
-    own = files_below(partial) if written is None or comm.is_main() else written
     owners = share_out(comm.gather_objects_json(sorted(own)))
-    parts = comm.gather_objects_json(_describe_own(partial, owners))
+    parts = comm.gather_objects_json(_describe_own(partial, owners, written))
     _main_rank_does(root, lambda: _publish(partial, final, parts, fence))
     is_proved = retention.keep > 1 or _is_readable(final)
     _main_rank_does(root, lambda: _retire(root, state.progress.step, retention, is_proved))
@@ -159,9 +159,13 @@ def share_out(listings: Sequence[Sequence[str]]) -> dict[str, int]:
     return owners
 
 
-def _describe_own(partial: str, owners: Mapping[str, int]) -> dict[str, FileEntry]:
+def _describe_own(
+    partial: str, owners: Mapping[str, int], written: Sequence[str] | None
+) -> dict[str, FileEntry]:
     mine = [file for file, rank in owners.items() if rank == comm.rank()]
     try:
+        # what the engine wrote without saying so (DeepSpeed's recovery script) is the main rank's to flush
+        flush_written(partial, [file for file in mine if written is not None and file not in written])
         return {file: describe(os.path.join(partial, file)) for file in mine}
     except OSError as error:
         raise CheckpointError(*_explain(partial, error)) from None

@@ -66,8 +66,8 @@ class Heartbeat:
         """The loop enters a phase after `step` done steps."""
         self._place = replace(self._place, step=step, phase=phase)
 
-    def progress(self, step: int, total_steps: int, tokens_per_second: float | None = None) -> None:
-        """`step` is done; speed and remaining time follow from the first call on."""
+    def progress(self, step: int, total_steps: int, tokens_per_second: float | None = None) -> float | None:
+        """`step` is done; speed and remaining time follow from the first call on. Returns seconds a step."""
         now = time.monotonic()
         if self._first is None:
             self._first = (step, now)
@@ -81,6 +81,7 @@ class Heartbeat:
             seconds_per_step=per_step,
             eta_seconds=None if per_step is None else per_step * (total_steps - step),
         )
+        return per_step
 
     def _keep(self) -> None:
         while not self._ended.is_set():

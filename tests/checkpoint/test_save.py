@@ -231,10 +231,9 @@ def _save_on_two_ranks(folder: str, how: str) -> list[str]:
         save.files_below = lambda path: [f for f in real(path) if "rank-1" not in f]
     if how == "apart":
         run_dir = run_dir / f"node-{comm.rank()}"
-        import megam3.obs.shared_folder as shared_folder
+        import megam3.checkpoint.save as save
 
-        shared_folder.PATIENCE_SECONDS = 0.5
-        shared_folder.check_shared.__kwdefaults__["patience_seconds"] = 0.5
+        save.STALE_SECONDS = 0.5
     if how == "disk" and comm.is_main():
         real_usage = shutil.disk_usage
         shutil.disk_usage = lambda path: real_usage(path)._replace(free=0)
@@ -274,9 +273,9 @@ def test_an_error_of_the_main_rank_is_every_ranks_error(tmp_path):
 @pytest.mark.ranks
 def test_a_run_folder_that_nodes_do_not_share_is_refused_with_the_ranks_named(tmp_path):
     said = run_ranks(_save_on_two_ranks, 2, str(tmp_path), "apart")
-    for rank in range(2):
-        assert "is not one folder for all ranks: what rank 0 on" in said[rank][1]
-        assert "is not seen by rank 1 on" in said[rank][1]
+    assert "do not see what rank 0" in said[0][1]
+    assert "give a folder on a file system that all nodes share" in said[0][1]
+    assert "do not see what rank 0" in said[1][1]
 
 
 def test_errno_of_a_quota_is_that_of_a_full_disk(tmp_path):
