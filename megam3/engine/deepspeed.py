@@ -196,9 +196,9 @@ class Engine:
         writer = self._engine.checkpoint_engine
         save = writer.save
 
-        def save_and_note(state: Any, path: str, *args: Any, **kwargs: Any) -> Any:
+        def save_and_note(state_dict: Any, path: str) -> Any:
             written.append(os.path.relpath(path, folder))
-            return save(state, path, *args, **kwargs)
+            return save(state_dict, path)
 
         writer.save = save_and_note
         try:
