@@ -250,7 +250,7 @@ def test_a_stopped_data_worker_ends_the_run_with_its_phase(place: Workplace) -> 
 def test_a_full_disk_is_a_users_error_and_the_next_start_goes_on(place: Workplace, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], check=False)
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], check=False)
     if made.returncode:
         pytest.skip("cannot mount a tmpfs")
     try:

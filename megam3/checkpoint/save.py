@@ -89,7 +89,7 @@ def save_checkpoint(
     root = os.path.join(run_dir, "checkpoints")
     name = step_name(state.progress.step)
     partial, final = os.path.join(root, f".{name}.partial"), os.path.join(root, name)
-    _main_rank_does(root, lambda: _prepare(root, partial, state, model_files))
+    _main_rank_does(root, lambda: _prepare(root, partial, state, model_files, retention))
     check_shared(partial, patience_seconds=STALE_SECONDS)
     try:
         written = write(partial)
@@ -107,18 +107,30 @@ def save_checkpoint(
     return final
 
 
-def _prepare(root: str, partial: str, state: RunState, model_files: str) -> None:
+def _prepare(root: str, partial: str, state: RunState, model_files: str, retention: Retention) -> None:
     is_new = not os.path.isdir(root)
     os.makedirs(root, exist_ok=True)
     if is_new:
         flush_folder(os.path.dirname(root))
         flush_folder(os.path.dirname(os.path.dirname(root)))
     remove_partials(root)
-    check_space(root)
+    _make_space(root, retention)
     os.makedirs(partial)
     shutil.copytree(model_files, os.path.join(partial, "model"))
     write_json(os.path.join(partial, "state.json"), asdict(state))
     flush_tree(os.path.join(partial, "model"))
+
+
+def _make_space(root: str, retention: Retention) -> None:
+    names = step_names(root)
+    try:
+        check_space(root)
+    except CheckpointError:
+        # train.keep_checkpoints may have been lowered because the disk is full: what it no longer
+        # covers goes first
+        if not prune(root, retention.keep, retention.protects(names, step_of(names[-1]) if names else 0)):
+            raise
+        check_space(root)
 
 
 def flush_written(folder: str, files: Sequence[str] | None) -> None:

@@ -164,6 +164,20 @@ def test_too_little_space_is_found_before_anything_is_written(tmp_path, monkeypa
     assert not wrote
 
 
+def test_a_lower_number_to_keep_frees_the_space_of_the_next_one(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        save_step(tmp_path, step, write=lambda folder: write_rank_file(folder, 1 << 20))
+
+    def usage(path):
+        return shutil._ntuple_diskusage(1 << 30, 0, (5 - len(steps_in(tmp_path))) * (1 << 19))
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(CheckpointError, match="lower train.keep_checkpoints"):
+        save_step(tmp_path, 4)
+    save_step(tmp_path, 4, keep=1, resumed_step=3)
+    assert steps_in(tmp_path) == ["step-000003", "step-000004"]
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Four megabytes of tmpfs."""
