@@ -62,9 +62,14 @@ def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def calls(place: Workplace) -> dict[str, dict]:
     """Runs of a few steps, one after another in one process."""
+    changed = ["train.steps=6", "optim.eps=1.0e-3", "optim.betas=[0.5,0.98]", "optim.weight_decay=0.3"]
     arguments = {
         "first": ["name=changed", "train.steps=2"],
-        "changed": ["name=changed", "train.steps=4", "optim.eps=1.0e-6", "optim.betas=[0.9,0.98]"],
+        "changed": ["name=changed", *changed],
+        "first elsewhere": ["name=elsewhere", "train.steps=2"],
+        "elsewhere": ["name=elsewhere", *changed, "engine.template=zero2"],
+        "first same": ["name=same", "train.steps=2"],
+        "same": ["name=same", "train.steps=6"],
         "minutes": ["name=minutes", "train.steps=4", "train.save_every_minutes=1.0e-9"],
         "back": ["name=minutes", "train.steps=4", "train.resume_step=2"],
         "no such step": ["name=minutes", "train.resume_step=77"],
@@ -95,10 +100,21 @@ def poison(place: Workplace, folder: Path) -> Path:
 
 def test_what_changed_since_the_checkpoint_is_said(calls: dict[str, dict]) -> None:
     said = calls["changed"]["said"]
-    assert "changed since the checkpoint: optim.eps: 1e-08 -> 1e-06" in said
-    assert "changed since the checkpoint: optim.betas: [0.9, 0.999] -> [0.9, 0.98]" in said
-    assert "train.steps: 2 -> 4" in said
+    assert "changed since the checkpoint: optim.eps: 1e-08 -> 0.001" in said
+    assert "changed since the checkpoint: optim.betas: [0.9, 0.999] -> [0.5, 0.98]" in said
+    assert "train.steps: 2 -> 6" in said
     assert "changed since" not in calls["first"]["said"]
+
+
+def test_changed_moment_decays_take_effect_at_the_same_layout_as_at_another(
+    calls: dict[str, dict], place: Workplace
+) -> None:
+    # at another ZeRO stage weights and moments are joined by name, and the settings are the recipe's
+    losses = {
+        name: [row["loss/total"] for row in place.rows(name)] for name in ("changed", "elsewhere", "same")
+    }
+    assert losses["changed"] == pytest.approx(losses["elsewhere"], rel=1e-5)
+    assert losses["changed"][-1] != pytest.approx(losses["same"][-1], rel=1e-3)
 
 
 def test_checkpoints_come_by_the_clock_where_nobody_gave_a_number_of_steps(
