@@ -1,6 +1,7 @@
 """The contracts between data, model and objectives, and the legend of shape suffixes.
 
-    T tokens in a stream      N texts in a stream       Q queries            P passages (all groups, positives first in each)
+    T tokens in a stream      N texts in a stream       Q queries
+    P passages (all groups, the positive first in each)
     G passages per query      D hidden width            C multi-vector width V vocabulary        W ranks
     K multi-vector rows       Z (text, id) pairs with an id that occurs in the text, ascending by text then id
     a trailing 1 is one more: `cu_seqlens_N1` has N + 1 entries
@@ -24,7 +25,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class PackedTexts:
-    """N texts as one token stream. Lengths also stay on the host, so that no kernel launch waits for a copy."""
+    """N texts as one token stream. Lengths also stay on the host: no kernel launch waits for a copy."""
 
     input_ids_T: Tensor
     """int64."""
@@ -155,8 +156,8 @@ class Batch(Protocol):
 class RetrievalBatch:
     """One rank's share of one step: Q queries and their groups of passages, the positive first in each group.
 
-    `texts` holds the Q queries, then the P passages by group: query i owns the passages group_offsets_Q1[i] to
-    group_offsets_Q1[i+1] - 1. Two queries with groups of 2 and 1:
+    `texts` holds the Q queries, then the P passages by group: query i owns the passages group_offsets_Q1[i]
+    to group_offsets_Q1[i+1] - 1. Two queries with groups of 2 and 1:
 
         texts  q0 q1 | p00 p01 | p10       group_offsets_Q1  0 2 3
     """
@@ -214,7 +215,7 @@ class TextBatch:
 
     texts: PackedTexts
     document_offsets_N1: Tensor
-    """int64, on the CPU: sequence n holds document_offsets_N1[n] to document_offsets_N1[n+1] - 1 of `rows`."""
+    """int64, on the CPU: start of each sequence's documents in `rows`, and their end."""
     rows: Tensor
     """int64: row of each document among all datasets."""
     dataset: str = ""
@@ -239,7 +240,7 @@ class TextBatch:
 
 @dataclass(frozen=True)
 class Representations:
-    """What the heads read from one forward pass over N texts. Float tensors carry the graph, the rest is structure."""
+    """What the heads read from one forward pass over N texts. Float tensors carry the graph."""
 
     dense_ND: Tensor
     """L2-normalised."""

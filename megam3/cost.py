@@ -1,6 +1,7 @@
 """Sharing the work of one step: rows over ranks, texts over chunks, by what attention costs.
 
-cost(L) = L · (1 + L / L0):   a layer costs 24·h² FLOPs a token for its matrices and 4·h·L for attention, equal at L0 = 6·h
+cost(L) = L · (1 + L / L0):   a layer costs 24·h² FLOPs a token for its matrices and 4·h·L for attention,
+                              equal at L0 = 6·h
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 ATTENTION_EQUALS_MATRICES_TOKENS = 6 * 1024
-"""L0 for a hidden width of 1024; narrower models weigh attention more, but shares move by a few per cent only."""
+"""L0 for a hidden width of 1024; narrower models weigh attention more, but shares move by a few per cent."""
 
 
 def text_cost(lengths: np.ndarray) -> np.ndarray:
@@ -21,7 +22,9 @@ def text_cost(lengths: np.ndarray) -> np.ndarray:
 
 
 def assign_ranks(costs: np.ndarray, world_size: int) -> list[np.ndarray]:
-    """Indices of `costs` for each rank, ascending: the largest first, each to the rank with the least so far (Graham 1969, LPT).
+    """Indices of `costs` for each rank, ascending.
+
+    Dealt the largest first, each to the rank with the least so far (Graham 1969, LPT).
 
     Every rank gets at least one index if there are enough.
 
@@ -43,7 +46,7 @@ def assign_ranks(costs: np.ndarray, world_size: int) -> list[np.ndarray]:
 
 
 def plan_chunks(lengths: Sequence[int], chunk_tokens: int) -> list[tuple[int, int]]:
-    """Cut texts, in order, into the fewest spans of at most `chunk_tokens` tokens, as even in cost as that number allows.
+    """Cut texts, in order, into the fewest spans of at most `chunk_tokens`, as even in cost as that allows.
 
     A text longer than `chunk_tokens` is a span of its own. Returns (start, stop) pairs.
     """

@@ -1,11 +1,12 @@
-"""Files and folders that appear whole or not at all, and JSON: the one way in which megam3 writes what others read.
+"""Files and folders that appear whole or not at all, and JSON: the one way to write what others read.
 
     with atomic_file(path) as stream: ...      path.HOST-PID.tmp is written, flushed to disk, then renamed
     with atomic_folder(path) as aside: ...     .path.partial is filled, flushed, then renamed
     write_json(path, value)                    the same for one JSON document
 
-A process killed in between leaves the temporary name behind and never a half file under the final one. `durable=True`
-also flushes the parent folder, so that the new name survives a power loss; it costs one disk flush a call.
+A process killed in between leaves the temporary name behind and never a half file under the final one.
+`durable=True` also flushes the parent folder, so that the new name survives a power loss; it costs one disk
+flush a call.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _ABANDONED_SECONDS = 24 * 3600.0
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "wb", *, durable: bool = True) -> Iterator[IO[Any]]:
-    """A stream whose content gets the name `path` when the block ends without an exception; `mode` is wb or w (UTF-8)."""
+    """A stream whose content gets the name `path` if the block raises nothing; `mode` is wb or w (UTF-8)."""
     aside = Path(f"{path}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         with open(aside, mode, encoding=None if "b" in mode else "utf-8") as stream:
@@ -47,8 +48,8 @@ def atomic_file(path: str | Path, mode: str = "wb", *, durable: bool = True) -> 
 def is_abandoned(aside: Path) -> bool:
     """Whether a temporary file of `atomic_file` belongs to nobody any more: only such a file may be deleted.
 
-    Its process has ended, when that was on this host; of another host's process nothing is known, so its file must be
-    older than a day. Files named otherwise are not ours.
+    Its process has ended, when that was on this host; of another host's process nothing is known, so its file
+    must be older than a day. Files named otherwise are not ours.
     """
     named = re.fullmatch(r".+\.(?P<host>[^/]+)-(?P<pid>\d+)\.tmp", aside.name)
     if named is None:

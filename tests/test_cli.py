@@ -138,7 +138,7 @@ def test_every_subcommand_has_its_main(name: str) -> None:
     source = importlib.util.find_spec(SUBCOMMANDS[name].module)
     assert source is not None
     assert source.origin is not None
-    assert "def main(argv" in Path(source.origin).read_text()
+    assert "def main(argv: Sequence[str]" in Path(source.origin).read_text()
 
 
 def test_help_of_a_subcommand_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:

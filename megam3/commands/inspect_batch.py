@@ -11,7 +11,7 @@ from itertools import islice
 import numpy as np
 
 from megam3.commands.prepare import store_folder
-from megam3.config.load import load_config
+from megam3.commands.recipe import add_recipe, given_config
 from megam3.data.assemble import BatchArrays
 from megam3.data.dataset import TrainingData, open_training_data
 from megam3.data.report import batch_text
@@ -26,14 +26,13 @@ def main(argv: Sequence[str]) -> int:
         UserError: of the recipe or its data.
     """
     parser = argparse.ArgumentParser(prog="megam3 inspect-batch", description=__doc__)
-    parser.add_argument("recipe", help="a YAML file, or the name of a packaged recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields that win over the recipe")
+    add_recipe(parser)
     parser.add_argument("--step", type=int, default=0, help="optimizer step, from 0")
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--world-size", type=int, default=1)
     parser.add_argument("--characters", type=int, default=200, help="text shown of each query and passage")
     arguments = parser.parse_intermixed_args(argv)
-    config = load_config(arguments.recipe, arguments.overrides)
+    config = given_config(arguments)
     tokenizer = load_tokenizer(config.model.path)
     data = open_training_data(config.data, tokenizer, store_folder(config), config.train.seed)
     data.check_world_size(arguments.world_size)

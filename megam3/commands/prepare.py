@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megam3.config.load import load_config
+from megam3.commands.recipe import add_recipe, given_config
 from megam3.config.schema import RunConfig
 from megam3.data.prepare import UNIT_BYTES, PrepareProgress, prepare_data
 from megam3.data.report import draw_histogram, store_report
@@ -29,17 +29,11 @@ from megam3.data.tokenizer import load_tokenizer
 from megam3.errors import ConfigError
 
 
-def main(argv: Sequence[str]) -> int:
-    """Prepare, or verify; prints the report of every finished dataset.
-
-    Raises:
-        UserError: bad input, a store made from other settings, a full disk.
-    """
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megam3 prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", help="a YAML file, or the name of a packaged recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields that win over the recipe")
+    add_recipe(parser)
     parser.add_argument(
         "--processes",
         type=int,
@@ -48,8 +42,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--shard",
-        type=parse_shard,
-        default=(0, 1),
+        default="0/1",
         metavar="I/N",
         help="prepare every N-th unit, beginning with I (from 0)",
     )
@@ -60,8 +53,18 @@ def main(argv: Sequence[str]) -> int:
         help="text per shard, fixed when a store is begun (default: 64)",
     )
     parser.add_argument("--verify", action="store_true", help="check a finished store instead")
-    arguments = parser.parse_intermixed_args(argv)
-    config = load_config(arguments.recipe, arguments.overrides)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prepare, or verify; prints the report of every finished dataset.
+
+    Raises:
+        UserError: bad input, a store made from other settings, a full disk.
+    """
+    arguments = _parser().parse_intermixed_args(argv)
+    shard = parse_shard(arguments.shard)  # not by argparse, which replaces the message of a ValueError
+    config = given_config(arguments)
     store_dir = store_folder(config)
     if arguments.verify:
         return _verify(config, store_dir)
@@ -70,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
         on_progress = _reporter(bar)
         size = arguments.unit_mb << 20
         manifests = prepare_data(
-            config.data, tokenizer, store_dir, arguments.processes, arguments.shard, on_progress, size
+            config.data, tokenizer, store_dir, arguments.processes, shard, on_progress, size
         )
     for manifest in manifests:
         print(store_report(manifest))

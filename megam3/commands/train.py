@@ -17,6 +17,8 @@ import argparse
 import importlib
 from collections.abc import Sequence
 
+from megam3.commands.recipe import add_recipe
+
 
 def main(argv: Sequence[str]) -> int:
     """Check the command line, then hand it to `megam3.train`.
@@ -27,8 +29,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="megam3 train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a packaged recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields that win over the recipe")
+    add_recipe(parser)
     given = parser.parse_intermixed_args(argv)
     code = importlib.import_module("megam3.train").main([given.recipe, *given.overrides])
     return int(code)

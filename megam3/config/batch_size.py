@@ -1,4 +1,4 @@
-"""How many queries a step holds, by length bucket: the paper's tables, and the one place that does this arithmetic.
+"""How many queries a step holds, by length bucket: the paper's tables, and the arithmetic, in one place.
 
 The plan of the data, `megam3 show-config`, the checks of a recipe and the estimate of memory all ask here:
 
@@ -36,7 +36,7 @@ PRESETS = {"m3_contrastive": M3_CONTRASTIVE, "m3_unified": M3_UNIFIED}
 
 
 def bucket_table(batch: BatchConfig) -> tuple[BucketConfig, ...] | None:
-    """The rows of `batch.buckets`, a preset's rows when it names one; None when the batch is sized otherwise."""
+    """The rows of `batch.buckets` or of the preset it names; None when the batch is sized otherwise."""
     if batch.buckets is None:
         return None
     return PRESETS[batch.buckets] if isinstance(batch.buckets, str) else tuple(batch.buckets)
@@ -76,7 +76,7 @@ def longest_text(data: DataConfig) -> int:
 
 
 def bucket_edges(data: DataConfig) -> list[int]:
-    """Upper edges of the length buckets in tokens, ascending; the last one holds the longest text the limits allow.
+    """Upper edges of the length buckets in tokens, ascending; the last holds the longest text allowed.
 
     Raises:
         ConfigError: edges that do not ascend, or a table that ends below the limits.
@@ -90,7 +90,7 @@ def bucket_edges(data: DataConfig) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class BucketStep:
-    """One step of one length bucket over all ranks, every text as long as the bucket and its own limit allow."""
+    """One step of one length bucket over all ranks, every text as long as bucket and limit allow."""
 
     max_tokens: int
     """Upper edge of the bucket."""
@@ -110,10 +110,10 @@ class BucketStep:
 
 
 def queries_in_buckets(data: DataConfig, passages_per_query: int, is_text: bool = False) -> list[BucketStep]:
-    """The step of each bucket for rows with groups of this size; `is_text`: texts for pretraining, one passage each.
+    """The step of each bucket for groups of this size; `is_text`: texts for pretraining, one passage each.
 
-    With a token budget the number fits even when every text is as long as the bucket's edge: memory is never a matter
-    of luck.
+    With a token budget the number fits even when every text is as long as the bucket's edge: memory is never
+    a matter of luck.
 
     Raises:
         ConfigError: none or several of the three ways to give a size, or edges that do not fit the limits.
@@ -168,7 +168,7 @@ class BatchRow:
 
 
 def batch_arithmetic(data: DataConfig, world_size: int) -> list[BatchRow]:
-    """The rows of one step on `world_size` ranks, one for each length bucket; none when the batch itself is wrong.
+    """The rows of one step on `world_size` ranks, one for each bucket; none when the batch is wrong.
 
     `megam3 show-config` shows a recipe with mistakes too, and the checks name them afterwards.
     """
@@ -179,8 +179,8 @@ def batch_arithmetic(data: DataConfig, world_size: int) -> list[BatchRow]:
 
 
 def _row(data: DataConfig, step: BucketStep, world_size: int) -> BatchRow:
-    # a table or a fixed number divides over the ranks (a check); what fits a token budget need not, and a rank may
-    # get one more than the mean
+    # a table or a fixed number divides over the ranks (a check); what fits a token budget need not, and a
+    # rank may get one more than the mean
     queries = -(-step.queries // world_size)
     passages = queries * (step.passages // step.queries)
     tokens = queries * step.query_tokens + passages * step.passage_tokens

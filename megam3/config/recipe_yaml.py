@@ -6,8 +6,8 @@ that names both lines.
 
 Three passes, so that no file can take more than bounded memory or Python stack:
 
-    events    flat, without recursion: nesting depth
-    nodes     every node as often as aliases repeat it: number of values, lines, keys written twice
+    events    flat, without recursion: nesting depth, number of values as written
+    nodes     each as often as aliases repeat it: number of values, lines, keys written twice
     objects   safe ones only: null, booleans, numbers, strings, lists, mappings
 """
 
@@ -59,7 +59,7 @@ def parse(text: str, source: str) -> Document:
         ConfigError: invalid YAML, a key written twice, or more than the bounds above, with `source:line`.
     """
     try:
-        _check_depth(text, source)
+        _check_events(text, source)
         node = _reader().compose(text)
         if node is None:
             return Document(None, {(): f"{source}:1"})
@@ -135,9 +135,14 @@ def _reader() -> YAML:
     return reader
 
 
-def _check_depth(text: str, source: str) -> None:
+def _check_events(text: str, source: str) -> None:
+    """Stop at the first event too deep or too many: they come one by one, and the rest stays unread."""
     depth = 0
-    for event in _reader().parse(text):
+    for number, event in enumerate(_reader().parse(text)):
+        if number > MAX_VALUES:
+            place = f"{source}:{event.start_mark.line + 1}"
+            rule = "are more than any recipe holds"
+            raise ConfigError(place, f"over {MAX_VALUES} values", rule, "is this file a recipe? name another")
         if isinstance(event, CollectionStartEvent):
             depth += 1
         elif isinstance(event, CollectionEndEvent):

@@ -1,9 +1,10 @@
-"""One rank's share of one planned batch, as plain arrays: rows dealt to ranks, passages drawn, segments shuffled.
+"""One rank's share of one planned batch, as plain arrays: rows dealt, passages drawn, segments shuffled.
 
-Every draw is a function of (seed, epoch, row), so the rows of a step, their negatives and their shuffles are the same
-whatever the number of ranks or workers. Runs in the loader's worker processes, hence without torch.
+Every draw is a function of (seed, epoch, row), so the rows of a step, their negatives and their shuffles are
+the same whatever the number of ranks or workers. Runs in the loader's worker processes, hence without torch.
 
-    plan.PlannedBatch ──Assembler.share──▶ BatchArrays ──pipe──▶ loader.to_batch ──▶ batch.RetrievalBatch or TextBatch
+    plan.PlannedBatch ──Assembler.share──▶ BatchArrays ──pipe──▶ loader.to_batch ──▶ batch.RetrievalBatch or
+    TextBatch
 """
 
 from __future__ import annotations
@@ -210,9 +211,10 @@ class Assembler:
 
 
 def draw_group(stored: StoredRow, passages_per_query: int, key: int, row: int, turn: int) -> list[int]:
-    """Text indices of a query's group: one positive, then negatives without repetition, by descending teacher score.
+    """Text indices of a query's group: one positive, then distinct negatives, by descending teacher score.
 
-    The order matters to `m3_kd_loss`, which masks the passages of a group one after the other from the best down.
+    The order matters to `m3_kd_loss`, which masks the passages of a group one after the other from the best
+    down.
     """
     num_texts, num_positives = len(stored.offsets) - 1, stored.num_positives
     slots = np.arange(num_texts)
@@ -237,7 +239,8 @@ def pack_documents(
 ) -> tuple[list[np.ndarray], list[int]]:
     """Join documents, in order, into sequences of at most `max_tokens`: `<s> a a </s> b b b </s>`.
 
-    A document longer than `max_tokens` is a sequence of its own. Returns the sequences and the documents in each.
+    A document longer than `max_tokens` is a sequence of its own. Returns the sequences and the documents in
+    each.
     """
     groups: list[list[np.ndarray]] = []
     length = 0

@@ -65,7 +65,7 @@ class ShardJob:
 
 
 def build_shard(job: ShardJob, tokenizer: Tokenizer) -> ShardSummary:
-    """Prepare one unit: write NAME.arrow, its rejects if any, and last NAME.json, whose presence means that all is complete.
+    """Prepare one unit: NAME.arrow, its rejects if any, and last NAME.json, which says that all is complete.
 
     Returns:
         The contents of NAME.json: counts, checksum and the runs of equal (language, longest text).
@@ -93,7 +93,7 @@ def line_bytes(line: bytes | dict | HugeLine) -> bytes:
 
 
 def input_digest(unit: Unit) -> str:
-    """Digest of a unit as it is on disk now, equal to the one kept when it was prepared if nothing changed."""
+    """Digest of a unit as it is on disk now; equal to the summary's if nothing changed."""
     hasher = hashlib.blake2b(digest_size=16)
     for _, line in read_unit(unit):
         hasher.update(line_bytes(line))

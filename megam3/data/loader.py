@@ -1,9 +1,10 @@
-"""Batches ahead of time: workers assemble them, a reader thread turns them into (pinned) tensors, the training loop takes them in order.
+"""Batches ahead of time: workers assemble, a reader thread makes tensors, the loop takes them in order.
 
     worker 0: batches 0 2 4 …  ╲
     worker 1: batches 1 3 5 …  ── reader thread ──▶ queue of `prefetch` batches ──▶ training loop
 
-A batch is a function of its number, so starting at number s gives exactly the batches an uninterrupted run would have had from s on.
+A batch is a function of its number, so starting at number s gives exactly the batches an uninterrupted run
+would have had from s on.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ POLL_SECONDS = 0.2
 
 
 def to_batch(arrays: BatchArrays, pin: bool = False) -> RetrievalBatch | TextBatch:
-    """The batch as tensors; with `pin` its texts lie in page-locked memory, so that copies to a GPU overlap with compute."""
+    """The batch as tensors; `pin`: texts in page-locked memory, so that copies overlap with compute."""
     texts = pack_stream(torch.from_numpy(arrays.tokens).long(), arrays.lengths.tolist())
     texts = texts.pin_memory() if pin else texts
     offsets, rows = torch.from_numpy(arrays.group_offsets), torch.from_numpy(arrays.rows)

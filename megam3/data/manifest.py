@@ -1,11 +1,11 @@
-"""The JSON documents of a store, and finishing a dataset: index, runs, merged rejects and the manifest that shows it.
+"""The JSON documents of a store, and finishing a dataset: index, runs, merged rejects, manifest.
 
     spec.json           StoreSpec       what the shards are made from; written first
     shards/00000.json   ShardSummary    one per unit; its presence means that the shard is complete
     manifest.json       Manifest        written last; its presence means that the dataset is complete
 
-Every output of finishing is a function of the shard summaries in unit order, so any process that finds all shards complete
-may write it: the bytes are the same. Field names are the keys on disk.
+Every output of finishing is a function of the shard summaries in unit order, so any process that finds all
+shards complete may write it: the bytes are the same. Field names are the keys on disk.
 """
 
 from __future__ import annotations
@@ -233,7 +233,10 @@ def finish_dataset(folder: Path, name: str, spec: StoreSpec, summaries: Sequence
 
 
 def duplicate_lines(folder: Path, summaries: Sequence[ShardSummary]) -> dict[int, list[int]]:
-    """Per unit, the lines whose record id an earlier line already has. Ids are compared range by range: memory stays bounded."""
+    """Per unit, the lines whose record id an earlier line already has.
+
+    Ids are compared range by range: memory stays bounded.
+    """
     with_ids = sum(summary.with_ids for summary in summaries)
     found: dict[int, list[int]] = {}
     for part in range(-(-with_ids // IDS_PER_PASS)):
@@ -285,8 +288,8 @@ def _check_scores(name: str, summaries: Sequence[ShardSummary]) -> None:
 def _index_blocks(folder: Path, summaries: Sequence[ShardSummary]) -> Iterator[bytes]:
     """index.npy shard by shard: 8 bytes a row are too many to hold for a billion rows.
 
-    Not through np.lib.format.open_memmap: writing into a mapped file on a full disk kills the process with SIGBUS,
-    where a stream raises the error that the user needs to read.
+    Not through np.lib.format.open_memmap: writing into a mapped file on a full disk kills the process with
+    SIGBUS, where a stream raises the error that the user needs to read.
     """
     yield _npy_header(INDEX_DTYPE, sum(summary.rows for summary in summaries))
     for unit, summary in enumerate(summaries):

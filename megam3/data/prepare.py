@@ -1,8 +1,8 @@
-"""Preparing a store: cut the inputs into units, tokenise the unfinished ones in parallel, finish the complete datasets.
+"""Preparing a store: cut inputs into units, tokenise the unfinished in parallel, finish complete datasets.
 
-Killed at any moment and started again, it redoes only units without a summary file and ends with the same bytes. With
-`shard=(i, n)` a process takes every n-th unit, so an array of jobs shares the work without talking; whichever finds all
-units complete writes the manifest.
+Killed at any moment and started again, it redoes only units without a summary file and ends with the same
+bytes. With `shard=(i, n)` a process takes every n-th unit, so an array of jobs shares the work without
+talking; whichever finds all units complete writes the manifest.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megam3.data.tokenizer import Tokenizer
 from megam3.errors import ConfigError, DataError
 
 UNIT_BYTES = 64 << 20
-"""Text per shard: large enough that 1.2 billion pairs are thousands of files, small enough that a kill loses seconds."""
+"""Text per shard: 1.2 billion pairs are thousands of files, and a kill loses seconds."""
 MAX_INDEXED_TOKENS = 65535
 """The index keeps lengths in 16 bits."""
 
@@ -120,7 +120,8 @@ def prepare_data(
         Manifests of the datasets that are complete now, in the recipe's order.
 
     Raises:
-        DataError: bad input (records beyond the limit included), a store made from other settings, or a full disk.
+        DataError: bad input (records beyond the limit included), a store made from other settings, or a full
+        disk.
     """
     for field in ("passage_max_tokens", "query_max_tokens"):
         if getattr(config, field) > MAX_INDEXED_TOKENS:
@@ -277,12 +278,13 @@ def _check_rejected(config: DataConfig, rejected: int) -> None:
 
 
 def _finish(config: DataConfig, begun: BegunDataset, tokenizer: Tokenizer) -> Manifest | None:
-    """Finish a dataset if all its units are complete; None if some are still missing (an array job of others)."""
+    """Finish a dataset if all its units are complete; None if other tasks of an array still work on some."""
     manifest = Manifest.read(begun.folder / "manifest.json")
     summaries = begun.summaries() if manifest is None else None
     if summaries is None:
         return manifest
-    # shards that hold repeated ids are written again without them (with `stop`, the first one is an error instead)
+    # shards that hold repeated ids are written again without them (with `stop`, the first one is an error
+    # instead)
     duplicates = duplicate_lines(begun.folder, summaries)
     for number, lines in duplicates.items():
         summaries[number] = build_shard(begun.job(number, lines), tokenizer)

@@ -1,9 +1,9 @@
 """Worker processes that answer requests, one after the other, through pipes.
 
-A worker is a fresh interpreter that imports one module of ours and nothing else: no fork (unsafe once torch, gloo or CUDA
-threads run), no second import of the training script (what multiprocessing's spawn does), no torch. It ends by itself
-when its parent is gone, because its standard input ends. What it raises is raised again in the parent; a worker that dies
-without an answer is an error too.
+A worker is a fresh interpreter that imports one module of ours and nothing else: no fork (unsafe once torch,
+gloo or CUDA threads run), no second import of the training script (what multiprocessing's spawn does), no
+torch. It ends by itself when its parent is gone, because its standard input ends. What it raises is raised
+again in the parent; a worker that dies without an answer is an error too.
 
     parent                                      worker
     Worker(make_handler, setup)  ──pickle──▶    handler = make_handler(setup)
@@ -78,7 +78,8 @@ class Worker:
         try:
             _write(self._process.stdin, request)
         except (BrokenPipeError, ValueError):
-            # receive() reports the death, with the reason the worker gave in its last answer if it had time to
+            # receive() reports the death, with the reason the worker gave in its last answer if it had time
+            # to
             return
 
     def receive(self) -> Any:
@@ -106,7 +107,7 @@ class Worker:
         return f"worker {self.module} (pid {self.pid}) {died} before it answered{hint}"
 
     def kill(self) -> None:
-        """End the process, whatever it is doing; a receive() that waits for it in another thread returns with an error."""
+        """End the process, whatever it is doing; a receive() waiting in another thread raises."""
         self._process.kill()
 
     def close(self) -> None:
@@ -153,8 +154,8 @@ def run_worker() -> None:
     """Be a worker process (the program of every Worker)."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a stray print must not land in the middle of an answer
-    # these reach the whole process group or tree (Ctrl-C, a launcher, Slurm): the parent still needs batches to end its
-    # step, and it decides when a worker ends
+    # these reach the whole process group or tree (Ctrl-C, a launcher, Slurm): the parent still needs batches
+    # to end its step, and it decides when a worker ends
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     serve(sys.stdin.buffer, answers)

@@ -75,7 +75,10 @@ class PlanEstimate:
 
 
 def estimate_plan(plan: Plan, assembler: Assembler, world_size: int, max_batches: int = 200) -> PlanEstimate:
-    """Read the index (no tokens) for evenly spaced batches of the first epoch. Texts drawn from many count with their mean length."""
+    """Read the index (no tokens) for evenly spaced batches of the first epoch.
+
+    Texts drawn from many count with their mean length.
+    """
     numbers = np.unique(
         np.linspace(0, plan.num_batches - 1, min(max_batches, plan.num_batches)).astype(int)
     ).tolist()
@@ -98,7 +101,7 @@ def estimate_plan(plan: Plan, assembler: Assembler, world_size: int, max_batches
 
 
 def _padded(lengths: np.ndarray) -> float:
-    """Tokens of one rank when queries and passages are each padded to their longest; `lengths` is that of Assembler.row_tokens."""
+    """Tokens of one rank, queries and passages each padded to the longest; see Assembler.row_tokens."""
     query, passages, group = lengths[0], lengths[1], lengths[2]
     longest = (passages / np.maximum(group, 1)).max()
     return float(query.max() * len(query) + longest * group.sum())
@@ -109,10 +112,11 @@ def plan_report(plan: Plan, estimate: PlanEstimate, accumulation_steps: int, wor
     served: dict[str, int] = {}
     for stratum in plan.strata:
         served[stratum.language] = served.get(stratum.language, 0) + stratum.num_served
+    tokens_per_epoch = estimate.tokens_per_batch * plan.num_batches
     lines = [
         f"one epoch: {plan.num_served:,} queries in {plan.num_batches:,} batches",
         f"optimizer steps: {plan.num_batches / accumulation_steps:,.1f}",
-        f"tokens: about {estimate.tokens_per_batch:,.0f} a batch, {estimate.tokens_per_batch * plan.num_batches:,.0f} an epoch",
+        f"tokens: about {estimate.tokens_per_batch:,.0f} a batch, {tokens_per_epoch:,.0f} an epoch",
         f"padding avoided: {estimate.padding_avoided:.1%} of what padded batches would process",
         f"imbalance: the busiest of {world_size} ranks has {estimate.imbalance:.1%} more than the mean",
         "",
@@ -122,7 +126,8 @@ def plan_report(plan: Plan, estimate: PlanEstimate, accumulation_steps: int, wor
         short = ", ".join(map(str, cell.tails)) or "–"
         served_here = cell.num_full * cell.batch_queries + sum(cell.tails)
         lines.append(
-            f"{cell.group:<24} {cell.max_tokens:>8,} {served_here:>12,} {cell.batch_queries:>8,} {cell.num_batches:>9,} {short:>12}"
+            f"{cell.group:<24} {cell.max_tokens:>8,} {served_here:>12,} "
+            f"{cell.batch_queries:>8,} {cell.num_batches:>9,} {short:>12}"
         )
     lines += ["", f"{'language':<24} {'queries':>12} {'share':>8}"]
     ranked = sorted(served.items(), key=lambda item: (-item[1], item[0]))

@@ -1,9 +1,9 @@
 """A shard: one Arrow file of token ids, the rows of one unit of input.
 
-The rows of a shard are sorted by (language, tokens of the longest text), so a language and length bucket is one contiguous
-run of rows and the plan needs no list of rows at all. Columns, one entry per record:
+The rows of a shard are sorted by (language, tokens of the longest text), so a language and length bucket is
+one contiguous run of rows and the plan needs no list of rows at all. Columns, one entry per record:
 
-    texts                list<list<int32>>   [query, positives…, negatives…]; a text for pretraining is one list
+    texts                list<list<int32>>   [query, positives…, negatives…]; a pretraining text is one list
     hashes               list<int64>         of each text as written in the input, instruction excluded
     truncated            list<uint8>         1 for a text cut at its limit
     scores               list<float32>       teacher scores of the passages, or empty

@@ -1,8 +1,9 @@
 """From runs of rows to cells of batches: everything about a plan that does not depend on the epoch.
 
-A *run* is neighbouring rows of a shard with one language and one length (the shard is sorted by both). A *stratum* is the
-rows of one dataset, language and length bucket: a list of row ranges. A *group* is the strata that may share a batch (same
-dataset, language or task, as the recipe says). A *cell* is a group's bucket, with its batches.
+A *run* is neighbouring rows of a shard with one language and one length (the shard is sorted by both). A
+*stratum* is the rows of one dataset, language and length bucket: a list of row ranges. A *group* is the
+strata that may share a batch (same dataset, language or task, as the recipe says). A *cell* is a group's
+bucket, with its batches.
 
 A trace, with buckets ≤ 500 and ≤ 1000 tokens and 3 queries a step in both:
 
@@ -17,10 +18,10 @@ A trace, with buckets ≤ 500 and ≤ 1000 tokens and 3 queries a step in both:
     cells      d ≤ 500    11 rows                 3 batches of 3, 2 rows carried up
                d ≤ 1000   4 rows + 2 carried      2 batches of 3
 
-Rows that do not fill a batch in their cell are carried up to the group's next longer cell, where they fit too; only the
-longest cell has short batches, at most two, of at least half the size each (`place_rows`). A group that cannot fill half a
-batch shares batches with other such groups. Nothing is per row: a billion rows are a few million runs on disk and a few
-hundred thousand ranges in memory.
+Rows that do not fill a batch in their cell are carried up to the group's next longer cell, where they fit
+too; only the longest cell has short batches, at most two, of at least half the size each (`place_rows`). A
+group that cannot fill half a batch shares batches with other such groups. Nothing is per row: a billion rows
+are 4 million runs on disk (benchmarks/plan_scale.py), and far fewer ranges in memory.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Stratum:
 
 @dataclass(frozen=True)
 class Carried:
-    """Rows that a shorter cell of the same group could not fill a batch with: positions from `start` on of `cell`."""
+    """Rows with which a shorter cell of the group fills no batch: positions from `start` on of `cell`."""
 
     cell: int
     start: int
@@ -186,14 +187,14 @@ def build_strata(config: DataConfig, datasets: Sequence[DatasetRows]) -> list[St
 
 
 def _ranges(dataset: DatasetRows, edges: list[int]) -> dict[tuple[int, int], Ranges]:
-    """Per (language code, bucket): its row ranges. Vectorised: a Python loop over millions of runs would take minutes."""
+    """Row ranges by (language code, bucket). Vectorised: a loop over millions of runs would take minutes."""
     parts: dict[tuple[int, int], list[Ranges]] = {}
     for start in range(0, len(dataset.runs), RUNS_PER_BLOCK):
         block = dataset.runs[start : start + RUNS_PER_BLOCK]
         bucket = np.searchsorted(edges, block["longest"])
         assert bucket.max() < len(edges), "the last bucket holds the longest text the store's limits allow"
-        # one number for (language, bucket); where it changes, a range begins. Shards lie one after the other, so a range
-        # may also reach over the edge of two shards
+        # one number for (language, bucket); where it changes, a range begins. Shards lie one after the other,
+        # so a range may also reach over the edge of two shards
         stratum = block["language"].astype(np.int64) * len(edges) + bucket
         heads = np.flatnonzero(np.diff(stratum, prepend=-1))
         counts = np.add.reduceat(block["num_rows"], heads)
@@ -215,7 +216,7 @@ def _ranges(dataset: DatasetRows, edges: list[int]) -> dict[tuple[int, int], Ran
 
 
 def _language_factors(rows_of: dict[str, int], temperature: float) -> dict[str, float]:
-    """How many times a row of each language is served so that languages appear in proportion to rows ** (1 / temperature)."""
+    """Times to serve a row of each language for shares in proportion to rows ** (1 / temperature)."""
     if temperature == 1.0:
         return dict.fromkeys(rows_of, 1.0)
     powers = {language: rows ** (1.0 / temperature) for language, rows in rows_of.items()}
@@ -226,7 +227,8 @@ def _language_factors(rows_of: dict[str, int], temperature: float) -> dict[str, 
 
 def build_cells(config: DataConfig, datasets: Sequence[DatasetRows], strata: Sequence[Stratum]) -> list[Cell]:
     """Group strata, size their batches and place every served row in exactly one batch."""
-    # pairs and texts are different batches, and whether in-batch negatives count is a property of a whole batch
+    # pairs and texts are different batches, and whether in-batch negatives count is a property of a whole
+    # batch
     kinds: dict[tuple[bool, bool], dict[str, list[int]]] = {}
     for index, stratum in enumerate(strata):
         dataset = datasets[stratum.dataset]
@@ -247,7 +249,8 @@ def _buckets(
     """The buckets in which these strata have rows, shortest first."""
     members = list(members)
     owners = [datasets[strata[index].dataset] for index in members]
-    # the largest group counts: a batch of several datasets must fit the token budget whoever its rows are from
+    # the largest group counts: a batch of several datasets must fit the token budget whoever its rows are
+    # from
     steps = queries_in_buckets(config, max(owner.passages_per_query for owner in owners), owners[0].is_text)
     found = []
     for bucket in sorted({strata[index].bucket for index in members}):
@@ -270,7 +273,8 @@ def _merge_small(
 ) -> dict[str, list[int]]:
     """Groups that cannot fill half a batch become one; if that one cannot either, it joins the largest group.
 
-    A batch of few queries has few negatives, so its loss is of another scale; such batches are worse than mixed ones.
+    A batch of few queries has few negatives, so its loss is of another scale; such batches are worse than
+    mixed ones.
     """
 
     def fills_half(members: list[int]) -> bool:
@@ -289,18 +293,20 @@ def _merge_small(
 
 
 def place_rows(rows: list[int], queries: list[int], may_be_small: bool = False) -> list[Placed] | None:
-    """The batches of each of a group's cells, shortest first; what a cell does not place is carried to the next.
+    """The batches of each of a group's cells, shortest first; what one does not place is carried to the next.
 
-    The last cell's rest is a short batch if it fills half of one. A smaller rest is made up in one of two ways:
+    The last cell's rest is a short batch if it fills half of one. A smaller rest is made up in one of two
+    ways:
 
         rows 9, queries 4        2 full, rest 1       1 full, then 5 rows as short batches of 3 and 2
-        rows 8 1, queries 8 4    0 full, rest 1       the shorter cell gives up a full batch: 8 + 1 = 1 full, 3 and 2
+        rows 8 1, queries 8 4    0 full, rest 1       the shorter cell gives up its batch: 9 = 1 full, 3, 2
 
     Returns None if all the rows together cannot fill half a batch of the last cell, unless `may_be_small`.
     """
     given_up = [0] * len(rows)
-    # each turn gives up one more full batch of a shorter cell, the longest of them first, whose rows are the nearest in
-    # length to those they join; that ends after as many turns as there are batches, and one is nearly always enough
+    # each turn gives up one more full batch of a shorter cell, the longest of them first, whose rows are the
+    # nearest in length to those they join; that ends after as many turns as there are batches, and one is
+    # nearly always enough
     while True:
         placed: list[Placed] = []
         carried = 0
@@ -339,7 +345,8 @@ def _group_cells(
             batch_queries=bucket.batch_queries,
             tails=batches.tails,
         )
-        # the cell's permutation shuffles own and carried rows together, so what goes up is drawn anew every epoch
+        # the cell's permutation shuffles own and carried rows together, so what goes up is drawn anew every
+        # epoch
         left = cell.size - batches.num_full * bucket.batch_queries - sum(batches.tails)
         carried = Carried(first + len(cells), cell.size - left, left) if left else None
         cells.append(cell)

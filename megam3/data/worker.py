@@ -54,7 +54,9 @@ def describe(config: DataConfig, opened: Sequence[StoredDataset]) -> list[Datase
 
 
 def fingerprint_of(tokenizer: str, opened: Sequence[StoredDataset], plan: Plan) -> str:
-    """What a checkpoint keeps: equal fingerprints serve equal batches. A hash each of tokenizer, data and plan: a change has a name.
+    """What a checkpoint keeps: equal fingerprints serve equal batches.
+
+    A hash each of tokenizer, data and plan, so that a change has a name.
 
     >>> changed_parts("tokenizer:aa data:bb plan:cc", "tokenizer:aa data:b2 plan:c2")
     ['data']
@@ -66,7 +68,10 @@ def fingerprint_of(tokenizer: str, opened: Sequence[StoredDataset], plan: Plan) 
 
 
 def changed_parts(saved: str, now: str) -> list[str]:
-    """Parts in which two fingerprints differ: tokenizer, data, plan. The plan follows from the others; alone it means itself."""
+    """Parts in which two fingerprints differ: tokenizer, data, plan.
+
+    The plan follows from the others; only where it changed alone does it mean itself.
+    """
     before, after = (dict(part.partition(":")[::2] for part in text.split()) for text in (saved, now))
     changed = [name for name in after if before.get(name) != after[name]]
     return [name for name in changed if name != "plan"] or changed

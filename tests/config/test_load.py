@@ -364,6 +364,11 @@ def test_nesting_is_bounded(recipe: Path, opening: str) -> None:
     assert message(recipe) == "small.yaml:2 = 'level 41': is nested too deeply for a recipe; write it flat"
 
 
+def test_the_number_of_values_is_bounded(recipe: Path) -> None:
+    recipe.write_text("name:\n- x\n" + "- x\n" * 200_000)
+    assert "'over 100000 values': are more than any recipe holds; is this file a recipe?" in message(recipe)
+
+
 def test_a_file_too_large_for_a_recipe_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"")

@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -372,3 +373,33 @@ def test_manifest_is_a_function_of_the_summaries(tmp_path, corpus, tokenizer):
     summaries = [ShardSummary.read(path) for path in sorted((folder / "shards").glob("0*.json"))]
     finish_dataset(folder, "d", spec, summaries)
     assert contents(folder) == before
+
+
+def test_only_temporary_files_of_ended_processes_are_deleted(tmp_path, corpus, tokenizer):
+    prepare(data_config(corpus), tokenizer, tmp_path / "s")
+    folder, host = tmp_path / "s" / "d", socket.gethostname()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    kept = [
+        folder / f"manifest.json.{host}-{os.getppid()}.tmp",  # another task of an array, at work
+        folder / "shards" / "00000.arrow.elsewhere-1.tmp",  # on another host: nothing is known of it
+        folder / "notes.tmp",  # somebody else's
+    ]
+    gone = [folder / f"index.npy.{host}-{ended.pid}.tmp", folder / "shards" / "00001.json.elsewhere-2.tmp"]
+    for path in (*kept, *gone):
+        path.touch()
+    os.utime(gone[1], (0, 0))
+    (folder / "manifest.json").unlink()
+    prepare(data_config(corpus), tokenizer, tmp_path / "s")
+    assert [path.exists() for path in (*kept, *gone)] == [True] * 3 + [False] * 2
+
+
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_dataset_names_that_leave_the_store(tmp_path, corpus, tokenizer, name):
+    config = data_config(corpus)
+    config = config.model_copy(update={"train": [config.train[0].model_copy(update={"name": name})]})
+    with pytest.raises(
+        DataError, match=r"data.train\[\].name = '\.*': names no folder inside the store; rename"
+    ):
+        prepare(config, tokenizer, tmp_path / "s")
+    assert not (tmp_path / "s").exists()

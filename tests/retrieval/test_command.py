@@ -67,6 +67,22 @@ def test_errors_come_before_the_model_is_read(beir_folder, tmp_path):
         main(["no-model", str(tmp_path / "nowhere")])
 
 
+def test_a_checkpoint_is_told_to_be_exported_first(beir_folder, tmp_path):
+    (tmp_path / "COMPLETE").touch()
+    with pytest.raises(
+        ConfigError, match=r"is a training checkpoint, .*; export it first: megam3 export .* OUT"
+    ):
+        main([str(tmp_path), str(beir_folder)])
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
+def test_a_device_that_is_not_there_is_an_error_of_the_command_line(beir_folder, tmp_path, device):
+    with pytest.raises(
+        ConfigError, match=rf"--device = '{device}': cannot be used \(.+\); use cpu, or leave it out"
+    ):
+        main([str(tmp_path), str(beir_folder), "--device", device])
+
+
 def test_batches_of_the_embedder_equal_its_own_encode(model_folder):
     embedder = M3Embedder(str(model_folder))
     texts = make_sentences(12, seed=2, max_words=60)
