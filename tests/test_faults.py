@@ -123,6 +123,8 @@ def test_random_faults_lose_nothing_and_hang_nowhere(tmp_path: Path) -> None:
             slowest = max(slowest, time.monotonic() - struck)
             assert not left, f"{target}, {kind}: {left} still run\n{log.read_text()[-4000:]}"
             table[(target, kind)] += 1
+            phase = (log.read_text().splitlines() or [""])[-1][:60]
+            print(f"{target}, {kind}: ended in {time.monotonic() - struck:.1f} s; {phase}", flush=True)
             if not is_done(place, name) and (folder := newest(place, name)) and rng.random() < 0.3:
                 damage = rng.choice(sorted(path for path in folder.rglob("*") if path.is_file()))
                 if len(list(folder.parent.glob("step-??????"))) > 1:

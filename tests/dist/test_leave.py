@@ -20,7 +20,7 @@ from megam3 import train
 from megam3.dist import comm
 torch.distributed.destroy_process_group = lambda: time.sleep(3600)
 
-def build(config, device):
+def build(config, device, guard):
     if comm.rank() == 1:
         raise {error}
     while True:
