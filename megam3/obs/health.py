@@ -231,7 +231,8 @@ def _leave(message: str) -> None:
 
 
 def end_children() -> None:
-    """Kill the processes this one started (Linux): a data worker that is stopped does not notice that its parent has gone."""
+    """Kill the processes this one started (Linux): a data worker that is stopped does not notice that its
+    parent has gone."""
     for path in glob.glob("/proc/self/task/*/children"):
         with contextlib.suppress(OSError), open(path) as stream:
             for pid in stream.read().split():

@@ -127,7 +127,7 @@ class Lease:
             try:
                 self.beat()
             except OSError:
-                # a full disk, or a file system that is away for a moment; `check` decides before a publication
+                # a full disk, or a file system that is away for a moment; `check` decides later
                 continue
 
 
@@ -147,6 +147,10 @@ def acquire(run_dir: str | Path, holder: Holder, *, stale_seconds: float = STALE
         rule = f"another run uses this folder: {found[0]}"
         remedy = "end that run first, or give this one another name"
         raise ConfigError("run folder", str(run_dir), rule, remedy)
+    taken = read_lease(lease.path)
+    if taken != found and taken is not None:
+        rule = f"another run has just taken it: {taken[0]}"
+        raise ConfigError("run folder", str(run_dir), rule, "end one of the two")
     # whoever replaces last holds it; all look again after a moment
     write_json(lease.path, {**asdict(holder), "beat": 0}, durable=False)
     time.sleep(SETTLE_SECONDS)

@@ -1,4 +1,5 @@
-"""In which order a checkpoint reaches the disk, which ones stay, and what a user reads when it cannot be written."""
+"""In which order a checkpoint reaches the disk, which ones stay, and what a user reads when it cannot be
+written."""
 
 import errno
 import os

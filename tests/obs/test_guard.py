@@ -1,4 +1,5 @@
-"""What the guard says of a run: that a folder is taken, and that steps are too long for the scheduler's warning."""
+"""What the guard says of a run: that a folder is taken, and that steps are too long for the scheduler's
+warning."""
 
 import logging
 import os

@@ -1,4 +1,5 @@
-"""slurm/train.sh on a real two-node Slurm: who the ranks are, that they meet, that signals reach them, and the way back to the queue."""
+"""slurm/train.sh on a real two-node Slurm: who the ranks are, that they meet, that signals reach them, and
+the way back to the queue."""
 
 import json
 import os
@@ -21,7 +22,8 @@ from tests.slurm_cluster import Cluster, missing_for_slurm
 ROOT = Path(__file__).resolve().parents[2]
 needs_slurm = pytest.mark.skipif(bool(missing_for_slurm()), reason=missing_for_slurm() or "Slurm is here")
 
-# stands in for megam3.train: says who it is, meets the other ranks when told to, and leaves as the trainer does
+# stands in for megam3.train: says who it is, meets the other ranks when told to, and leaves as the trainer
+# does
 PROBE = """
 import dataclasses, json, os, signal, sys, time
 from pathlib import Path
@@ -30,11 +32,13 @@ from megam3.dist.env import discover_ranks
 info = discover_ranks(os.environ)
 restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 out = Path(os.environ["PROBE_OUT"])
-seen = {**dataclasses.asdict(info), "node": os.environ["SLURMD_NODENAME"], "arguments": sys.argv[1:], "restart": restart}
+seen = {**dataclasses.asdict(info), "node": os.environ["SLURMD_NODENAME"], "restart": restart}
+seen["arguments"] = sys.argv[1:]
 if "meet" in sys.argv:
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", init_method=f"tcp://{info.master_addr}:{info.master_port}", rank=info.rank, world_size=info.world_size)
+    url = f"tcp://{info.master_addr}:{info.master_port}"
+    dist.init_process_group("gloo", init_method=url, rank=info.rank, world_size=info.world_size)
     gathered = [None] * info.world_size
     dist.all_gather_object(gathered, info.rank)
     seen["met"] = gathered
@@ -148,7 +152,8 @@ def test_the_warning_reaches_every_rank_and_the_job_goes_back_to_the_queue(
 
 
 def start_again_now(cluster: Cluster, job: str) -> None:
-    # Slurm holds a requeued job back for two minutes; three seconds are enough to tell its credentials from the first run's
+    # Slurm holds a requeued job back for two minutes; three seconds are enough to tell its credentials from
+    # the first run's
     cluster.wait_for(job, "PENDING")
     cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+3seconds")
 
