@@ -103,10 +103,10 @@ def _train(config: RunConfig, ranks: RankInfo, stop: StopSignal) -> int:
     timeout_seconds = COLLECTIVE_TIMEOUT_FACTOR * config.train.timeout_seconds
     comm.start(ranks, "nccl" if device.type == "cuda" else "gloo", timeout_seconds)
     share_threads(device)
-    check_shared(os.path.join(config.output_dir, config.name), "output_dir")
+    run_dir = str(config.run_dir)
+    check_shared(run_dir, "output_dir")
     if config.data.store_dir is not None:
         check_shared(config.data.store_dir, "data.store_dir")
-    run_dir = os.path.join(config.output_dir, config.name)
     with RunGuard(run_dir, config.train.timeout_seconds, os.environ) as guard:
         run = build(config, device, guard)
         for line in describe_devices(device):
