@@ -36,7 +36,7 @@ ARGUMENTS = (
 )
 TARGETS = ("rank 0", "rank 1", "worker", "launcher", "runner", "all")
 SIGNALS = {"kill -9": signal.SIGKILL, "stop": signal.SIGSTOP}
-END_SECONDS = 60
+END_SECONDS = 150
 
 
 def start(place: Workplace, name: str, log: Path) -> subprocess.Popen:
