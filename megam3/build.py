@@ -18,12 +18,16 @@ from megam3.batch import Progress, Representations, pack_texts
 from megam3.checkpoint import (
     RunState,
     check_resumable,
+    clear_partials,
     has_same_layout,
     newest_complete,
     read_state,
     set_aside,
+    was_started_by,
+    write_started_by,
 )
 from megam3.config.deepspeed import bf16_sums_warning, build_deepspeed_config
+from megam3.config.difference import recipe_changes
 from megam3.config.load import dump_config
 from megam3.config.schema import RunConfig
 from megam3.data.dataset import TrainingData, open_on_every_rank
@@ -35,6 +39,7 @@ from megam3.engine.deepspeed import Engine, join, model_construction
 from megam3.errors import DataError
 from megam3.objectives.base import Objective, find_objective
 from megam3.obs.clock import measure_matmul_peak
+from megam3.obs.guard import RunGuard
 from megam3.obs.log import setup_logging
 from megam3.obs.run_folder import MODEL_FOLDER, describe_run_folder
 from megam3.planning.memory_report import describe_run
@@ -45,8 +50,8 @@ from megam3.trainer import Run
 logger = logging.getLogger(__name__)
 
 
-def build(config: RunConfig, device: torch.device) -> Run:
-    """Make the objects of this rank; collective, after `comm.start`.
+def build(config: RunConfig, device: torch.device, guard: RunGuard) -> Run:
+    """Make the objects of this rank; collective, after `comm.start` and inside `guard`.
 
     Raises:
         UserError: of the layer that found it; nothing has been trained or overwritten by then.
@@ -121,6 +126,7 @@ def build(config: RunConfig, device: torch.device) -> Run:
         encoder_shape=shape,
         matmul_peak=measure_matmul_peak(device, dtype),
         evaluate=evaluation(config, engine, objective, tokenizer, test_sets, run_dir),
+        guard=guard,
         planned_bytes=planned_bytes,
     )
 
@@ -184,16 +190,33 @@ def evaluation(
     return run
 
 
+def _choose_checkpoint(config: RunConfig, run_dir: str) -> str | None:
+    """The folder to continue from; None: from the beginning. Collective.
+
+    train.resume=never and train.resume_step hold for a job's first start: after a requeue (same MEGAM3_JOB,
+    set by slurm/train.sh) the job continues what it has begun.
+    """
+    job, settings = os.environ.get("MEGAM3_JOB", ""), config.train
+    begins = not comm.any_rank(comm.is_main() and was_started_by(run_dir, job))
+    if comm.is_main():
+        clear_partials(run_dir)
+    if settings.resume == "never" and begins:
+        earlier = set_aside(run_dir) if comm.is_main() else None
+        if earlier is not None:
+            logger.info("train.resume=never: the checkpoints of an earlier run are now in %s", earlier)
+        folder = None
+    else:
+        folder = newest_complete(run_dir, logger.warning, settings.resume_step if begins else None)
+    if comm.is_main():
+        write_started_by(run_dir, job)
+    return folder
+
+
 def _start_state(
     config: RunConfig, run_dir: str, engine: Engine, data: TrainingData, state: RunState
 ) -> RunState:
     """`state`, or with the progress of the checkpoint that was loaded."""
-    if config.train.resume == "never":
-        earlier = set_aside(run_dir) if comm.is_main() else None
-        if earlier is not None:
-            logger.info("train.resume=never: the checkpoints of an earlier run are now in %s", earlier)
-        return state
-    folder = newest_complete(run_dir, logger.warning)
+    folder = _choose_checkpoint(config, run_dir)
     if folder is None:
         return state
     saved = read_state(folder, verify=False)
@@ -204,6 +227,8 @@ def _start_state(
         logger.warning(
             "continuing at step %d on other data, as train.resume_with_other_data asks", saved.progress.step
         )
+    for line in recipe_changes(saved.recipe, state.recipe):
+        logger.info("changed since the checkpoint: %s", line)
     if has_same_layout(saved, state):
         engine.load(folder)
     else:

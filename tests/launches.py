@@ -121,7 +121,7 @@ def train_calls(calls: Sequence[Mapping[str, Any]]) -> dict[str, dict]:
     from megam3 import train  # a fresh process picks its accelerator while this is imported
 
     # DeepSpeed remembers the groups of its first engine: all calls of a process share them
-    with mock.patch.object(train.comm, "stop"):
+    with mock.patch.object(train.comm, "stop"), mock.patch.object(train.comm, "leave"):
         return {call["name"]: _call(train.main, call) for call in calls}
 
 
@@ -144,14 +144,13 @@ def _disturbed(call: Mapping[str, Any]) -> Iterator[None]:
 
     original = trainer.run_step
 
-    def run_step(run: Any, batches: Any, progress: Any, stop_requested: bool) -> Any:
+    def run_step(run: Any, batches: Any, progress: Any, wishes: Any) -> Any:
         rank, step, name = call.get("signal", (None, None, "SIGTERM"))
         if (rank, step) == (trainer.comm.rank(), progress.step):
             os.kill(os.getpid(), signal.Signals[name])
-            stop_requested = (
-                True  # Python runs the handler a moment later, the loop would see it at the next step
-            )
-        return original(run, batches, progress, stop_requested)
+            # Python runs the handler a moment later, the loop would see it at the next step
+            wishes = trainer.Wishes(requeue=name == "SIGUSR1", stop=name == "SIGTERM")
+        return original(run, batches, progress, wishes)
 
     with mock.patch.object(trainer, "run_step", run_step):
         yield

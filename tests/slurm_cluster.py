@@ -1,5 +1,8 @@
-"""A real two-node Slurm on this machine, for tests marked `slurm`: slurmctld and two slurmd on loopback, one
-core each."""
+"""A real two-node Slurm on this machine, for tests marked `slurm`: slurmctld and two slurmd on loopback.
+
+Each node has two cores and two GPUs that are copies of /dev/null; jobs of partition `urgent` push out those of
+`main`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -38,8 +42,13 @@ SelectTypeParameters=CR_Core
 ReturnToService=2
 JobRequeue=1
 KillWait=20
+SlurmdParameters=config_overrides
+GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9
 """
 
 
@@ -97,9 +106,13 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
         (folder / name).mkdir()
     host = socket.gethostname().split(".")[0]
     nodes = "\n".join(
-        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 RealMemory=100 State=UNKNOWN"
+        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=100"
+        " Gres=gpu:2 State=UNKNOWN"
         for node, port in zip(NODES, ports[1:], strict=True)
     )
+    for gpu in range(2):
+        os.mknod(folder / f"gpu{gpu}", stat.S_IFCHR | 0o600, os.makedev(1, 3))  # /dev/null under another name
+    (folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={folder}/gpu[0-1]\n")
     conf = folder / "slurm.conf"
     conf.write_text(CONFIG.format(host=host, folder=folder, controller_port=ports[0], nodes=nodes))
     inherited = {
@@ -179,7 +192,7 @@ def _wait_until_idle(cluster: Cluster) -> None:
     end = time.monotonic() + 60
     while True:
         done = subprocess.run(
-            ["sinfo", "-h", "-N", "-o", "%t"],
+            ["sinfo", "-h", "-N", "-p", "main", "-o", "%t"],
             env=dict(cluster.environ),
             capture_output=True,
             text=True,

@@ -24,7 +24,7 @@ from megam3.config.load import load_config
 from megam3.embedder import M3Embedder
 from megam3.engine.deepspeed import UpdateResult
 from megam3.errors import TrainingError
-from megam3.trainer import StopSignal, check_finite, join_ranks
+from megam3.trainer import Wishes, check_finite, join_ranks
 from tests.launches import ROOT, STEPS_PER_EPOCH, Workplace, launch, make_workplace, train_calls
 from tests.ranks import run_ranks
 
@@ -90,7 +90,7 @@ def test_a_signalled_run_saves_and_continues_to_the_same_bits(
 ) -> None:
     assert [[rank[f"{name} {stage}"]["code"] for rank in pair] for name in ("usr1", "term", "last")] == [
         [85, 85],
-        [85, 85],
+        [143, 143],
         [0, 0],
     ]
     said = pair[0][f"usr1 {stage}"]["said"]
@@ -314,10 +314,10 @@ from megam3 import train, trainer
 from megam3.errors import DataError
 
 original = trainer.run_step
-def run_step(run, batches, progress, stop_requested):
+def run_step(run, batches, progress, wishes):
     if trainer.comm.rank() == 1 and progress.step == 1:
         raise DataError("shard.arrow", 7, "cannot be read on this node", "mount it")
-    return original(run, batches, progress, stop_requested)
+    return original(run, batches, progress, wishes)
 
 trainer.run_step = run_step
 sys.exit(train.main())
@@ -335,7 +335,7 @@ def test_an_error_on_one_rank_ends_all_of_them(place: Workplace, tmp_path: Path)
 
 
 NAMES = ["loss/total", "loss/lexical", "lexical/mean_weight"]
-COUNTS = [4.0, 100.0, 120.0, 1.0, 0.0]
+COUNTS = [4.0, 100.0, 120.0, 1.0, 0.0, 0.0, 0.0]
 
 
 def test_figures_are_means_and_counts_are_sums_over_ranks() -> None:
@@ -349,7 +349,7 @@ def test_figures_are_means_and_counts_are_sums_over_ranks() -> None:
         240,
         2,
     )
-    assert (report.stop_requested, report.nonfinite) == (True, "")
+    assert (report.wishes, report.nonfinite) == (Wishes(save=True), "")
 
 
 def test_a_non_finite_figure_is_traced_to_the_rank_it_came_from() -> None:
@@ -368,12 +368,5 @@ def test_a_non_finite_figure_is_traced_to_the_rank_it_came_from() -> None:
         check_finite("stop", replace(report, nonfinite=""), skipped, 7)
     check_finite("skip", report, skipped, 7)
     check_finite("stop", report, replace(skipped, skipped=False), 7)
-
-
-def test_signals_are_remembered_and_given_back() -> None:
-    before = signal.getsignal(signal.SIGUSR1)
-    with StopSignal() as stop:
-        assert not stop.requested
-        signal.raise_signal(signal.SIGUSR1)
-        assert stop.requested
-    assert signal.getsignal(signal.SIGUSR1) is before
+    with pytest.raises(TrainingError, match=r"go back with train.resume_step \(checkpoints: 3, 6\)"):
+        check_finite("stop", report, skipped, 7, [3, 6])

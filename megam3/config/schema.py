@@ -307,6 +307,8 @@ class EngineConfig(Section):
 
     template: str = "zero1"
     """Name of a file in ds_configs/ (without .json) or a path: memory strategy only."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one; the CPU only where neither Slurm nor the machine has a GPU to offer."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 on GPUs, fp32 on CPUs."""
     activation_checkpointing: bool = False
@@ -315,6 +317,8 @@ class EngineConfig(Section):
     """Keep the checkpointed layer inputs in host memory; needs activation_checkpointing."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A non-finite loss or gradient stops the run, or skips the step; it never reaches the weights."""
+    max_skipped_steps: PositiveInt = 10
+    """With `skip`: stop all the same after this many skipped steps in a row."""
 
 
 class TrainConfig(Section):
@@ -329,14 +333,22 @@ class TrainConfig(Section):
     log_every_steps: PositiveInt = 10
     """A line in log.txt, metrics.jsonl and TensorBoard."""
     save_every_steps: PositiveInt | None = None
-    """A checkpoint; None: only at the end."""
+    """A checkpoint; None: by `save_every_minutes` and at the end."""
+    save_every_minutes: PositiveFloat | None = 20.0
+    """A checkpoint when the last one (or the start) is this old, at the end of a step; None: off."""
     keep_checkpoints: PositiveInt = 3
-    """Older complete checkpoints are removed."""
+    """Older complete checkpoints are removed. The one last written and the one continued from always stay."""
+    keep_every_steps: PositiveInt | None = None
+    """Besides those, keep every checkpoint whose step is a multiple of this; None: no more."""
     evaluate_every_steps: PositiveInt | None = None
     """Five-mode evaluation of `evaluation.folders`; None: only when asked for."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue from the run's newest complete checkpoint when there is one, on any number of ranks and
     at any ZeRO stage."""
+    resume_step: PositiveInt | None = None
+    """Go back to this checkpoint; newer ones are renamed and no longer count. None: the newest."""
+    timeout_seconds: PositiveFloat = 1800.0
+    """A run that makes no progress for so long ends with a message that names rank, step and phase."""
     resume_with_other_data: bool = False
     """Continue at the checkpoint's step although tokenizer, data or plan changed; False: refuse, and name
     what changed."""

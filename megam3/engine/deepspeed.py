@@ -17,6 +17,7 @@ global gradient.
 import contextlib
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -109,6 +110,10 @@ class Engine:
         self._names = [name_of[id(parameter)] for group in groups for parameter in group["params"]]
         self._peak_lrs = [group.pop("peak_lr") for group in groups]
         self._torch_optimizer = build_adamw(groups, optim, device)
+        self._group_settings = [
+            {name: group[name] for name in ("betas", "eps", "weight_decay")}
+            for group in self._torch_optimizer.param_groups
+        ]
         self._torch_optimizer.register_step_pre_hook(self._guard_update)
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=self._torch_optimizer, config=ds_config, dist_init_required=False
@@ -184,9 +189,25 @@ class Engine:
             self._norm, self._optim.lr * factor, self._skipped or not math.isfinite(self._norm)
         )
 
-    def save(self, folder: str) -> None:
-        """Write this rank's part of weights and optimizer state under folder/engine."""
-        self._engine.save_checkpoint(folder, tag=TAG, save_latest=False, client_state={NAMES: self._names})
+    def save(self, folder: str) -> list[str]:
+        """Write this rank's part of weights and optimizer state under folder/engine; returns its files,
+        relative to folder."""
+        written: list[str] = []
+        writer = self._engine.checkpoint_engine
+        save = writer.save
+
+        def save_and_note(state_dict: Any, path: str) -> Any:
+            written.append(os.path.relpath(path, folder))
+            return save(state_dict, path)
+
+        writer.save = save_and_note
+        try:
+            self._engine.save_checkpoint(
+                folder, tag=TAG, save_latest=False, client_state={NAMES: self._names}
+            )
+        finally:
+            writer.save = save
+        return written
 
     def load(self, folder: str) -> None:
         """Read what `save` wrote at the same world size and ZeRO stage; nothing is unpickled but tensors and
@@ -194,6 +215,9 @@ class Engine:
         with weights_only_loads():
             path, _ = self._engine.load_checkpoint(folder, tag=TAG, load_lr_scheduler_states=False)
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}/{TAG}"
+        # the recipe decides, not the checkpoint: DeepSpeed brings back betas, eps and decay with the moments
+        for group, settings in zip(self._torch_optimizer.param_groups, self._group_settings, strict=True):
+            group.update(settings)
 
     def load_elastic(self, folder: str) -> None:
         """Read what an engine of any world size and ZeRO stage wrote: weights, moments and AdamW's step

@@ -22,6 +22,7 @@ STAGES = {
     "zero1": 1,
     "zero2": 2,
     "zero3": 3,
+    "zero3_nvme": 3,
     "zero3_offload": 3,
     "zero3_8k": 3,
     "zeropp_multinode": 3,
@@ -166,8 +167,8 @@ def test_unknown_template_lists_those_there_are() -> None:
         build("zero_3")
     assert str(caught.value) == (
         "engine.template = 'zero_3': no such file, and no template has this name; "
-        "did you mean zero3? give a path or one of: zero0, zero1, zero2, zero3, zero3_8k, zero3_offload, "
-        "zeropp_multinode"
+        "did you mean zero3? give a path or one of: zero0, zero1, zero2, zero3, zero3_8k, zero3_nvme, "
+        "zero3_offload, zeropp_multinode"
     )
 
 
