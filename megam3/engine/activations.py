@@ -1,18 +1,21 @@
 """Activation checkpointing per encoder layer, and the offload of the checkpointed inputs to host memory.
 
-A checkpointed layer keeps only its input (T × D) and recomputes the rest in the backward pass. At 8192 tokens and 24 layers those inputs
-still weigh tens of gigabytes; DeepSpeed's `CheckpointHiddenStatesOffload` copies them to pinned host memory on a side stream and brings
-them back before they are needed. We call its two copies, `offload_input` and `restore_input`, from hooks of our own around each layer,
+A checkpointed layer keeps only its input (T × D) and recomputes the rest in the backward pass. At 8192 tokens
+and 24 layers those inputs still weigh tens of gigabytes; DeepSpeed's `CheckpointHiddenStatesOffload` copies
+them to pinned host memory on a side stream and brings them back before they are needed. We call its two
+copies, `offload_input` and `restore_input`, from hooks of our own around each layer,
 for four reasons (DeepSpeed 0.19.8, transformers 5.23, read and simulated):
 
-- its own hooks keep every input they brought back until the step ends, all chunks of it: layers × tokens of the rank × D × 2 bytes, which
-  is more than without any offload. `restore_input` hands an input over once and forgets it.
-- its mark sits in the layer's `__call__` and is lost under ZeRO-3, whose hooks hand `forward` a new tensor object. We are called with the
-  very tensor that is saved, at every ZeRO stage.
-- its pinned buffers are found again by exact shape, and packed chunks hardly ever have as many tokens as an earlier one. We send pieces
-  of one size, so that a few buffers serve every chunk; what is left over, less than a piece, stays on the device.
-- the host runs ahead of the device, and memory of a tensor in flight is free only when the device gets there. We let the host run ahead
-  by LAYERS_AHEAD layers and no further; that much work hides every launch.
+- its own hooks keep every input they brought back until the step ends, all chunks of it: layers × tokens of
+  the rank × D × 2 bytes, which is more than without any offload. `restore_input` hands an input over once and
+  forgets it.
+- its mark sits in the layer's `__call__` and is lost under ZeRO-3, whose hooks hand `forward` a new tensor
+  object. We are called with the very tensor that is saved, at every ZeRO stage.
+- its pinned buffers are found again by exact shape, and packed chunks hardly ever have as many tokens as an
+  earlier one. We send pieces of one size, so that a few buffers serve every chunk; what is left over, less
+  than a piece, stays on the device.
+- the host runs ahead of the device, and memory of a tensor in flight is free only when the device gets there.
+  We let the host run ahead by LAYERS_AHEAD layers and no further; that much work hides every launch.
 
 The input of the last layer stays where it is: the backward pass begins with it.
 """
@@ -34,7 +37,8 @@ from transformers import PreTrainedModel
 from megam3.errors import ConfigError
 
 PIECE_BYTES = 4 << 20
-"""Of one copy: large enough for the full speed of PCIe, small enough that 24 rests of less than a piece do not matter."""
+"""Of one copy: large enough for the full speed of PCIe, small enough that 24 rests of less than a piece do
+not matter."""
 
 LAYERS_AHEAD = 2
 """How many layers the host may be ahead of the copies; as many inputs are on the device in passing."""
@@ -53,8 +57,8 @@ class InputStash:
     """Sends layer inputs to the host and brings each back once."""
 
     def __init__(self, piece_bytes: int = PIECE_BYTES):
-        # nothing kept and nothing stashed: what stays on the device is decided here, not by counts of pieces; buffers have one shape,
-        # so as many as a chunk needs are all that are ever made
+        # nothing kept and nothing stashed: what stays on the device is decided here, not by counts of pieces;
+        # buffers have one shape, so as many as a chunk needs are all that are ever made
         self._copies = CheckpointHiddenStatesOffload(
             max_fwd_stash_count=0, max_cpu_buffer_pool_count=1 << 20, keep_last_count=0
         )
@@ -70,7 +74,8 @@ class InputStash:
         self.num_away = 0
 
     def send(self, tensor: Tensor) -> Tensor | _Away:
-        """Start copying to the host; the tensor itself on a device that is its own host, and for small or strided ones."""
+        """Start copying to the host; the tensor itself on a device that is its own host, and for small or
+        strided ones."""
         rows_TD = tensor.detach().reshape(-1, tensor.shape[-1])
         rows_of_piece = max(1, self._piece_bytes // (tensor.shape[-1] * tensor.element_size()))
         num_pieces = rows_TD.shape[0] // rows_of_piece
@@ -97,14 +102,16 @@ class InputStash:
         return torch.cat([*pieces, saved.rest]).view(saved.shape)
 
     def _pace(self, stream: Any) -> None:
-        """Wait for the copy or layer LAYERS_AHEAD before this one: the queue of the device stays filled, its memory does not."""
+        """Wait for the copy or layer LAYERS_AHEAD before this one: the queue of the device stays filled, its
+        memory does not."""
         self._on_their_way.append(stream.record_event())
         if len(self._on_their_way) > LAYERS_AHEAD:
             self._on_their_way.popleft().synchronize()
 
 
 class ActivationMemory:
-    """Checkpointing and offload of one model; `with activations.step():` spans the forward and backward passes of a step."""
+    """Checkpointing and offload of one model; `with activations.step():` spans the forward and backward
+    passes of a step."""
 
     def __init__(self, module: nn.Module, checkpointing: bool, offload: bool, piece_bytes: int = PIECE_BYTES):
         """Switch layer checkpointing on (in place) when asked for.
@@ -119,7 +126,8 @@ class ActivationMemory:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Everything whose saved inputs may be offloaded; what was not brought back by the end is forgotten."""
+        """Everything whose saved inputs may be offloaded; what was not brought back by the end is
+        forgotten."""
         self._inputs_saved = 0
         try:
             yield
@@ -129,11 +137,13 @@ class ActivationMemory:
 
     @property
     def marked_inputs_saved(self) -> int:
-        """Layer inputs saved in the current step: offloaded on an accelerator (but the last layer's), kept on a CPU, its own host."""
+        """Layer inputs saved in the current step: offloaded on an accelerator (but the last layer's), kept on
+        a CPU, its own host."""
         return self._inputs_saved
 
     def check_released(self) -> None:
-        """Call after each backward pass: whatever a pass does not fetch would stay until the step ends, on host and device."""
+        """Call after each backward pass: whatever a pass does not fetch would stay until the step ends, on
+        host and device."""
         away = self._stash.num_away if self._stash is not None else 0
         assert not away, f"{away} offloaded layer inputs were not fetched by the backward pass"
 

@@ -1,18 +1,17 @@
 """A device made of CPU memory, which sees what stays on it.
 
-DeepSpeed's offload asks its accelerator for streams, pinned memory and "is this tensor on the device?". Here every CPU tensor is on the
-device but the pinned ones. Every tensor handed to a copy, or made by one, is watched by a weak reference: `live_bytes()` is what a GPU
-would still hold of them.
+DeepSpeed's offload asks its accelerator for streams, pinned memory and "is this tensor on the device?". Here
+every CPU tensor is on the device but the pinned ones. Every tensor handed to a copy, or made by one, is
+watched by a weak reference: `live_bytes()` is what a GPU would still hold of them.
 
-Copies on a stream are queued and run only when somebody waits for the stream or for an event behind them, as late as a real device may
-run them: a missing wait shows as wrong numbers.
+Copies on a stream are queued and run only when somebody waits for the stream or for an event behind them, as
+late as a real device may run them: a missing wait shows as wrong numbers.
 """
 
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 
-import torch
 from deepspeed.runtime.activation_checkpointing import offload_activations
 from torch import Tensor
 
@@ -101,7 +100,8 @@ class FakeAccelerator:
 
 
 def install(monkeypatch) -> FakeAccelerator:
-    """Put the fake in the place of DeepSpeed's accelerator, and its queues in the place of non-blocking copies."""
+    """Put the fake in the place of DeepSpeed's accelerator, and its queues in the place of non-blocking
+    copies."""
     fake = FakeAccelerator()
     monkeypatch.setattr(offload_activations, "get_accelerator", lambda: fake)
     plain_copy = Tensor.copy_

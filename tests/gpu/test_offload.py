@@ -1,4 +1,5 @@
-"""What stays on the device when layer inputs are offloaded: on a fake device that counts, over the chunks of one step."""
+"""What stays on the device when layer inputs are offloaded: on a fake device that counts, over the chunks of
+one step."""
 
 import gc
 
@@ -130,8 +131,8 @@ def test_an_input_that_no_backward_pass_fetches_is_reported(folder, monkeypatch)
 
 def test_an_input_comes_back_once(monkeypatch):
     install(monkeypatch)
-    stash = InputStash(64)
-    away = stash.send(torch.arange(40.0).view(1, 10, 4))
-    assert torch.equal(stash.bring_back(away), torch.arange(40.0).view(1, 10, 4))
+    stash = InputStash(1024)
+    away = stash.send(torch.arange(2600.0).view(1, 650, 4))
+    assert torch.equal(stash.bring_back(away), torch.arange(2600.0).view(1, 650, 4))
     with pytest.raises(RuntimeError, match="no longer tracked"):
         stash.bring_back(away)
