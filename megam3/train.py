@@ -4,11 +4,14 @@ deepspeed --num_gpus 8 --module megam3.train RECIPE [key=value…]
 python -m megam3.train RECIPE [key=value…]                          one process
 """
 
+import logging
 import os
 import socket
 import sys
+import traceback
+from dataclasses import replace
 
-from megam3.dist.env import discover_ranks, prepare_environment
+from megam3.dist.env import RankInfo, discover_ranks, prepare_environment
 
 prepare_environment(os.environ)  # DeepSpeed picks its accelerator and its build folder while it is imported
 
@@ -18,22 +21,34 @@ from megam3.build import build
 from megam3.cli import USER_ERROR_CODE, print_user_error
 from megam3.config.check import check_config
 from megam3.config.load import load_config
+from megam3.config.schema import RunConfig
 from megam3.dist import comm
+from megam3.dist.device import choose_device, describe_devices, device_index
 from megam3.errors import UserError
-from megam3.trainer import StopSignal, train
+from megam3.trainer import EXIT_REQUEUE, StopSignal, train
+
+logger = logging.getLogger(__name__)
 
 EXIT_LOST_PEER = 1
 """Exit code of a rank that had to end because another one did."""
 
 
+EXIT_FAILED = 1
+"""Exit code of a rank that met an error nobody expected; its traceback is on stderr."""
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Train one run on this rank; returns the exit code (0, 2 for bad input, 85 to be started again, 1 when another rank has ended)."""
+    """Train one run on this rank; returns the exit code.
+
+    0: finished. 2: bad input. 85: to be started again. 1: another rank has ended, or an error nobody
+    expected. A rank among several that fails does not return: it says why and leaves at once, without waiting
+    for the others, which may sit in a collective call that it will never join (`megam3.dist.comm.leave`).
+    """
     arguments = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")]
     rank = int(os.environ.get("RANK", "0"))
     try:
         ranks = discover_ranks(os.environ)
         rank = ranks.rank
-        ranks.export(os.environ)
         if not arguments:
             raise UserError(
                 "recipe",
@@ -48,32 +63,39 @@ def main(argv: list[str] | None = None) -> int:
         return print_user_error(error) if rank == 0 else USER_ERROR_CODE
     try:
         with StopSignal() as stop:
-            device = start_device(ranks.local_rank)
-            comm.start(ranks, "nccl" if device.type == "cuda" else "gloo")
-            share_threads(device)
-            return train(build(config, device), stop)
+            code = _train(config, ranks, stop)
     except UserError as error:
-        return print_user_error(error, f"rank {rank}: " if ranks.world_size > 1 else "")
-    except RuntimeError as error:
+        code = print_user_error(error, f"rank {rank}: " if ranks.world_size > 1 else "")
+    except Exception as error:
         if not comm.is_lost_peer(error):
+            print(f"megam3: rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
+            comm.leave(EXIT_FAILED)
             raise
         print(f"megam3: rank {rank}: another rank has ended; its own message says why", file=sys.stderr)
-        return EXIT_LOST_PEER
-    finally:
+        code = EXIT_LOST_PEER
+    if code in (0, EXIT_REQUEUE):
+        # every rank comes here, so all of them leave the group together
         comm.stop()
+    else:
+        comm.leave(code)
+    return code
 
 
-def start_device(local_rank: int) -> torch.device:
-    """This rank's GPU, or the CPU where there is none."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
+def _train(config: RunConfig, ranks: RankInfo, stop: StopSignal) -> int:
+    device = choose_device(config.engine.device, ranks.local_rank, os.environ)
+    # DeepSpeed takes its device from LOCAL_RANK: both must mean the same one
+    replace(ranks, local_rank=device_index(device, ranks.local_rank)).export(os.environ)
+    comm.start(ranks, "nccl" if device.type == "cuda" else "gloo")
+    share_threads(device)
+    run = build(config, device)
+    for line in describe_devices(device):
+        logger.info(line)
+    return train(run, stop)
 
 
 def share_threads(device: torch.device) -> None:
-    """On CPUs, split the cores of a machine evenly between its ranks, unless OMP_NUM_THREADS says otherwise; collective."""
+    """On CPUs, split the cores of a machine evenly between its ranks, unless OMP_NUM_THREADS says otherwise;
+    collective."""
     hosts = comm.gather_objects_json(socket.gethostname())
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // hosts.count(socket.gethostname())))

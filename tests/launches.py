@@ -117,7 +117,7 @@ def train_calls(calls: Sequence[Mapping[str, Any]]) -> dict[str, dict]:
     from megam3 import train  # a fresh process picks its accelerator while this is imported
 
     # DeepSpeed remembers the groups of its first engine: all calls of a process share them
-    with mock.patch.object(train.comm, "stop"):
+    with mock.patch.object(train.comm, "stop"), mock.patch.object(train.comm, "leave"):
         return {call["name"]: _call(train.main, call) for call in calls}
 
 

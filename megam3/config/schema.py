@@ -201,6 +201,8 @@ class EngineConfig(Section):
 
     template: str = "zero1"
     """Name of a file in ds_configs/ (without .json) or a path: memory strategy only."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one; the CPU only where neither Slurm nor the machine has a GPU to offer."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 on GPUs, fp32 on CPUs."""
     activation_checkpointing: bool = False

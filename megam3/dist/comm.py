@@ -5,6 +5,9 @@ Tensors may live on any device; with NCCL the transfer goes through the current 
 """
 
 import json
+import logging
+import os
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol
@@ -72,6 +75,21 @@ def stop() -> None:
     """Leave the process group, when there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> None:
+    """End this process at once with `code` when there are other ranks; return when there are none.
+
+    An ordinary exit would destroy the process group, and that waits for peers that sit in a collective call
+    which this rank will never join: nobody would end, and the message would stay in a buffer. What was said is
+    flushed first. The launcher (`srun --kill-on-bad-exit`, deepspeed, torchrun) sees the code and ends the rest.
+    """
+    if not is_grouped():
+        return
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def is_lost_peer(error: BaseException) -> bool:
