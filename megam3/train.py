@@ -24,6 +24,7 @@ from megam3.config.load import load_config
 from megam3.config.schema import RunConfig
 from megam3.dist import comm
 from megam3.dist.device import choose_device, describe_devices, device_index
+from megam3.dist.shared_folder import check_shared
 from megam3.errors import UserError
 from megam3.trainer import EXIT_REQUEUE, StopSignal, train
 
@@ -87,6 +88,9 @@ def _train(config: RunConfig, ranks: RankInfo, stop: StopSignal) -> int:
     replace(ranks, local_rank=device_index(device, ranks.local_rank)).export(os.environ)
     comm.start(ranks, "nccl" if device.type == "cuda" else "gloo")
     share_threads(device)
+    check_shared(os.path.join(config.output_dir, config.name), "output_dir")
+    if config.data.store_dir is not None:
+        check_shared(config.data.store_dir, "data.store_dir")
     run = build(config, device)
     for line in describe_devices(device):
         logger.info(line)
