@@ -6,10 +6,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from megam3.config.schema import EvaluationConfig
 from megam3.embedder import M3Embedder
+from megam3.errors import ConfigError
 from megam3.retrieval.beir import read_beir
 from megam3.retrieval.by_embedder import embedder_encode, embedder_tokenize
 from megam3.retrieval.evaluate import MODES, check_modes, evaluate
@@ -51,9 +53,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_model(path: str) -> None:
+    """Refuse a training checkpoint by name: what a loader says of one does not help."""
+    if (Path(path) / "COMPLETE").exists():  # the marker that checkpoint.py writes
+        raise ConfigError(
+            "model",
+            path,
+            "is a training checkpoint, not a model",
+            f"export it first: megam3 export {path} OUT",
+        )
+
+
+def _device(name: str | None) -> torch.device | None:
+    """The device to compute on; None leaves the choice to the embedder."""
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            "--device", name, f"cannot be used ({reason})", "use cpu, or leave it out"
+        ) from None
+    return device
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate and print one table; with `--out` also one JSON file per folder, named after it."""
+    """Evaluate and print one table; with `--out` also one JSON file per folder, named after it.
+
+    Raises:
+        ConfigError: an unusable device, a checkpoint instead of a model, an unknown mode.
+        DataError: a test set that is not in BEIR format.
+    """
     given = _parser().parse_args(argv)
+    _check_model(given.model)
+    device = _device(given.device)
     modes = [mode.strip() for mode in given.modes.split(",")]
     check_modes(modes)
     config = EvaluationConfig(
@@ -66,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rerank_hybrid=given.rerank_hybrid,
     )
     datasets = [read_beir(folder, given.split) for folder in given.folders]
-    embedder = M3Embedder(given.model, device=given.device)
+    embedder = M3Embedder(given.model, device=device)
     console = Console()
     results = []
     for dataset in datasets:

@@ -1,4 +1,5 @@
-"""`megam3 plan-epochs RECIPE [key=value…]`: what an epoch of a prepared recipe will be, before anything runs."""
+"""`megam3 plan-epochs RECIPE [key=value…]`: what an epoch of a prepared recipe will be, before anything
+runs."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 
 from megam3.commands.prepare import store_folder
-from megam3.config.load import load_config
+from megam3.commands.recipe import add_recipe, given_config
 from megam3.data.dataset import open_training_data
 from megam3.data.report import estimate_plan, plan_report
 from megam3.data.tokenizer import load_tokenizer
@@ -19,11 +20,10 @@ def main(argv: Sequence[str]) -> int:
         UserError: of the recipe or its data.
     """
     parser = argparse.ArgumentParser(prog="megam3 plan-epochs", description=__doc__)
-    parser.add_argument("recipe", help="a YAML file, or the name of a packaged recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields that win over the recipe")
+    add_recipe(parser)
     parser.add_argument("--world-size", type=int, default=1, help="ranks (default: 1)")
     arguments = parser.parse_intermixed_args(argv)
-    config = load_config(arguments.recipe, arguments.overrides)
+    config = given_config(arguments)
     data = open_training_data(
         config.data, load_tokenizer(config.model.path), store_folder(config), config.train.seed
     )

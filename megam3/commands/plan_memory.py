@@ -1,6 +1,8 @@
-"""`megam3 plan-memory RECIPE [key=value…] --gpus N --gpu-memory 80`: what a run holds in memory, before anything is started.
+"""`megam3 plan-memory RECIPE [key=value…] --gpus N --gpu-memory 80`: what a run holds in memory, before
+anything is started.
 
-Prints one rank's memory at the worst moment of a step, the largest `data.batch.chunk_tokens` that fits, or what to turn on.
+Prints one rank's memory at the worst moment of a step, the largest `data.batch.chunk_tokens` that fits, or
+what to turn on.
 """
 
 from __future__ import annotations
@@ -8,8 +10,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from megam3.commands.recipe import add_recipe, given_config
 from megam3.config.check import check_config
-from megam3.config.load import load_config
 from megam3.memory import plan_memory
 from megam3.memory_report import GIB, advice, heaviest_step, read_model_shape, read_strategy, table
 
@@ -23,8 +25,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="megam3 plan-memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", help="a YAML file, or the name of a packaged recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields that win over the recipe")
+    add_recipe(parser)
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks, over all nodes (default: 1)")
     parser.add_argument(
         "--gpu-memory", type=float, default=80.0, metavar="GB", help="memory of one GPU in GiB (default: 80)"
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.gpus < 1 or arguments.gpu_memory <= arguments.reserve:
         parser.error("--gpus must be at least 1 and --gpu-memory more than --reserve")
-    config = load_config(arguments.recipe, arguments.overrides)
+    config = given_config(arguments)
     check_config(config, arguments.gpus, files=False)
     model, strategy = read_model_shape(config), read_strategy(config, arguments.gpus, on_gpu=True)
     edge, step = heaviest_step(config, model, strategy)

@@ -7,27 +7,23 @@ import json
 import os
 from collections.abc import Sequence
 
+from megam3.commands.recipe import add_recipe, given_config
 from megam3.config.batch_size import BatchRow, batch_arithmetic
 from megam3.config.check import check_config
 from megam3.config.deepspeed import build_deepspeed_config
-from megam3.config.load import dump_config, load_config, recipe_names
+from megam3.config.load import dump_config, recipe_names
 from megam3.config.schema import RunConfig
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the resolved recipe, the batch arithmetic and the DeepSpeed dictionary as one YAML document with comments.
+    """Print the resolved recipe, the batch arithmetic and the DeepSpeed dictionary as one YAML document with
+    comments.
 
     Raises:
         ConfigError: whatever would stop the run before its first step.
     """
     parser = argparse.ArgumentParser(prog="megam3 show-config", description=__doc__)
-    parser.add_argument("recipe", nargs="?", help="a YAML file, or the name of a packaged recipe")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="fields that win over the recipe, e.g. optim.lr=2e-5",
-    )
+    add_recipe(parser, required=False)
     parser.add_argument("--list", action="store_true", help="list the packaged recipes")
     parser.add_argument(
         "--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), help="ranks (default: 1)"
@@ -44,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if arguments.recipe is None:
         parser.error(f"a recipe is required: a YAML file, or one of {', '.join(recipe_names())}")
-    config = load_config(arguments.recipe, arguments.overrides)
+    config = given_config(arguments)
     # shown first: whoever has a problem with a recipe wants to see the recipe
     print(describe(config, arguments.world_size, has_gpu=arguments.gpu), flush=True)
     check_config(config, arguments.world_size, files=not arguments.no_files)

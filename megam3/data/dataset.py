@@ -1,10 +1,11 @@
 """The one entry of training: a recipe's data section, a tokenizer and a store in, batches out.
 
     data = open_training_data(config.data, tokenizer, store_dir, seed)
-    for batches in data.batches(rank, world_size, start_step, stop_step):    # one list of accumulation_steps batches per optimizer step
-        …
+    for batches in data.batches(rank, world_size, start_step, stop_step):
+        …                                       # the accumulation_steps batches of one optimizer step
 
-The position in the data is three integers (seed, epoch, step) and the fingerprint; nothing else is ever saved.
+The position in the data is three integers (seed, epoch, step) and the fingerprint; nothing else is ever
+saved.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,17 +22,22 @@ from pathlib import Path
 
 import torch
 
+from megam3.batch import Batch
 from megam3.config.schema import DataConfig
 from megam3.data.assemble import Assembler, TextFrame
-from megam3.data.loader import Batch, Loader
+from megam3.data.loader import Loader
 from megam3.data.plan import Plan, build_plan
-from megam3.data.prepare import Progress, prepare_data
-from megam3.data.share import changed_parts, describe, fingerprint_of, make_assembler, make_handler, open_all
+from megam3.data.prepare import PrepareProgress, prepare_data
 from megam3.data.store import StoredDataset
 from megam3.data.tokenizer import Tokenizer
+from megam3.data.worker import WorkerSetup, changed_parts, describe, fingerprint_of, make_handler, open_all
+from megam3.dist import comm
 from megam3.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 5.0
+"""The longest that ranks wait in one collective call while the main rank prepares the store."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class TrainingData:
 
     @property
     def num_steps_per_epoch(self) -> int:
-        """Optimizer steps of one pass; a step may reach over the epoch's edge when accumulation does not divide its batches."""
+        """Optimizer steps of one pass; with accumulation a step may reach over the epoch's edge."""
         return self.num_steps(1.0)
 
     def num_steps(self, epochs: float) -> int:
@@ -81,7 +88,8 @@ class TrainingData:
         """Refuse to continue a run on other data.
 
         Raises:
-            DataError: naming what changed: tokenizer, data, or plan (seed, batch sizes, buckets, weights, draws).
+            DataError: naming what changed: tokenizer, data, or plan (seed, batch sizes, buckets, weights,
+            draws).
         """
         changed = changed_parts(saved, self.fingerprint)
         if changed:
@@ -98,7 +106,7 @@ class TrainingData:
             )
 
     def batches(self, rank: int, world_size: int, start_step: int, stop_step: int) -> Iterator[list[Batch]]:
-        """This rank's batches of optimizer steps start_step … stop_step-1, each a list of `accumulation_steps`.
+        """This rank's batches of steps start_step … stop_step-1, each a list of `accumulation_steps`.
 
         Raises:
             ConfigError: more ranks than queries in the smallest batch.
@@ -107,7 +115,16 @@ class TrainingData:
         self.check_world_size(world_size)
         size = self.config.batch.accumulation_steps
         numbers = range(start_step * size, stop_step * size)
-        setup = self._setup(rank, world_size)
+        setup = WorkerSetup(
+            config=self.config,
+            store_dir=self.store_dir,
+            seed=self.plan.seed,
+            frame=self.frame,
+            tokenizer=self.tokenizer,
+            fingerprint=self.fingerprint,
+            rank=rank,
+            world_size=world_size,
+        )
         num_workers, prefetch = self.config.num_workers, self.config.prefetch_batches
         loader = Loader(make_handler, setup, numbers, num_workers, prefetch, pin=torch.cuda.is_available())
         with closing(loader):
@@ -129,19 +146,7 @@ class TrainingData:
 
     def assembler(self) -> Assembler:
         """Builds any batch of any rank in this process (inspection, tests, `num_workers: 0`)."""
-        return make_assembler(self.config, self.plan, self.datasets, self.frame)
-
-    def _setup(self, rank: int, world_size: int) -> dict:
-        return {
-            "config": self.config.model_dump_json(),
-            "store_dir": self.store_dir,
-            "seed": self.plan.seed,
-            "frame": [self.frame.prefix, self.frame.suffix, self.frame.instruction_tokens],
-            "tokenizer": self.tokenizer,
-            "fingerprint": self.fingerprint,
-            "rank": rank,
-            "world_size": world_size,
-        }
+        return Assembler(self.config, self.plan, self.datasets, self.frame)
 
 
 def open_training_data(
@@ -149,7 +154,8 @@ def open_training_data(
 ) -> TrainingData:
     """Open the store of a recipe, prepare first what is not in it yet, check it, and lay out its batches.
 
-    Preparing uses every core this process may use. Several ranks: let one open, wait for it, then open on the others.
+    Preparing uses every core this process may use. Several ranks: let one open, wait for it, then open on the
+    others.
 
     Raises:
         DataError: bad input, a store made from something else (named), or a damaged one.
@@ -168,7 +174,36 @@ def open_training_data(
     return TrainingData(config, str(store_dir), opened, plan, frame, tokenizer.fingerprint)
 
 
-def _log_progress(progress: Progress) -> None:
+def open_on_every_rank(
+    config: DataConfig, tokenizer: Tokenizer, store_dir: str | Path, seed: int
+) -> TrainingData:
+    """Tokenise what the store lacks on the main rank, then open it everywhere; collective.
+
+    Raises:
+        DataError: of the preparation on the main rank, of opening on any; ranks that waited say that the main
+            rank failed.
+    """
+    with ThreadPoolExecutor(1) as background:
+        # in a thread, so that the main rank answers the others meanwhile: preparing takes hours, and no
+        # collective call may wait longer than its timeout
+        work = (
+            background.submit(open_training_data, config, tokenizer, store_dir, seed)
+            if comm.is_main()
+            else None
+        )
+        while not comm.any_rank(work is not None and work.done()):
+            if work is not None:
+                wait([work], timeout=HEARTBEAT_SECONDS)
+        has_failed = comm.any_rank(work is not None and work.exception() is not None)
+        if work is not None:
+            return work.result()
+    if has_failed:
+        rule = "the main rank could not prepare or open it"
+        raise DataError("data.store_dir", str(store_dir), rule, "see its message")
+    return open_training_data(config, tokenizer, store_dir, seed)
+
+
+def _log_progress(progress: PrepareProgress) -> None:
     logger.info(
         "preparing %s: unit %d of %d, %d records",
         progress.dataset,

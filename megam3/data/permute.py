@@ -1,8 +1,9 @@
-"""Keyed permutations and draws: randomness as a pure function of integers, so nothing has to be replayed or stored.
+"""Keyed permutations and draws: randomness as a pure function of integers, nothing replayed or stored.
 
-`permute(x, n, key)` maps 0 … n-1 onto itself without ever holding the n numbers: a Feistel network on the next power of two, walked until
-it lands below n (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", method 2). Networks of a few bits are poor ciphers, so
-small domains are sorted by hash instead, which costs at most SMALL entries.
+`permute(x, n, key)` maps 0 … n-1 onto itself without ever holding the n numbers: a Feistel network on the
+next power of two, walked until it lands below n (Black and Rogaway 2002, "Ciphers with arbitrary finite
+domains", method 2). Networks of a few bits are poor ciphers, so small domains are sorted by hash instead,
+which costs at most SMALL entries.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from functools import lru_cache
 import numpy as np
 
 SMALL = 4096
-ROUNDS = 6  # four give a pseudo-random permutation if the round function is one (Luby and Rackoff 1988); ours is only a good mixer
+ROUNDS = 6
+"""Four give a pseudo-random permutation if the round function is one
+(Luby and Rackoff 1988); ours only mixes well."""
 _MASK = (1 << 64) - 1
 
 
@@ -43,7 +46,7 @@ def draw(key: int, *columns: np.ndarray) -> np.ndarray:
 
 
 def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Where each of `positions` (int64, below `size`) goes under the permutation of 0 … size-1 that `key` names."""
+    """Where each of `positions` (int64, below `size`) goes under permutation `key` of 0 … size-1."""
     if size <= SMALL:
         return _small(size, key)[positions]
     bits = (size - 1).bit_length()
@@ -62,7 +65,7 @@ def _small(size: int, key: int) -> np.ndarray:
 
 
 def _feistel(values: np.ndarray, low_bits: int, high_bits: int, key: int) -> np.ndarray:
-    """A bijection of 0 … 2**(low_bits + high_bits) - 1: each half in turn is xored with a hash of the other."""
+    """A bijection of 0 … 2**(low_bits + high_bits) - 1: each half is xored with a hash of the other."""
     low_mask, high_mask, shift = (
         np.uint64((1 << low_bits) - 1),
         np.uint64((1 << high_bits) - 1),

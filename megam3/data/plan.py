@@ -1,10 +1,12 @@
-"""Which rows each step serves: a pure function of (seed, epoch, step), equal on every rank, machine and world size.
+"""Which rows each step serves: a pure function of (seed, epoch, step), equal on every rank and world size.
 
 An epoch is `num_batches` batches. Three keyed permutations address any of them directly, whatever its number:
 
-    batch b of epoch e ─permute(num_batches)→ (cell, batch of the cell) ─permute(cell size)→ (stratum, position) ─→ row
+    batch b of epoch e ─permute(num_batches)→ (cell, batch of the cell) ─permute(cell size)→ (stratum,
+    position) ─→ row
 
-so nothing is shuffled, stored or replayed, and memory is that of the layout: a few numbers per shard and bucket, none per row.
+so nothing is shuffled, stored or replayed, and memory is that of the layout: a few numbers per shard and
+bucket, none per row.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from functools import cached_property
 import numpy as np
 
 from megam3.config.schema import DataConfig
-from megam3.data.layout import Cell, DatasetRows, Stratum, build_cells, build_strata
 from megam3.data.permute import key_of, permute
+from megam3.data.strata import Cell, DatasetRows, Stratum, build_cells, build_strata
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class PlannedBatch:
     rows: np.ndarray
     """int64, numbers among the rows of all datasets."""
     passes: np.ndarray
-    """int64: how often the epoch served the row before (only weights and temperatures above 1 serve a row again)."""
+    """int64: times the epoch served the row before; more than 0 only with weights or temperatures above 1."""
     strata: np.ndarray
     """int64: stratum of each row, which knows its dataset and language."""
 
@@ -125,7 +127,7 @@ class Plan:
 
 
 class _Flat:
-    """The row ranges of all strata, one after the other, so that one search finds the rows of a whole batch."""
+    """The row ranges of all strata, one after the other: one search finds the rows of a whole batch."""
 
     def __init__(self, strata: Sequence[Stratum]):
         self.num_rows = np.asarray([stratum.num_rows for stratum in strata])

@@ -2,8 +2,8 @@
 
 Two forms, told apart by their keys (FlagEmbedding's names; `lang` and `id` are optional additions):
 
-    {"query": "…", "pos": ["…"], "neg": ["…"], "pos_scores": [0.9], "neg_scores": [0.1], "prompt": "…", "type": "normal",
-     "lang": "de", "id": "7"}
+    {"query": "…", "pos": ["…"], "neg": ["…"], "pos_scores": [0.9], "neg_scores": [0.1], "prompt": "…",
+     "type": "normal", "lang": "de", "id": "7"}
     {"text": "…", "lang": "de", "id": "7"}
 """
 
@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from megam3.errors import DataError
 
 RECORD_TYPES = ("normal", "only_1neg", "symmetric_sts", "symmetric_clustering", "symmetric_class")
-"""FlagEmbedding's values of `type`: `only_1neg` limits a group to one negative; passages of `symmetric_sts` and `symmetric_clustering` are
-queries too and get the query's instruction; the others are labels."""
+"""FlagEmbedding's values of `type`: `only_1neg` limits a group to one negative; passages of
+`symmetric_sts` and `symmetric_clustering` are queries too and get the query's instruction; the others are
+labels."""
 MAX_SCORE = 3.4e38
 MAX_PASSAGES = 65535
 
@@ -74,8 +75,8 @@ def parse_record(parsed: object) -> Record:
     """Check one decoded record (a JSON object, or a row of a Parquet or Arrow file).
 
     Raises:
-        BadRecord: not an object, a missing or mistyped key, an empty query or passage, no positive, or teacher scores that are not
-            one finite number per passage.
+        BadRecord: not an object, a missing or mistyped key, an empty query or passage, no positive, or
+            teacher scores that are not one finite number per passage.
     """
     if not isinstance(parsed, dict):
         raise BadRecord("record", parsed, "must be a JSON object")

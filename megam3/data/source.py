@@ -1,7 +1,8 @@
 """Input files, cut into units that can be prepared independently.
 
-A unit is a span of one file: bytes of (decompressed) text for JSONL, row groups for Parquet, record batches for Arrow. A line belongs to
-the unit in which it STARTS, so the cut depends on the file alone, never on how many processes read it:
+A unit is a span of one file: bytes of (decompressed) text for JSONL, row groups for Parquet, record batches
+for Arrow. A line belongs to the unit in which it STARTS, so the cut depends on the file alone, never on how
+many processes read it:
 
     bytes   0              64 MiB            128 MiB
             |line|line|li  ne|line|line|line  |line|
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -42,8 +43,7 @@ READ_BYTES = 1 << 20
 ROWS_PER_SLICE = 512
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """Span `start` … `stop`-1 of one file, in bytes of text, row groups or record batches."""
 
     path: str
@@ -61,9 +61,12 @@ class HugeLine:
 
 
 def find_files(patterns: list[str], field: str, outside: Path | None = None) -> list[str]:
-    """Files named by paths, directories (searched recursively) and globs, in a fixed order, each once. `field` names them in errors.
+    """Files named by paths, directories (searched recursively) and globs, in a fixed order, each once.
 
-    Directories are searched but for the folder `outside`: a store may lie beside its data, and its shards are no input.
+    `field` names them in errors.
+
+    Directories are searched but for the folder `outside`: a store may lie beside its data, and its shards are
+    no input.
 
     Raises:
         DataError: nothing matches a pattern, or a named file is of no known format.
@@ -114,7 +117,7 @@ def format_of(path: str) -> str | None:
 
 
 def split_file(path: str, unit_bytes: int) -> list[Unit]:
-    """Cut one file into units of about `unit_bytes` of text. Compressed text is read through once to learn its size.
+    """Cut one file into units of about `unit_bytes` of text; compressed text is read once to learn its size.
 
     Raises:
         DataError: the file cannot be read to its end.
@@ -142,7 +145,7 @@ def read_unit(unit: Unit) -> Iterator[tuple[int, bytes | dict | HugeLine]]:
 
 
 def first_line(unit: Unit) -> int:
-    """Lines (or rows) of the file before the unit's first one. Reads the file up to there, so it is for error messages."""
+    """Lines (or rows) of the file before the unit's first one. Reads up to there: for error messages only."""
     if not unit.format.startswith("jsonl"):
         return sum(_part_rows(unit.path, unit.format)[: unit.start])
     if unit.start == 0:

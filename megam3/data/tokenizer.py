@@ -1,7 +1,8 @@
 """Text to token ids, the same way in preparation, training, evaluation and inference.
 
-A `Tokenizer` wraps the Rust tokenizer of a Hugging Face folder. It travels to worker processes as its own JSON, so that they need neither
-transformers nor torch. Truncation keeps the special tokens: with `<s>` = 0, `</s>` = 2 and a limit of 4 tokens,
+A `Tokenizer` wraps the Rust tokenizer of a Hugging Face folder. It travels to worker processes as its own
+JSON, so that they need neither transformers nor torch. Truncation keeps the special tokens: with `<s>` = 0,
+`</s>` = 2 and a limit of 4 tokens,
 
     0 7 8 9 5 2   →   0 7 8 2
 """
@@ -18,7 +19,8 @@ import tokenizers
 
 from megam3.errors import ConfigError
 
-# Embedding matrices are padded up to a multiple of a power of two for speed; a larger gap means a broken or foreign tokenizer.
+# Embedding matrices are padded up to a multiple of a power of two for speed; a larger gap means a broken or
+# foreign tokenizer.
 MAX_UNUSED_ROWS = 256
 
 
@@ -45,7 +47,7 @@ class Tokenizer:
         return tuple(framed[:first]), tuple(framed[first + len(bare) :])
 
     def encode(self, texts: Sequence[str], max_tokens: int) -> tuple[list[np.ndarray], int]:
-        """Ids of each text as int32, special tokens included, at most `max_tokens` each; and how many texts were cut."""
+        """Ids of each text as int32, special tokens included, at most `max_tokens`; and how many were cut."""
         encoded, cut_N = self.encode_marking(texts, max_tokens)
         return encoded, sum(cut_N)
 
@@ -125,8 +127,8 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, path: str | Path) ->
     """Refuse a tokenizer whose ids do not fill the model's `vocab_size` embedding rows.
 
     Raises:
-        ConfigError: an id without a row, or far fewer ids than rows (transformers falls back to a vocabulary of five tokens
-            when it finds a SentencePiece file under an unexpected name).
+        ConfigError: an id without a row, or far fewer ids than rows (transformers falls back to a vocabulary
+            of five tokens when it finds a SentencePiece file under an unexpected name).
     """
     unused = vocab_size - tokenizer.vocab_size
     if 0 <= unused <= MAX_UNUSED_ROWS:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 PACKED_ATTENTION = "megam3_packed"
 """Name under which the encoder's config selects this attention."""
@@ -84,7 +84,7 @@ def choose_attention(
     head_dim = config.hidden_size // config.num_attention_heads
     dtype = compute_dtype(device, dtype)
     if not is_flash_device(device):
-        return AttentionChoice("runs", f"{device.type} has no varlen kernel")
+        return AttentionChoice("runs", f"a {device.type} device without varlen kernel")
     if dropout > 0:
         obstacle = f"the encoder's attention dropout of {dropout:g}, which the varlen kernel does not have"
         return AttentionChoice("runs", obstacle, "set model.attention_dropout=0.0")
@@ -99,6 +99,30 @@ def choose_attention(
             "runs", "the encoder's windows, which this torch's varlen kernel does not have"
         )
     return AttentionChoice("varlen")
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """What a run says about its attention at the start."""
+
+    line: str
+    is_slow: bool
+    """A device with the varlen kernel does not use it: worth a warning."""
+
+
+def report_attention(module: nn.Module, device: torch.device) -> AttentionReport:
+    """How the encoder inside `module` will attend in training on `device`, and what would make it faster."""
+    encoder = next(m for m in module.modules() if isinstance(m, PreTrainedModel))
+    choice = choose_attention(encoder.config, device, encoder.dtype, is_training=True)
+    layers = encoder.config.num_hidden_layers
+    if choice.kernel == "varlen":
+        return AttentionReport(f"attention: varlen kernel, {layers} launches a forward pass", False)
+    remedy = f"; {choice.remedy}" if choice.remedy else ""
+    line = (
+        f"attention: {layers} launches for each distinct length of a forward pass's texts, because of"
+        f" {choice.obstacle}{remedy}"
+    )
+    return AttentionReport(line, is_flash_device(device))
 
 
 def has_windows(config: PretrainedConfig) -> bool:

@@ -4,18 +4,21 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 
 import pytest
 import torch
 
-from megam3.batch import PackedTexts
-from megam3.data.collate import TextBatch
-from megam3.data.dataset import open_training_data
+from megam3.batch import Batch, PackedTexts, RetrievalBatch, TextBatch
+from megam3.data import dataset
+from megam3.data.dataset import open_on_every_rank, open_training_data
 from megam3.data.shard import text_hash
-from megam3.data.share import changed_parts
+from megam3.data.tokenizer import Tokenizer
+from megam3.data.worker import changed_parts
 from megam3.errors import ConfigError, DataError
 from tests.data.pairs import data_config, make_records, write_jsonl
+from tests.ranks import run_ranks
 
 
 def equal(first, second) -> bool:
@@ -52,6 +55,8 @@ def test_batch_is_what_the_contract_says(opened, corpus, tokenizer):
     for (batch,) in data.batches(1, 2, 0, data.num_steps_per_epoch):
         starts = torch.cat([torch.arange(n) for n in batch.texts.lengths])
         assert torch.equal(batch.texts.position_ids_T, starts)
+        assert isinstance(batch, RetrievalBatch)
+        assert isinstance(batch, Batch)
         assert (batch.texts.input_ids_T.dtype, batch.texts.cu_seqlens_N1.dtype) == (torch.int64, torch.int32)
         assert batch.texts.num_texts == batch.num_queries + batch.num_passages
         texts = [t.tolist() for t in batch.texts.input_ids_T.split(list(batch.texts.lengths))]
@@ -208,6 +213,7 @@ def test_texts_for_pretraining_share_store_plan_and_resume(tmp_path, tokenizer, 
     stop = data.num_steps_per_epoch
     whole = list(data.batches(0, 2, 0, stop))
     assert all(isinstance(batch, TextBatch) and isinstance(batch.texts, PackedTexts) for (batch,) in whole)
+    assert all(isinstance(batch, Batch) for (batch,) in whole)
     assert equal(list(data.batches(0, 2, 3, stop)), whole[3:])
     rows = [
         row for rank in (0, 1) for (batch,) in data.batches(rank, 2, 0, stop) for row in batch.rows.tolist()
@@ -223,7 +229,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from megam3.config.schema import DataConfig
-from megam3.data.dataset import open_training_data
+from megam3.data.dataset import open_on_every_rank, open_training_data
 from megam3.data.tokenizer import Tokenizer
 config = DataConfig.model_validate_json(Path(sys.argv[1]).read_text())
 data = open_training_data(config, Tokenizer.from_json(Path(sys.argv[2]).read_text()), sys.argv[3], 1)
@@ -265,3 +271,43 @@ def test_killed_reader_continues_with_the_same_batches(tmp_path, opened, corpus,
     ]
     served = serve(0, 7)
     assert served + serve(7, None) == whole
+
+
+def _open_on_a_rank(config, tokenizer_json, store_dir):
+    """Fingerprint, or the message, and whether this rank tokenised anything."""
+    dataset.HEARTBEAT_SECONDS = 0.05
+    prepared = []
+    prepare = dataset.prepare_data
+
+    def slowly(*arguments, **options):
+        time.sleep(0.3)
+        manifests = prepare(*arguments, **options | {"on_progress": prepared.append})
+        return manifests
+
+    dataset.prepare_data = slowly
+    try:
+        data = open_on_every_rank(config, Tokenizer.from_json(tokenizer_json), store_dir, 1)
+    except DataError as error:
+        return str(error)
+    return data.fingerprint, bool(prepared)
+
+
+@pytest.mark.ranks
+def test_the_main_rank_prepares_while_the_others_wait(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "d.jsonl", make_records(40))
+    config = data_config(path, batch={"global_queries": 8})
+    (first, has_first), (second, has_second) = run_ranks(
+        _open_on_a_rank, 2, config, tokenizer.to_json(), str(tmp_path / "s")
+    )
+    assert (has_first, has_second) == (True, False)
+    assert first == second == open_training_data(config, tokenizer, tmp_path / "s", 1).fingerprint
+
+
+@pytest.mark.ranks
+def test_waiting_ranks_say_that_the_main_rank_failed(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "d.jsonl", [*make_records(3), b"{"])
+    messages = run_ranks(_open_on_a_rank, 2, data_config(path), tokenizer.to_json(), str(tmp_path / "s"))
+    assert "d.jsonl:4 line" in messages[0]
+    assert messages[1] == (
+        f"data.store_dir = '{tmp_path / 's'}': the main rank could not prepare or open it; see its message"
+    )

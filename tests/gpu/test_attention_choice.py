@@ -4,8 +4,9 @@ ways are equal there."""
 import pytest
 import torch
 
-from megam3.model.attention import choose_attention
-from megam3.model.backbone import SERVED_FAMILIES, build_backbone
+from megam3.encoders import served_families
+from megam3.model.attention import choose_attention, report_attention
+from megam3.model.backbone import build_backbone
 from tests.factory import random_token_ids
 from tests.gpu.varlen_stand_in import install
 from tests.model.test_attention import LENGTHS, packed_hidden, padded_hidden, tiny, twins
@@ -15,7 +16,7 @@ CUDA, BF16 = torch.device("cuda"), torch.bfloat16
 
 def test_a_cpu_goes_by_runs():
     choice = choose_attention(tiny("xlm-roberta"), torch.device("cpu"), BF16, True)
-    assert (choice.kernel, choice.obstacle) == ("runs", "cpu has no varlen kernel")
+    assert (choice.kernel, choice.obstacle) == ("runs", "a cpu device without varlen kernel")
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_launches_are_one_a_layer_or_one_a_layer_and_length(monkeypatch, dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("family", SERVED_FAMILIES)
+@pytest.mark.parametrize("family", served_families())
 def test_the_varlen_way_equals_the_padded_model(monkeypatch, family, dtype):
     stand_in = install(monkeypatch, any_dtype=True)
     packed, padded = twins(family, dtype)
@@ -106,3 +107,16 @@ def test_under_autocast_the_way_follows_the_queries(monkeypatch, dtype):
 
     assert error(ours) < 1.5 * error(theirs), "rounding of bf16, as the padded model has under autocast"
     assert error(theirs) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("dropout", "is_slow", "words"),
+    [(0.0, False, "varlen kernel, 3 launches"), (0.1, True, "set model.attention_dropout=0.0")],
+)
+def test_a_run_says_how_it_attends_and_warns_of_the_slow_way(monkeypatch, dropout, is_slow, words):
+    encoder = build_backbone(tiny("xlm-roberta", dropout=dropout), dtype=BF16)
+    assert not report_attention(encoder, torch.device("cpu")).is_slow, "there is no faster way there"
+    install(monkeypatch)
+    report = report_attention(torch.nn.Sequential(encoder), CUDA)
+    assert report.is_slow == is_slow
+    assert words in report.line

@@ -1,4 +1,5 @@
-"""`megam3 evaluate` on a tiny random model: the whole way from files to a table, and the errors a user can meet."""
+"""`megam3 evaluate` on a tiny random model: the whole way from files to a table, and the errors a user can
+meet."""
 
 import json
 from pathlib import Path
@@ -64,6 +65,22 @@ def test_errors_come_before_the_model_is_read(beir_folder, tmp_path):
         main(["no-model", str(beir_folder), "--modes", "sparse"])
     with pytest.raises(DataError, match=r"corpus\.jsonl' *: is not there"):
         main(["no-model", str(tmp_path / "nowhere")])
+
+
+def test_a_checkpoint_is_told_to_be_exported_first(beir_folder, tmp_path):
+    (tmp_path / "COMPLETE").touch()
+    with pytest.raises(
+        ConfigError, match=r"is a training checkpoint, .*; export it first: megam3 export .* OUT"
+    ):
+        main([str(tmp_path), str(beir_folder)])
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
+def test_a_device_that_is_not_there_is_an_error_of_the_command_line(beir_folder, tmp_path, device):
+    with pytest.raises(
+        ConfigError, match=rf"--device = '{device}': cannot be used \(.+\); use cpu, or leave it out"
+    ):
+        main([str(tmp_path), str(beir_folder), "--device", device])
 
 
 def test_batches_of_the_embedder_equal_its_own_encode(model_folder):

@@ -1,0 +1,32 @@
+"""The two arguments that every subcommand about a recipe takes: RECIPE [key=value…]."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from megam3.config.load import load_config
+from megam3.config.schema import RunConfig
+
+
+def add_recipe(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add both; `parse_intermixed_args` then reads the line, so that options may stand between overrides."""
+    nargs: dict[str, Any] = {} if required else {"nargs": "?"}
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a YAML file, or the name of a packaged recipe", **nargs
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="fields that win over the recipe, e.g. optim.lr=2e-5",
+    )
+
+
+def given_config(arguments: argparse.Namespace) -> RunConfig:
+    """The configuration that the two arguments mean.
+
+    Raises:
+        ConfigError: of the recipe or an override.
+    """
+    return load_config(arguments.recipe, arguments.overrides)
