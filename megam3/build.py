@@ -8,7 +8,6 @@ import os
 import platform
 import socket
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -27,7 +26,7 @@ from megam3.checkpoint import (
 from megam3.config.deepspeed import bf16_sums_warning, build_deepspeed_config
 from megam3.config.load import dump_config
 from megam3.config.schema import RunConfig
-from megam3.data.dataset import TrainingData, open_training_data
+from megam3.data.dataset import TrainingData, open_on_every_rank
 from megam3.data.tokenizer import Tokenizer, load_tokenizer
 from megam3.dist import comm
 from megam3.encoders import read_encoder_config
@@ -46,8 +45,6 @@ from megam3.trainer import Run
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS = 5.0
-
 
 def build(config: RunConfig, device: torch.device) -> Run:
     """Make the objects of this rank; collective, after `comm.start`.
@@ -56,13 +53,13 @@ def build(config: RunConfig, device: torch.device) -> Run:
         UserError: of the layer that found it; nothing has been trained or overwritten by then.
     """
     # 1. the run folder's log
-    run_dir = os.path.join(config.output_dir, config.name)
+    run_dir = str(config.run_dir)
     setup_logging(run_dir, comm.is_main(), comm.rank())
     ds_config = build_deepspeed_config(config, comm.world_size(), has_gpu=device.type == "cuda")
     # 2. tokenizer, data and test sets: the main rank tokenises what is not in the store yet, the others wait
     tokenizer = load_tokenizer(config.model.path, read_encoder_config(config.model.path).get("vocab_size"))
     test_sets = [read_beir(folder, config.evaluation.split) for folder in config.evaluation.folders]
-    data = open_data(config, tokenizer, run_dir)
+    data = open_on_every_rank(config.data, tokenizer, config.store_dir, config.train.seed)
     check_data_kind(config, data)
     total_steps = config.train.steps or data.num_steps(config.train.epochs or 0.0)
     # 3. the model; a fixed seed, so that heads from scratch are equal on every rank
@@ -159,36 +156,6 @@ def model_signature(module: nn.Module) -> str:
     """Hash of every parameter's name and full shape; equal for equal architectures at any ZeRO stage."""
     shapes = sorted((name, list(getattr(p, "ds_shape", p.shape))) for name, p in module.named_parameters())
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
-
-
-def open_data(config: RunConfig, tokenizer: Tokenizer, run_dir: str) -> TrainingData:
-    """Tokenise what the store lacks on the main rank while the others wait, then open it everywhere;
-    collective.
-
-    Raises:
-        DataError: of the preparation on the main rank, of opening on any; ranks that waited say that the main
-            rank failed.
-    """
-    store_dir = config.data.store_dir or os.path.join(run_dir, "store")
-
-    def open_here() -> TrainingData:
-        return open_training_data(config.data, tokenizer, store_dir, config.train.seed)
-
-    with ThreadPoolExecutor(1) as background:
-        # in a thread, so that the main rank answers the others meanwhile: no collective call waits longer
-        # than a heartbeat
-        work = background.submit(open_here) if comm.is_main() else None
-        while not comm.any_rank(work is not None and work.done()):
-            if work is not None:
-                wait([work], timeout=HEARTBEAT_SECONDS)
-        has_failed = comm.any_rank(work is not None and work.exception() is not None)
-        if work is not None:
-            return work.result()
-    if has_failed:
-        raise DataError(
-            "data.store_dir", store_dir, "the main rank could not prepare or open it", "see its message"
-        )
-    return open_here()
 
 
 def evaluation(

@@ -13,11 +13,10 @@ from types import FrameType
 
 import torch
 
-from megam3.batch import Progress
+from megam3.batch import Batch, Progress
 from megam3.checkpoint import RunState, save_checkpoint
 from megam3.config.schema import RunConfig
 from megam3.data.dataset import TrainingData
-from megam3.data.loader import Batch
 from megam3.dist import comm
 from megam3.encoders import EncoderShape
 from megam3.engine.deepspeed import Engine, UpdateResult

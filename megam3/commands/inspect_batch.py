@@ -10,7 +10,6 @@ from itertools import islice
 
 import numpy as np
 
-from megam3.commands.prepare import store_folder
 from megam3.commands.recipe import add_recipe, given_config
 from megam3.data.assemble import BatchArrays
 from megam3.data.dataset import TrainingData, open_training_data
@@ -34,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     config = given_config(arguments)
     tokenizer = load_tokenizer(config.model.path)
-    data = open_training_data(config.data, tokenizer, store_folder(config), config.train.seed)
+    data = open_training_data(config.data, tokenizer, config.store_dir, config.train.seed)
     data.check_world_size(arguments.world_size)
     size = config.data.batch.accumulation_steps
     for number in range(arguments.step * size, (arguments.step + 1) * size):

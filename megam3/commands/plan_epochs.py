@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from megam3.commands.prepare import store_folder
 from megam3.commands.recipe import add_recipe, given_config
 from megam3.data.dataset import open_training_data
 from megam3.data.report import estimate_plan, plan_report
@@ -25,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     config = given_config(arguments)
     data = open_training_data(
-        config.data, load_tokenizer(config.model.path), store_folder(config), config.train.seed
+        config.data, load_tokenizer(config.model.path), config.store_dir, config.train.seed
     )
     data.check_world_size(arguments.world_size)
     estimate = estimate_plan(data.plan, data.assembler(), arguments.world_size)

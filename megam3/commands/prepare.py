@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     shard = parse_shard(arguments.shard)  # not by argparse, which replaces the message of a ValueError
     config = given_config(arguments)
-    store_dir = store_folder(config)
+    store_dir = config.store_dir
     if arguments.verify:
         return _verify(config, store_dir)
     tokenizer = load_tokenizer(config.model.path)
@@ -85,11 +85,6 @@ def main(argv: Sequence[str]) -> int:
         num_waiting = len(config.data.train) - len(manifests)
         print(f"store: {store_dir}: {num_waiting} datasets wait for units of other tasks")
     return 0
-
-
-def store_folder(config: RunConfig) -> Path:
-    """Where the run of a recipe looks for its store."""
-    return Path(config.data.store_dir or Path(config.output_dir) / config.name / "store")
 
 
 def parse_shard(text: str) -> tuple[int, int]:

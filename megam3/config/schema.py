@@ -6,6 +6,7 @@ required; `None` means off.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -381,3 +382,13 @@ class RunConfig(Section):
     engine: EngineConfig = EngineConfig()
     train: TrainConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.output_dir) / self.name
+
+    @property
+    def store_dir(self) -> Path:
+        """The tokenised store of the training data."""
+        return Path(self.data.store_dir) if self.data.store_dir else self.run_dir / "store"
