@@ -37,6 +37,7 @@ from megam3.encoders import read_encoder_config
 from megam3.engine.activations import ActivationMemory
 from megam3.engine.deepspeed import Engine, join, model_construction
 from megam3.errors import DataError
+from megam3.model.attention import report_attention
 from megam3.objectives.base import Objective, find_objective
 from megam3.obs.clock import measure_matmul_peak
 from megam3.obs.guard import RunGuard
@@ -111,6 +112,8 @@ def build(config: RunConfig, device: torch.device, guard: RunGuard) -> Run:
         rounding = bf16_sums_warning(config, ds_config)
         if rounding:
             logger.warning(rounding)
+        attention = report_attention(module, device)
+        logger.log(logging.WARNING if attention.is_slow else logging.INFO, attention.line)
     memory_table, planned_bytes = describe_run(config, comm.world_size(), on_gpu=device.type == "cuda")
     for line in memory_table:
         logger.info(line)

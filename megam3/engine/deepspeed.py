@@ -171,6 +171,7 @@ class Engine:
         every rank."""
         self._engine.set_gradient_accumulation_boundary(self._is_last_batch and is_last)
         self._engine.backward(loss * self._scale, scale_wrt_gas=False)
+        self._activations.check_released()
 
     def update(self, step: int, drop: bool = False) -> UpdateResult:
         """Clip and apply the accumulated gradient at 0-based optimizer step `step`.

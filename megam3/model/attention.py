@@ -1,24 +1,36 @@
 """Attention inside each text of a packed stream, registered with transformers as `megam3_packed`.
 
-The encoder runs on one stream of T tokens as a batch of one row; every query may see the keys of its own text only. Two paths:
+The encoder runs on one stream of T tokens as a batch of one row; every query may see the keys of its own text
+only. Two ways, chosen once per forward pass by `choose_attention` and handed down to every layer:
 
-- CUDA in fp16 or bf16 without attention dropout: torch's varlen kernel reads `cu_seqlens` directly.
-- everything else: scaled_dot_product_attention over runs of neighbouring texts of equal length, each run one batched call without a mask.
-  The backbone puts texts of equal length next to each other first, so the number of calls is the number of distinct lengths.
+- "varlen": torch's varlen kernel reads `cu_seqlens` directly, one launch a layer. CUDA in fp16 or bf16
+  without attention dropout.
+- "runs", everything else: scaled_dot_product_attention over runs of neighbouring texts of equal length, each
+  run one batched call without a mask. The backbone puts texts of equal length next to each other first, so
+  the number of launches is layers × distinct lengths: 24 × 183 = 4 392 for 65 536 tokens in texts of 16 to
+  512.
 
-Windows (ModernBERT): transformers hands over `sliding_window` = half-width + 1, and |i - j| <= sliding_window - 1 inside a text is what
-its padded masks allow. Long texts are cut into blocks that see their two neighbours, so the cost stays linear in the length.
+The choice is not made again in a layer: under autocast the encoder's weights and its queries differ in dtype,
+and a layer that chose by its query would read an order of texts that the backbone did not make.
+
+Windows (ModernBERT): transformers hands over `sliding_window` = half-width + 1, and |i - j| <= sliding_window
+- 1 inside a text is what its padded masks allow. Long texts are cut into blocks that see their two
+  neighbours,
+so the cost stays linear in the length.
 """
 
 import functools
 import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 PACKED_ATTENTION = "megam3_packed"
 """Name under which the encoder's config selects this attention."""
@@ -28,15 +40,94 @@ _MIN_BLOCK_TOKENS = 64
 _VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def uses_varlen_kernel(
-    device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float, half_window: int | None = None
-) -> bool:
-    """Whether a stream with these properties takes torch's varlen kernel, which has no dropout, no fp32 and wants head_dim % 8 == 0."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or dropout > 0:
-        return False
-    if head_dim % 8 or head_dim > 256 or torch.cuda.get_device_capability(device)[0] < 8:
-        return False
-    return half_window is None or "window_size" in _VARLEN_PARAMETERS
+VARLEN_DTYPES = (torch.float16, torch.bfloat16)
+"""What the varlen kernel takes."""
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """How the layers of one forward pass attend."""
+
+    kernel: Literal["varlen", "runs"]
+    obstacle: str = ""
+    """Why it is not the varlen kernel, in words."""
+    remedy: str = ""
+    """What would make it so; empty where nothing in a recipe can."""
+
+    def launches(self, num_layers: int, lengths: Sequence[int]) -> int:
+        """Attention kernels of one forward pass over texts of these lengths."""
+        return num_layers * (1 if self.kernel == "varlen" else len(set(lengths)))
+
+
+def is_flash_device(device: torch.device) -> bool:
+    """Whether the varlen kernel runs on this device: NVIDIA, compute capability 8.0 or higher."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def attention_dropout(config: PretrainedConfig) -> float:
+    """The encoder's probability of dropping an attention weight in training, under its family's name."""
+    return float(
+        getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0)) or 0.0
+    )
+
+
+def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that queries arrive in: autocast's where it is on, whatever the weights are."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+
+
+def choose_attention(
+    config: PretrainedConfig, device: torch.device, dtype: torch.dtype, is_training: bool
+) -> AttentionChoice:
+    """The kernel for a forward pass of an encoder of this config with weights of `dtype` on `device`."""
+    dropout = attention_dropout(config) if is_training else 0.0
+    head_dim = config.hidden_size // config.num_attention_heads
+    dtype = compute_dtype(device, dtype)
+    if not is_flash_device(device):
+        return AttentionChoice("runs", f"a {device.type} device without varlen kernel")
+    if dropout > 0:
+        obstacle = f"the encoder's attention dropout of {dropout:g}, which the varlen kernel does not have"
+        return AttentionChoice("runs", obstacle, "set model.attention_dropout=0.0")
+    if dtype not in VARLEN_DTYPES:
+        return AttentionChoice("runs", f"{str(dtype).removeprefix('torch.')}", "set engine.precision=bf16")
+    if head_dim % 8 or head_dim > 256:
+        return AttentionChoice(
+            "runs", f"heads {head_dim} wide: the varlen kernel wants a multiple of 8 up to 256"
+        )
+    if has_windows(config) and "window_size" not in _VARLEN_PARAMETERS:
+        return AttentionChoice(
+            "runs", "the encoder's windows, which this torch's varlen kernel does not have"
+        )
+    return AttentionChoice("varlen")
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """What a run says about its attention at the start."""
+
+    line: str
+    is_slow: bool
+    """A device with the varlen kernel does not use it: worth a warning."""
+
+
+def report_attention(module: nn.Module, device: torch.device) -> AttentionReport:
+    """How the encoder inside `module` will attend in training on `device`, and what would make it faster."""
+    encoder = next(m for m in module.modules() if isinstance(m, PreTrainedModel))
+    choice = choose_attention(encoder.config, device, encoder.dtype, is_training=True)
+    layers = encoder.config.num_hidden_layers
+    if choice.kernel == "varlen":
+        return AttentionReport(f"attention: varlen kernel, {layers} launches a forward pass", False)
+    remedy = f"; {choice.remedy}" if choice.remedy else ""
+    line = (
+        f"attention: {layers} launches for each distinct length of a forward pass's texts, because of"
+        f" {choice.obstacle}{remedy}"
+    )
+    return AttentionReport(line, is_flash_device(device))
+
+
+def has_windows(config: PretrainedConfig) -> bool:
+    """Whether some layers see a window only (ModernBERT)."""
+    return "sliding_attention" in (getattr(config, "layer_types", None) or ())
 
 
 def packed_attention(
@@ -46,9 +137,10 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    cu_seqlens: Tensor,
     lengths: tuple[int, ...],
     max_length: int,
+    cu_seqlens: Tensor | None = None,
+    kernel: Literal["varlen", "runs"] = "runs",
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -58,7 +150,9 @@ def packed_attention(
 
     Args:
         query, key, value: [1, heads, T, head_dim].
-        cu_seqlens: int32 [N + 1]; `lengths` is the same on the host, `max_length` its maximum.
+        lengths: of the texts, in the order of the stream; `max_length` is their maximum.
+        cu_seqlens: int32 [N + 1], the same on the device; needed by the varlen kernel alone.
+        kernel: from `choose_attention`.
         sliding_window: half-width + 1 of a local layer; None: the whole text.
 
     Returns:
@@ -68,7 +162,9 @@ def packed_attention(
     query_THd, key_THd, value_THd = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     half_window = sliding_window - 1 if sliding_window is not None and sliding_window < max_length else None
-    if uses_varlen_kernel(query.device, query.dtype, query.shape[-1], dropout, half_window):
+    if kernel == "varlen":
+        assert cu_seqlens is not None
+        assert query.dtype in VARLEN_DTYPES, "chosen for another dtype than the queries have"
         output_THd = _varlen(query_THd, key_THd, value_THd, cu_seqlens, max_length, scale, half_window)
     else:
         output_THd = _equal_length_runs(query_THd, key_THd, value_THd, lengths, scale, dropout, half_window)
@@ -98,7 +194,8 @@ def _varlen(
 
 @functools.lru_cache(maxsize=64)
 def equal_length_runs(lengths: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Neighbouring texts of equal length as (length, count); cached, since every layer asks for the same stream.
+    """Neighbouring texts of equal length as (length, count); cached, since every layer asks for the same
+    stream.
 
     >>> equal_length_runs((3, 3, 5, 3))
     ((3, 2), (5, 1), (3, 1))
@@ -116,7 +213,8 @@ def _equal_length_runs(
     half_window: int | None,
 ) -> Tensor:
     runs = equal_length_runs(lengths)
-    # split, not slices: its backward is one concatenation, where every slice would add a zero-filled gradient of the whole stream
+    # split, not slices: its backward is one concatenation, where every slice would add a zero-filled gradient
+    # of the whole stream
     sizes = [length * count for length, count in runs]
     if len(sizes) > 1:
         queries, keys, values = query_THd.split(sizes), key_THd.split(sizes), value_THd.split(sizes)
@@ -146,7 +244,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, half_
 def _attend_in_blocks(
     q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, half_window: int, block: int
 ) -> Tensor:
-    """Banded attention: blocks of `block` >= half_window queries over their own and both neighbouring blocks of keys."""
+    """Banded attention: blocks of `block` >= half_window queries over their own and both neighbouring blocks
+    of keys."""
     num_texts, num_heads, length, head_dim = q.shape
     num_blocks = -(-length // block)
     tail = num_blocks * block - length
@@ -161,7 +260,8 @@ def _attend_in_blocks(
     query_position = first + torch.arange(block, device=q.device)[:, None]
     key_position = first + torch.arange(-block, 2 * block, device=q.device)
     near = (query_position - key_position).abs() <= half_window
-    # queries of the padded tail may see padding: a row without any key would be NaN, and these rows are cut off below
+    # queries of the padded tail may see padding: a row without any key would be NaN, and these rows are cut
+    # off below
     real = ((key_position >= 0) & (key_position < length)) | (query_position >= length)
     mask = (near & real).repeat(num_texts, 1, 1).unsqueeze(1)
     out = scaled_dot_product_attention(

@@ -18,7 +18,7 @@ from transformers.utils import logging as hf_logging
 
 from megam3.encoders import FAMILIES, find_packing_problem, position_offset
 from megam3.errors import CheckpointError
-from megam3.model.attention import PACKED_ATTENTION, equal_length_runs, uses_varlen_kernel
+from megam3.model.attention import PACKED_ATTENTION, choose_attention, equal_length_runs
 from megam3.model.rows import select_unique_rows
 
 # weights a checkpoint may carry although the bare encoder has no place for them: poolers, task heads, and buffers of old versions
@@ -136,30 +136,21 @@ def encode_packed(
             encoder, one, one, torch.tensor([0, 1], dtype=torch.int32, device=one.device), (1,)
         )[:0]
     order_T = None
-    if not _takes_varlen_kernel(encoder, input_ids_T.device):
+    choice = choose_attention(encoder.config, input_ids_T.device, encoder.dtype, encoder.training)
+    if choice.kernel == "runs":
         order_T, lengths = _equal_lengths_together(lengths, cu_seqlens_N1)
     if order_T is not None:
         input_ids_T, position_ids_T = input_ids_T[order_T], position_ids_T[order_T]
     hidden_TD = encoder(
         input_ids=input_ids_T.unsqueeze(0),
         position_ids=(position_ids_T + first_position(encoder.config)).unsqueeze(0),
-        cu_seqlens=cu_seqlens_N1,
+        # of the order made above; the runs do not read it, and it would be that of another order
+        cu_seqlens=cu_seqlens_N1 if choice.kernel == "varlen" else None,
         lengths=lengths,
         max_length=max(lengths),
+        kernel=choice.kernel,
     ).last_hidden_state.squeeze(0)
     return hidden_TD if order_T is None else select_unique_rows(hidden_TD, order_T.argsort())
-
-
-def _takes_varlen_kernel(encoder: PreTrainedModel, device: torch.device) -> bool:
-    config = encoder.config
-    dropout = (
-        getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0))
-        if encoder.training
-        else 0.0
-    )
-    return uses_varlen_kernel(
-        device, encoder.dtype, config.hidden_size // config.num_attention_heads, dropout
-    )
 
 
 def _equal_lengths_together(

@@ -1,15 +1,19 @@
-"""MaxSim over ragged rows: for each query row its best passage row, then a mean (or sum) over the query's rows.
+"""MaxSim over ragged rows: for each query row its best passage row, then a mean (or sum) over the query's
+rows.
 
-    s(q, p) = (1/|q|) Σ_i max_j ⟨E_q[i], E_p[j]⟩          j runs over the rows the passage HAS: there is no padding that could win the max
+    s(q, p) = (1/|q|) Σ_i max_j ⟨E_q[i], E_p[j]⟩          j runs over the rows the passage HAS: there is no
+    padding that could win the max
 
-The product of all query rows with all passage rows is formed in chunks and dropped at once; what stays for the backward pass is one int32
-per (query row, passage): which row won. With A the sparse [query rows, passage rows] matrix of the pair's gradient at each winner,
+The product of all query rows with all passage rows is formed in chunks and dropped at once; what stays for
+the backward pass is one int32 per (query row, passage): which row won. With A the sparse [query rows, passage
+rows] matrix of the pair's gradient at each winner,
 
     ∂E_q = A · E_p          ∂E_p = Aᵀ · E_q
 
-two sparse-dense products, 1/L of the forward product's work each. On CUDA a Triton kernel finds the winners, where triton is installed; the
-torch path is its reference and serves everything else. Worked example, one query row e and passages of 2 and 1 rows: products
-[0.1, 0.7 | 0.3] → scores [0.7, 0.3], winners [1, 2], and A has the two gradients at columns 1 and 2.
+two sparse-dense products, 1/L of the forward product's work each. On CUDA a Triton kernel finds the winners,
+where triton is installed; the torch path is its reference and serves everything else. Worked example, one
+query row e and passages of 2 and 1 rows: products [0.1, 0.7 | 0.3] → scores [0.7, 0.3], winners [1, 2], and A
+has the two gradients at columns 1 and 2.
 
 A text without rows (only `<s>` was in it) scores 0 with everything and receives no gradient.
 """
@@ -31,6 +35,7 @@ from megam3.scoring.winners import (
     best_by_torch,
     cut_texts,
     prefers_kernel,
+    sum_rows,
 )
 
 
@@ -57,6 +62,16 @@ class _Pairs:
     query_K: Tensor
     weight_K: Tensor
     grad_QP: Tensor
+    use_kernel: bool
+    """Multiply by the Triton kernel, which reads 16-bit rows as they are; torch's product wants them
+    widened."""
+
+    def product(self, crow: Tensor, columns: Tensor, values: Tensor, rows_XC: Tensor) -> Tensor:
+        """Sparse [R, X] with entries in compressed rows, times rows_XC."""
+        if self.use_kernel:
+            assert sum_rows is not None
+            return sum_rows(crow, columns, values, rows_XC.contiguous())
+        return csr_product(crow, columns, values, rows_XC.to(values.dtype))
 
     def entries(self, rows: slice, passages: Chunk) -> tuple[Tensor, Tensor]:
         """Of some query rows and passages: the winner within the passages' rows, and its coefficient."""
@@ -68,7 +83,8 @@ class _Pairs:
 
 
 def _sum(products: Iterator[Tensor]) -> Tensor:
-    """Of one or more; added up in the first, because one more pass over these rows would cost as much as their product."""
+    """Of one or more; added up in the first, because one more pass over these rows would cost as much as
+    their product."""
     total = next(products)
     for product in products:
         total += product
@@ -81,12 +97,7 @@ def _query_gradients(pairs: _Pairs, blocks: list[slice], chunks: list[Chunk]) ->
     def product(rows: slice, passages: Chunk) -> Tensor:
         columns, coefficients = pairs.entries(rows, passages)
         crow = torch.arange(columns.shape[0] + 1, dtype=torch.int32, device=columns.device) * columns.shape[1]
-        return csr_product(
-            crow,
-            columns.flatten(),
-            coefficients.flatten(),
-            pairs.passage_KC[passages.rows].to(coefficients.dtype),
-        )
+        return pairs.product(crow, columns.flatten(), coefficients.flatten(), pairs.passage_KC[passages.rows])
 
     grad_KC = torch.zeros_like(pairs.query_KC)
     for rows in blocks if chunks else []:
@@ -100,7 +111,7 @@ def _passage_gradients(pairs: _Pairs, blocks: list[slice], chunks: list[Chunk]) 
     def product(rows: slice, passages: Chunk) -> Tensor:
         columns, coefficients = pairs.entries(rows, passages)
         transposed = transposed_csr(columns, coefficients, passages.rows.stop - passages.rows.start)
-        return csr_product(*transposed, pairs.query_KC[rows].to(coefficients.dtype))
+        return pairs.product(*transposed, pairs.query_KC[rows])
 
     grad_KC = torch.empty_like(pairs.passage_KC) if blocks else torch.zeros_like(pairs.passage_KC)
     for passages in chunks if blocks else []:
@@ -138,7 +149,7 @@ class _MaxSim(torch.autograd.Function):
                 0, query_K[queries.rows] - queries.texts.start, best
             )
         ctx.save_for_backward(query_KC, passage_KC, winner_KP, query_K, weight_K)
-        ctx.passage_lengths, ctx.chunk = passage_lengths, chunk
+        ctx.passage_lengths, ctx.chunk, ctx.use_kernel = passage_lengths, chunk, use_kernel
         return scores_QP
 
     @staticmethod
@@ -152,12 +163,19 @@ class _MaxSim(torch.autograd.Function):
             query_K=query_K,
             weight_K=weight_K,
             grad_QP=grad_QP,
+            use_kernel=ctx.use_kernel,
         )
         num_rows, width = query_KC.shape
         max_rows = rows_widened_at_a_time(ctx.chunk, width, query_KC.is_cuda)
         max_texts = passages_at_a_time(ctx.chunk, num_rows)
+        if ctx.use_kernel:
+            # it makes no copies and sums in fp32 registers: one block each, so that no partial sum is rounded
+            # to 16 bits
+            max_rows = max(1, num_rows, passage_KC.shape[0])
+            max_texts = max(1, len(ctx.passage_lengths))
         chunks = list(cut_texts(ctx.passage_lengths, max_rows, max_texts))
-        # rows narrower than the accumulation are widened a block at a time; others need no copy, and one block is fastest
+        # rows narrower than the accumulation are widened a block at a time; others need no copy, and one
+        # block is fastest
         step = max(1, num_rows if query_KC.dtype == grad_QP.dtype else min(num_rows, max_rows))
         blocks = [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
         grad_query = _query_gradients(pairs, blocks, chunks) if ctx.needs_input_grad[0] else None
@@ -181,14 +199,16 @@ def maxsim_scores(
     chunk_elements: int | None = None,
     use_kernel: bool | None = None,
 ) -> Tensor:
-    """Multi-vector scores of every query with every passage (arXiv 2402.03216, section 3.2; ColBERT, arXiv 2004.12832).
+    """Multi-vector scores of every query with every passage (arXiv 2402.03216, section 3.2; ColBERT, arXiv
+    2004.12832).
 
     Args:
         query_KC, passage_KC: rows of all texts one after another; bf16 and fp16 are accumulated in fp32.
         query_offsets_Q1, passage_offsets_P1: int64; rows of text n are offsets[n] … offsets[n+1]-1.
         reduction: over a query's rows.
         chunk_elements: entries of the row product held at a time; None: by device.
-        use_kernel: find the winners with the Triton kernel; None: where it is installed and meant for the device.
+        use_kernel: find the winners with the Triton kernel; None: where it is installed and meant for the
+        device.
 
     Returns:
         scores_QP, fp32 (fp64 for fp64 inputs).

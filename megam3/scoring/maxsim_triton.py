@@ -1,24 +1,72 @@
-"""The best passage row of each query row in one Triton kernel, for CUDA; `megam3.scoring.maxsim` is its reference and its caller.
+"""MaxSim's two kernels for CUDA, in Triton: the best passage row of each query row, and the sums of the
+backward pass.
 
-A program takes ROWS query rows and one passage. It walks over the passage's rows BLOCK at a time, forms their products in registers and
-keeps, per query row, the highest so far and its place: the product of all rows with all rows never reaches memory. One query row e,
-passage rows a, b, c with BLOCK = 2:
+`megam3.scoring.maxsim` is the reference of both, and their caller.
+
+A program takes ROWS query rows and one passage. It walks over the passage's rows BLOCK at a time, forms their
+products in registers and keeps, per query row, the highest so far and its place: the product of all rows with
+all rows never reaches memory. One query row e, passage rows a, b, c with BLOCK = 2:
 
     ⟨e,a⟩ ⟨e,b⟩ = .2 .7 → best .7 at 1          ⟨e,c⟩ = .5 → stays .7 at 1
 
-Rows past the end of the passage are masked to −∞, so nothing outside it can win. NaN counts as +∞: a broken row gives a score that is not
-finite, as it does in torch, instead of losing every comparison. Importing this module needs triton.
+Rows past the end of the passage are masked to −∞, so nothing outside it can win. NaN counts as +∞: a broken
+row gives a score that is not finite, as it does in torch, instead of losing every comparison.
+
+Both directions of the backward pass are one kernel, a product of a sparse matrix in compressed rows with
+dense 16-bit rows. A program takes one row of the result, walks over its entries ENTRIES at a time and adds up
+value × row in fp32 registers: no row is widened in memory, nothing is added atomically, and the sums have one
+order, the same in every run.
+
+    entries (0, .5) (2, 1.) of one row, dense rows a b c   →   .5·a + 1.·c
+
+Tiles are a table by compute capability, not a search at run time: a search would run again for every shape of
+a batch. Importing this module needs triton.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, BLOCK, WIDTH = 128, 128, 64
-"""Tile of a program: query rows, passage rows, and columns of both that are multiplied at a time."""
-WARPS = 8
-"""Of a program; with this tile no register spills on compute capabilities 8.0 to 10.0."""
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """What one program of the forward kernel holds."""
+
+    rows: int
+    """Query rows."""
+    block: int
+    """Passage rows multiplied at a time."""
+    width: int
+    """Columns of both that are multiplied at a time."""
+    warps: int
+    stages: int
+    """Loads in flight: shared memory holds this many pairs of blocks."""
+
+
+TILES = {
+    80: Tile(rows=128, block=128, width=64, warps=8, stages=3),
+    86: Tile(rows=128, block=128, width=64, warps=8, stages=2),
+    90: Tile(rows=128, block=128, width=64, warps=8, stages=4),
+}
+"""By compute capability × 10, from which on a tile is used; each fits the shared memory there
+(tests/scoring). Not timed on a device."""
+
+ROWS, BLOCK, WIDTH, WARPS = TILES[80].rows, TILES[80].block, TILES[80].width, TILES[80].warps
+
+ENTRIES, COLUMNS = 16, 256
+"""Tile of a program of the backward kernel: entries added up at a time, and columns of the result."""
+
+
+def tile_for(capability: tuple[int, int]) -> Tile:
+    """The tile for a device of this compute capability.
+
+    >>> tile_for((8, 9)) == TILES[86], tile_for((10, 0)) == TILES[90]
+    (True, True)
+    """
+    return TILES[max((known for known in TILES if known <= capability[0] * 10 + capability[1]), default=80)]
 
 
 @triton.jit
@@ -90,7 +138,10 @@ def best_rows(
         best_KP.shape if keep_winners else (0,), dtype=torch.int32, device=query_KC.device
     )
     if best_KP.numel():
-        grid = (triton.cdiv(num_rows, ROWS) * num_passages,)
+        # the interpreter has no device, and takes the tile of the oldest
+        capability = torch.cuda.get_device_capability(query_KC.device) if query_KC.is_cuda else (8, 0)
+        tile = tile_for(capability)
+        grid = (triton.cdiv(num_rows, tile.rows) * num_passages,)
         shape = (num_rows, query_KC.shape[1], num_passages)
         _best_rows[grid](
             query_KC,
@@ -100,9 +151,63 @@ def best_rows(
             winner_KP,
             *shape,
             keep_winners,
-            ROWS,
-            BLOCK,
-            WIDTH,
-            num_warps=WARPS,
+            tile.rows,
+            tile.block,
+            tile.width,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
         )
     return best_KP, winner_KP if keep_winners else None
+
+
+@triton.jit
+def _sum_rows(
+    crow_R1,
+    columns_E,
+    values_E,
+    dense_XC,
+    result_RC,
+    width,
+    ENTRIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = column < width
+    first, stop = tl.load(crow_R1 + row), tl.load(crow_R1 + row + 1)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for begin in range(first, stop, ENTRIES):
+        entry = begin + tl.arange(0, ENTRIES)
+        is_entry = entry < stop
+        source = tl.load(columns_E + entry, mask=is_entry, other=0).to(tl.int64)
+        value = tl.load(values_E + entry, mask=is_entry, other=0.0)
+        rows = tl.load(
+            dense_XC + source[:, None] * width + column[None, :],
+            mask=is_entry[:, None] & is_column[None, :],
+            other=0.0,
+        )
+        total += tl.sum(rows.to(tl.float32) * value[:, None], axis=0)
+    target = result_RC + row * width + column
+    tl.store(target, total.to(result_RC.dtype.element_ty), mask=is_column)
+
+
+def sum_rows(crow_R1: Tensor, columns_E: Tensor, values_E: Tensor, dense_XC: Tensor) -> Tensor:
+    """Row r of the result: Σ values[e] · dense[columns[e]] over its entries e = crow[r] … crow[r+1]-1; rows
+    without any are 0.
+
+    Args:
+        crow_R1, columns_E: int32 or int64.
+        values_E: fp32.
+        dense_XC: contiguous, bf16, fp16 or fp32.
+
+    Returns:
+        [R, C] in the dtype of `dense_XC`, accumulated in fp32.
+    """
+    num_rows, width = crow_R1.shape[0] - 1, dense_XC.shape[1]
+    result_RC = dense_XC.new_empty(num_rows, width)
+    if result_RC.numel():
+        grid = (num_rows, triton.cdiv(width, COLUMNS))
+        _sum_rows[grid](
+            crow_R1, columns_E, values_E, dense_XC, result_RC, width, ENTRIES, COLUMNS, num_warps=4
+        )
+    return result_RC

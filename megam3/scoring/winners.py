@@ -1,7 +1,9 @@
-"""Winners of MaxSim: per (query row, passage), the highest product with one of the passage's rows, and which row that is.
+"""Winners of MaxSim: per (query row, passage), the highest product with one of the passage's rows, and which
+row that is.
 
-Two ways to the same numbers: plain torch, which forms the product of all rows in chunks (any device and type), and a Triton kernel for
-16-bit rows on CUDA, which keeps products in registers. Both hand over one chunk at a time and write the winners as they go.
+Two ways to the same numbers: plain torch, which forms the product of all rows in chunks (any device and
+type), and a Triton kernel for 16-bit rows on CUDA, which keeps products in registers. Both hand over one
+chunk at a time and write the winners as they go.
 """
 
 import os
@@ -16,9 +18,9 @@ try:
     # triton takes 70 MB, for which a build of torch for CPUs has no use but the kernel's tests
     if torch.version.cuda is None and os.environ.get("TRITON_INTERPRET") != "1":
         raise ImportError("no CUDA")
-    from megam3.scoring.maxsim_triton import best_rows
+    from megam3.scoring.maxsim_triton import best_rows, sum_rows
 except ImportError:
-    best_rows = None  # type: ignore[assignment]
+    best_rows = sum_rows = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def _product(left: Tensor, right_t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def cut_texts(lengths: list[int], max_rows: int, max_texts: int) -> Iterator[Chunk]:
-    """Cut texts into runs of at most `max_rows` rows and `max_texts` texts (a longer text is a run of its own)."""
+    """Cut texts into runs of at most `max_rows` rows and `max_texts` texts (a longer text is a run of its
+    own)."""
     start = first = rows = 0
     for text, length in enumerate(lengths):
         if text > start and (rows + length > max_rows or text - start == max_texts):
@@ -68,7 +71,8 @@ def _equal_runs(lengths: list[int]) -> Iterator[tuple[int, int]]:
 def _segment_max(
     products_KX: Tensor, lengths: list[int], best_KP: Tensor, winner_KP: Tensor | None, first_row: int
 ) -> None:
-    """Write the maximum over each passage's columns, and (unless None) the row that reached it, texts of equal length together."""
+    """Write the maximum over each passage's columns, and (unless None) the row that reached it, texts of
+    equal length together."""
     column = 0
     for start, count in _equal_runs(lengths):
         length = lengths[start]
@@ -117,7 +121,8 @@ def best_by_kernel(
     winner_KP: Tensor,
     chunk: int,
 ) -> Best:
-    """The same by `megam3.scoring.maxsim_triton`, which forms no product in memory: chunks bound the best alone."""
+    """The same by `megam3.scoring.maxsim_triton`, which forms no product in memory: chunks bound the best
+    alone."""
     offsets_P1 = torch.tensor([0, *accumulate(passage_lengths)], dtype=torch.int64, device=query_KC.device)
     query_KC, passage_KC = query_KC.contiguous(), passage_KC.contiguous()
     every_query = Chunk(slice(0, len(query_lengths)), slice(0, query_KC.shape[0]))
@@ -132,7 +137,8 @@ def best_by_kernel(
 
 
 def prefers_kernel(query_KC: Tensor, passage_KC: Tensor) -> bool:
-    """Whether the Triton kernel is there and meant for these rows: one 16-bit type, on an NVIDIA device with asynchronous copies.
+    """Whether the Triton kernel is there and meant for these rows: one 16-bit type, on an NVIDIA device with
+    asynchronous copies.
 
     In fp32 cuBLAS is the better product, so there the torch path stays.
     """

@@ -1,4 +1,5 @@
-"""Packed encoders against the same weights run padded by transformers: outputs and gradients, for every family that is served."""
+"""Packed encoders against the same weights run padded by transformers: outputs and gradients, for every
+family that is served."""
 
 import copy
 
@@ -8,11 +9,12 @@ from transformers import AutoConfig, AutoModel
 
 from megam3.batch import pack_texts
 from megam3.encoders import served_families
-from megam3.model.attention import equal_length_runs, packed_attention, uses_varlen_kernel
+from megam3.model.attention import equal_length_runs, packed_attention
 from megam3.model.backbone import build_backbone, encode_packed
 from tests.factory import random_token_ids
 
-# repeated, sorted, unsorted and single-token texts; ModernBERT's window of 8 reaches 4 tokens to each side, and 300 > 4 blocks of 64
+# repeated, sorted, unsorted and single-token texts; ModernBERT's window of 8 reaches 4 tokens to each side,
+# and 300 > 4 blocks of 64
 LENGTHS = (5, 17, 3, 17, 1, 40, 5, 300, 2, 17)
 
 
@@ -192,7 +194,8 @@ def test_dropout_is_seeded_and_off_in_eval(family):
 
 
 def test_attention_dropout_keeps_the_mean():
-    """Only attention weights drop here, so the mean over seeds of one layer's attention output tends to the output without dropout."""
+    """Only attention weights drop here, so the mean over seeds of one layer's attention output tends to the
+    output without dropout."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 24, 8, generator=generator) for _ in range(3))
     texts = {
@@ -229,12 +232,6 @@ def test_activation_checkpointing_passes_the_texts_on():
 def test_runs_join_neighbours_of_equal_length():
     assert equal_length_runs((4, 4, 2, 4)) == ((4, 2), (2, 1), (4, 1))
     assert equal_length_runs(()) == ()
-
-
-def test_the_varlen_kernel_is_left_to_half_precision_on_cuda():
-    assert not uses_varlen_kernel(torch.device("cpu"), torch.bfloat16, 64, 0.0)
-    assert not uses_varlen_kernel(torch.device("cuda"), torch.float32, 64, 0.0)
-    assert not uses_varlen_kernel(torch.device("cuda"), torch.bfloat16, 64, 0.1)
 
 
 @pytest.mark.gpu

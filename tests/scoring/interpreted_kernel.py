@@ -1,5 +1,5 @@
-"""The Triton kernel under Triton's interpreter, against torch and a float64 loop. `test_maxsim_triton.py` runs this file in a process of
-its own, because triton decides for its interpreter when it is imported.
+"""The Triton kernel under Triton's interpreter, against torch and a float64 loop. `test_maxsim_triton.py`
+runs this file in a process of its own, because triton decides for its interpreter when it is imported.
 
 The interpreter multiplies the bit patterns of bf16 numbers; fp16 and fp32 take the same lines of the kernel.
 """
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megam3.scoring.maxsim import maxsim_scores
-from megam3.scoring.maxsim_triton import BLOCK, ROWS, WIDTH, best_rows
+from megam3.scoring.maxsim_triton import BLOCK, COLUMNS, ENTRIES, ROWS, WIDTH, best_rows, sum_rows
 from tests.representations import make_offsets, naive_maxsim, random_representations
 
 RAGGED = [1, BLOCK + 2, 7, 2 * BLOCK + 44, BLOCK, 1]
@@ -85,3 +85,23 @@ def test_scores_and_gradients_equal_the_torch_path_and_the_padded_reference(redu
     ):
         torch.testing.assert_close(ours, torchs)
         torch.testing.assert_close(ours, theirs.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("width", [5, COLUMNS, COLUMNS + 3])
+def test_sums_of_rows_equal_a_float64_product(dtype, width):
+    """Rows without entries, with one, with a whole tile of them and with a rest."""
+    counts = [0, 1, ENTRIES, 2 * ENTRIES + 3, 0]
+    generator = torch.Generator().manual_seed(0)
+    crow = make_offsets(counts).to(torch.int32)
+    columns = torch.randint(0, 9, (sum(counts),), generator=generator, dtype=torch.int32)
+    values = torch.randn(sum(counts), generator=generator)
+    dense_XC = _unit_rows(9, width, 1, dtype)
+    weights = torch.zeros(len(counts), 9, dtype=torch.float64)
+    for row, (start, stop) in enumerate(zip(crow.tolist(), crow.tolist()[1:])):
+        for entry in range(start, stop):
+            weights[row, columns[entry]] += values[entry].double()
+    result = sum_rows(crow, columns, values, dense_XC)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result, (weights @ dense_XC.double()).to(dtype))
+    assert not result[[0, 4]].any()

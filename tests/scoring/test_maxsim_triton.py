@@ -59,7 +59,8 @@ def test_the_kernel_compiles_for_devices_that_are_not_here(
         "winner_KP": "*i32",
     }
     types |= dict.fromkeys(("num_query_rows", "width", "num_passages"), "i32")
-    constants = {"KEEP": True, "ROWS": kernel.ROWS, "BLOCK": kernel.BLOCK, "WIDTH": kernel.WIDTH}
+    tile = kernel.tile_for(divmod(capability, 10))
+    constants = {"KEEP": True, "ROWS": tile.rows, "BLOCK": tile.block, "WIDTH": tile.width}
     aligned = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(
         kernel._best_rows,
@@ -68,9 +69,27 @@ def test_the_kernel_compiles_for_devices_that_are_not_here(
         attrs={(0,): aligned, (1,): aligned, (6,): aligned},
     )
     target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": kernel.WARPS})
+    compiled = triton.compile(
+        source, target=target, options={"num_warps": tile.warps, "num_stages": tile.stages}
+    )
     assert tensor_cores in compiled.asm["ptx"]
     assert compiled.metadata.shared <= shared_bytes
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_sums_of_the_backward_pass_compile_for_bf16(capability, tmp_path, monkeypatch):
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    kernel = pytest.importorskip("megam3.scoring.maxsim_triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    types = {"crow_R1": "*i32", "columns_E": "*i32", "values_E": "*fp32"}
+    types |= {"dense_XC": "*bf16", "result_RC": "*bf16", "width": "i32"}
+    constants = {"ENTRIES": kernel.ENTRIES, "COLUMNS": kernel.COLUMNS}
+    source = triton.compiler.ASTSource(
+        kernel._sum_rows, types | dict.fromkeys(constants, "constexpr"), constexprs=constants
+    )
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": 4})
+    assert "atom" not in compiled.asm["ptx"], "sums have one order"
 
 
 @pytest.mark.gpu
