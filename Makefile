@@ -17,7 +17,7 @@ CLEAN := env -u VIRTUAL_ENV -u PYTHONHOME -u PYTHONPATH PYTHONNOUSERSITE=1 PATH=
 help:
 	@echo 'make quickstart   train, evaluate, export and query a small model on real text'
 	@echo 'make test         tests that need no GPU, no cluster and no peer library'
-	@echo 'make check        format, lint, types, import layers'
+	@echo 'make check        format, lint, types, import layers, requirements'
 	@echo 'make bench        side-by-side runs against peers'
 
 $(STAMP): setup.py constraints.txt pyproject.toml
@@ -42,7 +42,7 @@ check: $(STAMP)
 	@$(CLEAN) $(BIN)/ruff format --check --quiet .
 	@$(CLEAN) $(BIN)/ruff check --quiet .
 	@$(CLEAN) $(BIN)/mypy
-	@$(CLEAN) $(BIN)/python -m pytest -q tests/test_layers.py
+	@$(CLEAN) $(BIN)/python -m pytest -q tests/test_layers.py tests/test_requirements.py
 
 bench: $(STAMP)
 	@$(CLEAN) $(BIN)/python -m benchmarks

@@ -14,7 +14,7 @@ assert VERSION, "megam3/__init__.py has no __version__ line"
 setup(
     name="megam3",
     version=VERSION.group(1),
-    description="Train multilingual retrieval encoders with dense, lexical and multi-vector heads, from one CPU to many GPUs",
+    description="Train multilingual retrieval encoders (dense, lexical, multi-vector), on a CPU or many GPUs",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The megam3 authors",
@@ -37,29 +37,30 @@ setup(
         "matplotlib>=3.8",
         "mpi4py>=4.0",
         "numpy>=1.26",
+        # transformers reads sentencepiece models through it
         "protobuf>=4.25",
-        "psutil>=5.9",
         "pyarrow>=15",
         "pydantic>=2.7",
         "pytrec-eval-terrier>=0.5.6",
-        "pyyaml>=6.0",
         "rich>=13",
+        "ruamel.yaml>=0.18",
         "safetensors>=0.4.3",
         "scipy>=1.11",
         "sentencepiece>=0.2",
+        # torch.utils.tensorboard writes with its record types
         "tensorboard>=2.16",
-        "zstandard>=0.22",
+        "tokenizers>=0.21",
     ],
     extras_require={
         "dev": [
             "hypothesis>=6.100",
             "mypy>=1.11",
+            "psutil>=5.9",
             "pytest>=8",
             "ruff>=0.6",
-            # builds of torch for CUDA bring theirs; on CPUs its interpreter runs the kernel's tests. Not in constraints.txt, where a pin
-            # could contradict torch's own
+            # builds of torch for CUDA bring theirs; on CPUs its interpreter runs the kernel's tests. Not in
+            # constraints.txt, where a pin could contradict torch's own
             "triton>=3.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
-            "types-PyYAML",
         ]
     },
 )

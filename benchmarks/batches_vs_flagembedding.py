@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megam3.balance import text_cost
 from megam3.config.schema import BatchConfig, DataConfig, DatasetConfig
+from megam3.cost import text_cost
 from megam3.data.dataset import open_training_data
 from megam3.data.tokenizer import Tokenizer, load_tokenizer
 

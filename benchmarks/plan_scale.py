@@ -19,12 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megam3.balance import assign_ranks
 from megam3.config.schema import BatchConfig, DataConfig, DatasetConfig
-from megam3.data.assemble import Assembler, Shuffle, TextFrame
-from megam3.data.layout import DatasetRows
+from megam3.cost import assign_ranks
+from megam3.data.assemble import Assembler, TextFrame
+from megam3.data.manifest import INDEX_DTYPE, RUN_DTYPE, Manifest
 from megam3.data.plan import build_plan
-from megam3.data.store import INDEX_DTYPE, RUN_DTYPE, StoredDataset
+from megam3.data.store import StoredDataset
+from megam3.data.strata import DatasetRows
 
 ROWS_PER_SHARD, LENGTHS_PER_SHARD, NUM_LANGUAGES = 100_000, 400, 100
 
@@ -57,13 +58,28 @@ def measure(folder: Path, table: str, num_steps: int) -> dict:
     runs, index = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("runs", "index"))
     index.base.madvise(mmap.MADV_RANDOM)  # as open_dataset does
     languages = [f"l{number}" for number in range(NUM_LANGUAGES)]
-    rows = DatasetRows("d", "t", 1.0, True, 1, False, languages, runs, 0)
+    rows = DatasetRows(
+        name="d",
+        task="t",
+        weight=1.0,
+        in_batch_negatives=True,
+        passages_per_query=1,
+        is_text=False,
+        languages=languages,
+        runs=runs,
+        first_row=0,
+    )
     config = DataConfig(train=[DatasetConfig(name="d", paths=["x"])], batch=BatchConfig(buckets=table))
     plan = build_plan(config, [rows], 42)
     built = time.perf_counter() - started
-    manifest = {"languages": languages, "kind": "pair"}
-    stored = StoredDataset(folder, manifest, index, runs, np.array([0, len(index)]))
-    assembler = Assembler(plan, [stored], TextFrame((0,), (2,), (0,)), Shuffle(0.0, 1), None)
+    stored = StoredDataset(
+        folder=folder,
+        manifest=Manifest.model_construct(languages=languages, kind="pair"),
+        index=index,
+        runs=runs,
+        shard_starts=np.array([0, len(index)]),
+    )
+    assembler = Assembler(config, plan, [stored], TextFrame((0,), (2,), (0,)))
     first = plan.batch(0)
     assign_ranks(assembler.row_costs(first), 96)
     first_batch = time.perf_counter() - started

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from megam3.config.schema import BatchConfig, DataConfig, DatasetConfig
+from megam3.data.encode import RECORDS_PER_CALL
 from megam3.data.prepare import prepare_data
-from megam3.data.shard import RECORDS_PER_CALL
 from megam3.data.tokenizer import Tokenizer, load_tokenizer
 
 

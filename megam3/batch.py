@@ -16,14 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PackedTexts:
-    """N texts as one token stream. `lengths_N` and `cu_seqlens_N1` also stay on the host, so that no kernel launch waits for a copy."""
+    """N texts as one token stream. Lengths also stay on the host, so that no kernel launch waits for a copy."""
 
     input_ids_T: Tensor
     """int64."""
@@ -58,6 +59,15 @@ class PackedTexts:
             cu_seqlens_N1=self.cu_seqlens_N1.to(device, non_blocking=True),
         )
 
+    def pin_memory(self) -> PackedTexts:
+        """The same texts in page-locked memory; needs a GPU's driver."""
+        return replace(
+            self,
+            input_ids_T=self.input_ids_T.pin_memory(),
+            position_ids_T=self.position_ids_T.pin_memory(),
+            cu_seqlens_N1=self.cu_seqlens_N1.pin_memory(),
+        )
+
     def text_ids_T(self) -> Tensor:
         """Index of the text each token belongs to, int64."""
         lengths_N = (self.cu_seqlens_N1[1:] - self.cu_seqlens_N1[:-1]).long()
@@ -68,10 +78,10 @@ class PackedTexts:
         """Texts start..stop-1 as a stream of their own (views, no copy of tokens)."""
         first, last = sum(self.lengths[:start]), sum(self.lengths[:stop])
         return PackedTexts(
-            self.input_ids_T[first:last],
-            self.position_ids_T[first:last],
-            self.cu_seqlens_N1[start : stop + 1] - self.cu_seqlens_N1[start],
-            self.lengths[start:stop],
+            input_ids_T=self.input_ids_T[first:last],
+            position_ids_T=self.position_ids_T[first:last],
+            cu_seqlens_N1=self.cu_seqlens_N1[start : stop + 1] - self.cu_seqlens_N1[start],
+            lengths=self.lengths[start:stop],
         )
 
 
@@ -86,32 +96,78 @@ def pack_texts(token_ids: Sequence[Sequence[int]]) -> PackedTexts:
         raise ValueError(
             f"text {lengths.index(0)} has no tokens; every text needs at least its special tokens"
         )
+    if not lengths:
+        return pack_stream(torch.zeros(0, dtype=torch.int64), lengths)
+    return pack_stream(torch.cat([torch.as_tensor(ids, dtype=torch.int64) for ids in token_ids]), lengths)
+
+
+def pack_stream(input_ids_T: Tensor, lengths: Sequence[int]) -> PackedTexts:
+    """Texts that already lie one after the other, int64 on the CPU; `lengths` add up to T."""
     lengths_N = torch.tensor(lengths, dtype=torch.int64)
     cu_seqlens_N1 = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     cu_seqlens_N1[1:] = lengths_N.cumsum(0)
-    input_ids_T = (
-        torch.cat([torch.as_tensor(ids, dtype=torch.int64) for ids in token_ids])
-        if lengths
-        else torch.zeros(0, dtype=torch.int64)
-    )
     starts_T = torch.repeat_interleave(cu_seqlens_N1[:-1].long(), lengths_N)
-    return PackedTexts(input_ids_T, torch.arange(input_ids_T.shape[0]) - starts_T, cu_seqlens_N1, lengths)
+    return PackedTexts(
+        input_ids_T=input_ids_T,
+        position_ids_T=torch.arange(input_ids_T.shape[0]) - starts_T,
+        cu_seqlens_N1=cu_seqlens_N1,
+        lengths=tuple(lengths),
+    )
 
 
-@dataclass(frozen=True)
+@runtime_checkable
+class Batch(Protocol):
+    """What the loop, the log and the loader know of a batch: one rank's share of one step, of any stage."""
+
+    @property
+    def texts(self) -> PackedTexts:
+        """All that is encoded."""
+
+    @property
+    def rows(self) -> Tensor:
+        """int64, on the CPU: row of each sample among the rows of all datasets."""
+
+    @property
+    def dataset(self) -> str:
+        """Name of the dataset; `mixed` when small datasets share a batch."""
+
+    @property
+    def language(self) -> str:
+        """Language code; `mul` for several."""
+
+    @property
+    def num_samples(self) -> int:
+        """What progress counts, on this rank."""
+
+    @property
+    def num_truncated(self) -> int:
+        """Texts of this batch cut at their limit."""
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens a padded pipeline would process."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The texts on `device`; the rest stays on the host, where the plan and the log read it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RetrievalBatch:
     """One rank's share of one step: Q queries and their groups of passages, the positive first in each group.
 
-    `texts` holds the Q queries, then the P passages, in group order: passages of query i are group_offsets_Q1[i] … group_offsets_Q1[i+1]-1.
+    `texts` holds the Q queries, then the P passages by group: query i owns the passages group_offsets_Q1[i] to
+    group_offsets_Q1[i+1] - 1. Two queries with groups of 2 and 1:
+
+        texts  q0 q1 | p00 p01 | p10       group_offsets_Q1  0 2 3
     """
 
     texts: PackedTexts
     group_offsets_Q1: Tensor
     """int64, on the CPU; group sizes may differ."""
     rows_Q: Tensor
-    """int64: row of each query in its dataset; names the sample in logs and resume tests."""
+    """int64: row of each query among all datasets; names the sample in logs and resume tests."""
     passage_hashes_P: Tensor
-    """int64: hash of the passage's text; equal text anywhere in the global batch is never a negative."""
+    """int64: hash of the passage's text; equal text anywhere in the global batch is no negative."""
     teacher_scores_P: Tensor | None = None
     """float32: scores of a teacher (a re-ranker), when the records carry them."""
     in_batch_negatives: bool = True
@@ -120,6 +176,11 @@ class RetrievalBatch:
     language: str = ""
     num_truncated: int = 0
     """Texts of this batch cut at their limit."""
+
+    @property
+    def rows(self) -> Tensor:
+        """rows_Q: a sample is a query."""
+        return self.rows_Q
 
     @property
     def num_queries(self) -> int:
@@ -147,9 +208,38 @@ class RetrievalBatch:
         return replace(self, texts=self.texts.to(device))
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextBatch:
+    """One rank's share of one step of pretraining: N sequences, each one document or several packed ones."""
+
+    texts: PackedTexts
+    document_offsets_N1: Tensor
+    """int64, on the CPU: sequence n holds document_offsets_N1[n] to document_offsets_N1[n+1] - 1 of `rows`."""
+    rows: Tensor
+    """int64: row of each document among all datasets."""
+    dataset: str = ""
+    language: str = ""
+    num_truncated: int = 0
+    """Documents of this batch cut at their limit."""
+
+    @property
+    def num_samples(self) -> int:
+        """Documents on this rank."""
+        return int(self.rows.shape[0])
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens a padded pipeline would process."""
+        return self.texts.num_texts * self.texts.max_length
+
+    def to(self, device: torch.device | str) -> TextBatch:
+        """The texts on `device`."""
+        return replace(self, texts=self.texts.to(device))
+
+
 @dataclass(frozen=True)
 class Representations:
-    """What the three heads read from one forward pass over N texts. The float tensors carry the graph; the rest is structure."""
+    """What the heads read from one forward pass over N texts. Float tensors carry the graph, the rest is structure."""
 
     dense_ND: Tensor
     """L2-normalised."""

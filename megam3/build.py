@@ -1,11 +1,11 @@
-"""From a checked recipe to the live objects of a run. The start-up order is the numbered comments of `build`, and only here."""
+"""From a checked recipe to the live objects of a run. The start-up order is the numbered comments of `build`,
+and only here."""
 
 import hashlib
 import json
 import logging
 import os
 import platform
-import shutil
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -24,22 +24,21 @@ from megam3.checkpoint import (
     read_state,
     set_aside,
 )
-from megam3.config.check import read_encoder_config
 from megam3.config.deepspeed import bf16_sums_warning, build_deepspeed_config
 from megam3.config.load import dump_config
 from megam3.config.schema import RunConfig
 from megam3.data.dataset import TrainingData, open_training_data
 from megam3.data.tokenizer import Tokenizer, load_tokenizer
 from megam3.dist import comm
+from megam3.encoders import read_encoder_config
 from megam3.engine.activations import ActivationMemory
 from megam3.engine.deepspeed import Engine, join, model_construction
 from megam3.errors import DataError
 from megam3.memory_report import describe_run
-from megam3.model.m3 import M3Model
-from megam3.model.pretrained import load_m3
-from megam3.objectives.unified import UnifiedObjective
-from megam3.obs.clock import EncoderShape, measure_matmul_peak
+from megam3.objectives.base import Objective, find_objective
+from megam3.obs.clock import measure_matmul_peak
 from megam3.obs.log import setup_logging
+from megam3.obs.run_folder import MODEL_FOLDER, describe_run_folder
 from megam3.retrieval.beir import BeirDataset, read_beir
 from megam3.retrieval.evaluate import evaluate
 from megam3.trainer import Run
@@ -47,17 +46,6 @@ from megam3.trainer import Run
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 5.0
-
-MODEL_FILES = (
-    "config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "sentencepiece.bpe.model",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-)
-"""With tokenizer*.json: what a Hugging Face folder holds besides weights."""
 
 
 def build(config: RunConfig, device: torch.device) -> Run:
@@ -71,35 +59,52 @@ def build(config: RunConfig, device: torch.device) -> Run:
     setup_logging(run_dir, comm.is_main(), comm.rank())
     ds_config = build_deepspeed_config(config, comm.world_size(), has_gpu=device.type == "cuda")
     # 2. tokenizer, data and test sets: the main rank tokenises what is not in the store yet, the others wait
-    tokenizer = load_tokenizer(config.model.path, read_encoder_config(config.model).get("vocab_size"))
+    tokenizer = load_tokenizer(config.model.path, read_encoder_config(config.model.path).get("vocab_size"))
     test_sets = [read_beir(folder, config.evaluation.split) for folder in config.evaluation.folders]
     data = open_data(config, tokenizer, run_dir)
+    check_data_kind(config, data)
     total_steps = config.train.steps or data.num_steps(config.train.epochs or 0.0)
     # 3. the model; a fixed seed, so that heads from scratch are equal on every rank
     join(device)
     torch.manual_seed(config.train.seed)
     dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
+    objective = find_objective(config.objective)(config.objective, config.data.batch.chunk_tokens)
     with model_construction(ds_config):
-        module = load_m3(config.model.path, config.model, dtype=dtype)
-    signature, shape = model_signature(module), encoder_shape(module)
+        module = objective.load_model(config.model, dtype)
+    signature = model_signature(module)
+    shape = objective.shape(module)
     # 4. the engine
     activations = ActivationMemory(
         module, config.engine.activation_checkpointing, config.engine.activation_offload
     )
-    engine = Engine(module, config.optim, ds_config, device, total_steps, activations)
+    engine = Engine(
+        module,
+        optim=config.optim,
+        is_head_parameter=objective.is_head_parameter,
+        ds_config=ds_config,
+        device=device,
+        total_steps=total_steps,
+        activations=activations,
+    )
     # 5. where to start; only then is the run folder described anew
     state = RunState(
-        Progress(),
-        comm.world_size(),
-        engine.stage,
-        signature,
-        data.fingerprint,
-        json.dumps([comm.world_size(), ds_config["zero_optimization"], ds_config["bf16"]], sort_keys=True),
-        config.model_dump(mode="json"),
+        progress=Progress(),
+        world_size=comm.world_size(),
+        zero_stage=engine.stage,
+        model_signature=signature,
+        data_fingerprint=data.fingerprint,
+        layout=state_layout(ds_config),
+        recipe=config.model_dump(mode="json"),
     )
     state = _start_state(config, run_dir, engine, data, state)
     if comm.is_main():
-        _write_run_files(run_dir, config, ds_config, device)
+        describe_run_folder(
+            run_dir,
+            recipe_text=dump_config(config),
+            ds_config=ds_config,
+            environment=describe_environment(device),
+            model_path=config.model.path,
+        )
         _report_start(config, state, total_steps, data)
         rounding = bf16_sums_warning(config, ds_config)
         if rounding:
@@ -111,16 +116,40 @@ def build(config: RunConfig, device: torch.device) -> Run:
         config=config,
         run_dir=run_dir,
         engine=engine,
-        objective=UnifiedObjective(config.objective, config.data.batch.chunk_tokens),
+        objective=objective,
         data=data,
         total_steps=total_steps,
         state=state,
-        model_files=os.path.join(run_dir, "model"),
+        model_files=os.path.join(run_dir, MODEL_FOLDER),
         encoder_shape=shape,
         matmul_peak=measure_matmul_peak(device, dtype),
-        evaluate=evaluation(config, engine, tokenizer, test_sets, run_dir) if test_sets else None,
+        evaluate=evaluation(config, engine, objective, tokenizer, test_sets, run_dir),
         planned_bytes=planned_bytes,
     )
+
+
+def state_layout(ds_config: dict) -> str:
+    """What decides how weights and moments are cut into files; a checkpoint of another layout is joined by
+    name."""
+    return json.dumps([comm.world_size(), ds_config["zero_optimization"], ds_config["bf16"]], sort_keys=True)
+
+
+def check_data_kind(config: RunConfig, data: TrainingData) -> None:
+    """Refuse records that the stage cannot train on.
+
+    Raises:
+        DataError: texts where the stage wants pairs, or the reverse; names the dataset.
+    """
+    wanted = config.objective.data_kind
+    records = {"pair": '{"query", "pos"} records', "text": '{"text"} records'}
+    for dataset, stored in zip(config.data.train, data.datasets, strict=True):
+        kind = "text" if stored.is_text else "pair"
+        if kind != wanted:
+            rule = (
+                f"holds {records[kind]}; objective.kind={config.objective.kind} trains on {records[wanted]}"
+            )
+            remedy = "name other files in data.train, or another objective"
+            raise DataError(f"dataset {dataset.name}", kind, rule, remedy)
 
 
 def model_signature(module: nn.Module) -> str:
@@ -129,22 +158,13 @@ def model_signature(module: nn.Module) -> str:
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
 
 
-def encoder_shape(module: M3Model) -> EncoderShape:
-    """The sizes that decide the model's arithmetic."""
-    config = module.encoder.config
-    return EncoderShape(
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.intermediate_size,
-        module.multi_vector_head.out_features,
-    )
-
-
 def open_data(config: RunConfig, tokenizer: Tokenizer, run_dir: str) -> TrainingData:
-    """Tokenise what the store lacks on the main rank while the others wait, then open it everywhere; collective.
+    """Tokenise what the store lacks on the main rank while the others wait, then open it everywhere;
+    collective.
 
     Raises:
-        DataError: of the preparation on the main rank, of opening on any; ranks that waited say that the main rank failed.
+        DataError: of the preparation on the main rank, of opening on any; ranks that waited say that the main
+            rank failed.
     """
     store_dir = config.data.store_dir or os.path.join(run_dir, "store")
 
@@ -152,7 +172,8 @@ def open_data(config: RunConfig, tokenizer: Tokenizer, run_dir: str) -> Training
         return open_training_data(config.data, tokenizer, store_dir, config.train.seed)
 
     with ThreadPoolExecutor(1) as background:
-        # in a thread, so that the main rank answers the others meanwhile: no collective call waits longer than a heartbeat
+        # in a thread, so that the main rank answers the others meanwhile: no collective call waits longer
+        # than a heartbeat
         work = background.submit(open_here) if comm.is_main() else None
         while not comm.any_rank(work is not None and work.done()):
             if work is not None:
@@ -168,7 +189,12 @@ def open_data(config: RunConfig, tokenizer: Tokenizer, run_dir: str) -> Training
 
 
 def evaluation(
-    config: RunConfig, engine: Engine, tokenizer: Tokenizer, test_sets: Sequence[BeirDataset], run_dir: str
+    config: RunConfig,
+    engine: Engine,
+    objective: Objective,
+    tokenizer: Tokenizer,
+    test_sets: Sequence[BeirDataset],
+    run_dir: str,
 ) -> Callable[[int], dict[str, float]]:
     """Five-mode evaluation of the model in training, on all ranks together; the files go to run_dir/eval."""
 
@@ -176,7 +202,7 @@ def evaluation(
         return [ids.tolist() for ids in tokenizer.encode(texts, max_tokens)[0]]
 
     def encode_ids(token_ids: Sequence[Sequence[int]]) -> Representations:
-        return engine.encode(pack_texts(token_ids).to(engine.device))
+        return objective.represent(engine.forward, pack_texts(token_ids).to(engine.device))
 
     def run(step: int) -> dict[str, float]:
         figures: dict[str, float] = {}
@@ -223,28 +249,17 @@ def _start_state(
     return replace(state, progress=saved.progress)
 
 
-def _write_run_files(run_dir: str, config: RunConfig, ds_config: dict, device: torch.device) -> None:
-    model_dir = os.path.join(run_dir, "model")
-    os.makedirs(model_dir, exist_ok=True)
-    for name in sorted(os.listdir(config.model.path)):
-        if name in MODEL_FILES or (name.startswith("tokenizer") and name.endswith(".json")):
-            shutil.copy(os.path.join(config.model.path, name), model_dir)
-    with open(os.path.join(run_dir, "recipe.yaml"), "w", encoding="utf-8") as stream:
-        stream.write(dump_config(config))
-    with open(os.path.join(run_dir, "ds_config.json"), "w", encoding="utf-8") as stream:
-        json.dump(ds_config, stream, indent=1)
-    environment = {
+def describe_environment(device: torch.device) -> dict[str, object]:
+    """What env.json records: versions, ranks and hardware."""
+    processor = platform.processor() or platform.machine()
+    return {
         "python": platform.python_version(),
         "packages": {name: version(name) for name in ("torch", "deepspeed", "transformers")},
         "world_size": comm.world_size(),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
         "threads": torch.get_num_threads(),
         "host": socket.gethostname(),
     }
-    with open(os.path.join(run_dir, "env.json"), "w", encoding="utf-8") as stream:
-        json.dump(environment, stream, indent=1)
 
 
 def _report_start(config: RunConfig, state: RunState, total_steps: int, data: TrainingData) -> None:
@@ -259,9 +274,8 @@ def _report_start(config: RunConfig, state: RunState, total_steps: int, data: Tr
         state.progress.step,
     )
     for dataset, stored in zip(config.data.train, data.datasets, strict=True):
-        cut, texts, rejected = (
-            stored.manifest["totals"][name] for name in ("truncated", "texts", "rejected")
-        )
+        totals = stored.manifest.totals
+        cut, texts, rejected = totals.truncated, totals.texts, totals.rejected
         if cut:
             logger.warning(
                 "%s: %d of %d texts were longer than their limit and are cut", dataset.name, cut, texts

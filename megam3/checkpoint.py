@@ -28,7 +28,7 @@ from megam3.errors import CheckpointError
 CHUNK_BYTES = 1 << 24
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunState:
     """What a run needs to know of a checkpoint before it touches the weights."""
 

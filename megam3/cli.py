@@ -1,4 +1,4 @@
-"""The `megam3` command: a table of subcommands, each a `main(argv)` in a module of its own, loaded when it is asked for.
+"""The `megam3` command: a table of subcommands, each a `main(argv)` in a module of its own, loaded on use.
 
 A UserError ends with its message and exit code 2; anything else is our bug and keeps its traceback.
 """
@@ -6,6 +6,7 @@ A UserError ends with its message and exit code 2; anything else is our bug and 
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -22,47 +23,87 @@ class Subcommand:
     """One line of `megam3 --help`."""
 
     module: str
-    """Dotted name of a module with `main(argv: Sequence[str]) -> int | None`; imported on use, so that light commands stay quick."""
+    """Dotted name of a module with `main(argv: Sequence[str]) -> int | None`."""
     about: str
 
 
-SUBCOMMANDS = {
-    "quickstart": Subcommand(
-        "megam3.quickstart.run", "fetch text, train, evaluate, export and query a small model"
-    ),
-    "show-config": Subcommand(
-        "megam3.commands.show_config",
-        "a recipe resolved: every field, batch arithmetic, DeepSpeed dictionary",
-    ),
-    "prepare": Subcommand("megam3.commands.prepare", "tokenise a recipe's training data into its store"),
-    "plan-epochs": Subcommand(
-        "megam3.commands.plan_epochs",
-        "steps, tokens, balance and languages of an epoch, before anything runs",
-    ),
-    "plan-memory": Subcommand(
-        "megam3.commands.plan_memory", "memory of one rank, counted; the chunk that fits, or what to turn on"
-    ),
-    "train": Subcommand("megam3.train", "train on this process's rank (deepspeed and srun start several)"),
-    "evaluate": Subcommand(
-        "megam3.commands.evaluate", "five retrieval modes and BM25 on test sets in BEIR format"
-    ),
+GROUPS = {
+    "Begin": {
+        "quickstart": Subcommand(
+            "megam3.commands.quickstart",
+            "fetch text, train, evaluate, export and query a small model (checkout)",
+        ),
+        "show-config": Subcommand(
+            "megam3.commands.show_config", "a recipe resolved: every field, batch sizes, DeepSpeed dictionary"
+        ),
+    },
+    "Before a run": {
+        "extend-positions": Subcommand(
+            "megam3.commands.extend_positions", "position rows for long texts in an encoder for short ones"
+        ),
+        "mine": Subcommand("megam3.commands.mine", "hard negatives for training records, from any corpus"),
+        "add-teacher-scores": Subcommand(
+            "megam3.commands.add_teacher_scores",
+            "scores of a cross-encoder or bi-encoder for training records",
+        ),
+        "prepare": Subcommand("megam3.commands.prepare", "tokenise a recipe's training data into its store"),
+        "plan-epochs": Subcommand(
+            "megam3.commands.plan_epochs", "steps, tokens, balance and languages of an epoch"
+        ),
+        "inspect-batch": Subcommand("megam3.commands.inspect_batch", "the batches of any step as text"),
+        "plan-memory": Subcommand(
+            "megam3.commands.plan_memory", "memory of one rank, counted; the chunk that fits"
+        ),
+    },
+    "Run": {
+        "train": Subcommand(
+            "megam3.commands.train", "train in this process (several ranks: deepspeed or slurm/train.sh)"
+        ),
+    },
+    "After a run": {
+        "merge": Subcommand("megam3.commands.merge", "one model from the weights of several"),
+        "evaluate": Subcommand(
+            "megam3.commands.evaluate", "five retrieval modes and BM25 on test sets in BEIR format"
+        ),
+        "export": Subcommand(
+            "megam3.commands.export", "a checkpoint as a Hugging Face folder, read back and compared"
+        ),
+    },
 }
+
+SUBCOMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `megam3 SUBCOMMAND …`; the exit code: 0, or 2 after a UserError."""
+    """Run `megam3 SUBCOMMAND …`; the exit code: the subcommand's own, or 2 after a UserError."""
     parser = argparse.ArgumentParser(
-        prog="megam3", description="Train, evaluate and export M3 retrieval encoders.", add_help=True
+        prog="megam3",
+        usage="megam3 SUBCOMMAND …",
+        description="Train, evaluate and export M3 retrieval encoders.",
+        epilog=_table() + "\n\nmegam3 SUBCOMMAND --help tells its options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"megam3 {__version__}")
-    commands = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
-    for name, command in SUBCOMMANDS.items():
-        commands.add_parser(name, help=command.about, add_help=False)
+    parser.add_argument("subcommand", help=argparse.SUPPRESS)
     # only the first word is ours: everything after it, --help included, belongs to the subcommand
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = parser.parse_args(arguments[:1]).subcommand
+    if name not in SUBCOMMANDS:
+        near = difflib.get_close_matches(name, SUBCOMMANDS, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"use one of: {', '.join(SUBCOMMANDS)}"
+        parser.error(f"there is no subcommand {name!r}; {remedy}")
     module = importlib.import_module(SUBCOMMANDS[name].module)
     return report_user_errors(module.main, arguments[1:])
+
+
+def _table() -> str:
+    width = max(map(len, SUBCOMMANDS))
+    return "\n\n".join(
+        "\n".join(
+            [f"{heading}:", *(f"  {name:<{width}}  {command.about}" for name, command in group.items())]
+        )
+        for heading, group in GROUPS.items()
+    )
 
 
 def report_user_errors(function: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:

@@ -23,12 +23,11 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from megam3.batch import Representations, pack_texts
-from megam3.config.schema import HeadWeights, ModelConfig
+from megam3.config.schema import HEADS, HeadWeights, ModelConfig
 from megam3.data.tokenizer import Tokenizer
 from megam3.errors import ConfigError, DataError
 from megam3.model.backbone import max_text_tokens
 from megam3.model.encoded import (
-    HEADS,
     Encoded,
     lexical_dicts,
     lexical_match,
@@ -88,7 +87,7 @@ class M3Embedder:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.model.lexical_head.weight.device
+        return next(self.model.encoder.parameters()).device
 
     def to(self, device: str | torch.device) -> M3Embedder:
         """Move the model; returns itself."""
@@ -228,8 +227,8 @@ class M3Embedder:
     ) -> dict[str, Any]:
         """Scores of (query, passage) pairs: `dense`, `lexical`, `multi_vector` and `sum`, each float32 [n].
 
-        `multi_vector` is a mean over query tokens; `sum` is w_dense·dense + w_lexical·lexical + w_multi·multi_vector,
-        with weights 1 / 0.3 / 1 unless given (arXiv 2402.03216, section 4). One pair of strings gives one number for each name.
+        `multi_vector` is a mean over query tokens; `sum` weighs them 1 / 0.3 / 1, unless weights are
+        given (arXiv 2402.03216, section 4). One pair of strings gives one number for each name.
 
         Raises:
             DataError: something that is not a pair of strings.
@@ -259,7 +258,7 @@ class M3Embedder:
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Positions of texts, longest first, in batches of at most `batch_tokens` tokens; a longer text goes alone.
+    """Positions of texts, longest first, in batches of at most `batch_tokens`; a longer one goes alone.
 
     >>> list(length_batches([2, 9, 3, 4], 7))
     [[1], [3, 2], [0]]

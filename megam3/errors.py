@@ -1,8 +1,12 @@
 """Errors a user can meet.
 
-Every one says four things: which field (or file and line), which value, which rule it breaks, and what to do about it.
-The command line prints them without a traceback; our own bugs are asserts and keep theirs.
+Every one says four things: which field (or file and line), which value, which rule it breaks, and what to do
+about it. The command line prints them without a traceback; our own bugs are asserts and keep theirs.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -35,3 +39,34 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """Training met a value it must not continue from, such as a non-finite loss."""
+
+
+class GroupedConfigError(ConfigError):
+    """Two or more ConfigErrors; `problems` holds them, the message has one line for each.
+
+    `what`, `value`, `rule` and `remedy` are those of the first.
+    """
+
+    def __init__(self, problems: Iterable[ConfigError]):
+        self.problems = tuple(problems)
+        first = self.problems[0]
+        super().__init__(first.what, first.value, first.rule, first.remedy)
+
+    def __str__(self) -> str:
+        lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
+        return f"{len(self.problems)} problems\n{lines}"
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.problems,)
+
+
+def raise_all(problems: Iterable[ConfigError]) -> None:
+    """Return without problems, raise the only one as it is, or all of them as one `GroupedConfigError`.
+
+    One run of the command line is then enough to repair a recipe.
+    """
+    found = tuple(problems)
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        raise GroupedConfigError(found)

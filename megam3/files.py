@@ -1,6 +1,6 @@
 """Files and folders that appear whole or not at all, and JSON: the one way in which megam3 writes what others read.
 
-    with atomic_file(path) as stream: ...      path.PID.tmp is written, flushed to disk, then renamed
+    with atomic_file(path) as stream: ...      path.HOST-PID.tmp is written, flushed to disk, then renamed
     with atomic_folder(path) as aside: ...     .path.partial is filled, flushed, then renamed
     write_json(path, value)                    the same for one JSON document
 
@@ -14,18 +14,22 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 _DIGEST_BLOCK_BYTES = 1 << 20
+_ABANDONED_SECONDS = 24 * 3600.0
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "wb", *, durable: bool = True) -> Iterator[IO[Any]]:
     """A stream whose content gets the name `path` when the block ends without an exception; `mode` is wb or w (UTF-8)."""
-    aside = Path(f"{path}.{os.getpid()}.tmp")
+    aside = Path(f"{path}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         with open(aside, mode, encoding=None if "b" in mode else "utf-8") as stream:
             yield stream
@@ -38,6 +42,26 @@ def atomic_file(path: str | Path, mode: str = "wb", *, durable: bool = True) -> 
         raise
     if durable:
         flush_folder(Path(path).parent)
+
+
+def is_abandoned(aside: Path) -> bool:
+    """Whether a temporary file of `atomic_file` belongs to nobody any more: only such a file may be deleted.
+
+    Its process has ended, when that was on this host; of another host's process nothing is known, so its file must be
+    older than a day. Files named otherwise are not ours.
+    """
+    named = re.fullmatch(r".+\.(?P<host>[^/]+)-(?P<pid>\d+)\.tmp", aside.name)
+    if named is None:
+        return False
+    if not aside.name.endswith(f".{socket.gethostname()}-{named['pid']}.tmp"):
+        with contextlib.suppress(OSError):
+            return time.time() - aside.stat().st_mtime > _ABANDONED_SECONDS
+        return False
+    try:
+        # the state follows the name in brackets; a zombie (Z) has ended and only waits for its parent
+        return Path(f"/proc/{named['pid']}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return Path("/proc/self/stat").exists()  # without /proc nothing is known of any process
 
 
 @contextlib.contextmanager

@@ -19,8 +19,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from megam3.balance import plan_chunks
 from megam3.batch import PackedTexts, Representations, join_representations, pack_texts
+from megam3.cost import plan_chunks
 from megam3.dist import comm
 
 Aux = TypeVar("Aux")

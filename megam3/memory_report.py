@@ -9,16 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 from megam3.config.batch_size import BatchRow, batch_arithmetic
-from megam3.config.check import read_encoder_config
 from megam3.config.deepspeed import build_deepspeed_config
 from megam3.config.schema import RunConfig
+from megam3.encoders import counted_families, read_encoder_config
 from megam3.errors import ConfigError
 from megam3.memory import MemoryPlan, ModelShape, StepShape, Strategy, largest_chunk, plan_memory, remedies
 
 GIB = 1 << 30
-COUNTED_FAMILIES = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
-"""`model_type` of encoders whose layers save what megam3/memory.py lists; others have gates or norms elsewhere."""
-
 DEFAULT_BUCKET, DEFAULT_LIVE = 500_000_000, 1_000_000_000
 """DeepSpeed's own reduce_bucket_size and stage3_max_live_parameters, where a template is silent."""
 
@@ -29,15 +26,15 @@ def read_model_shape(config: RunConfig) -> ModelShape:
     Raises:
         ConfigError: no readable config.json, or a family whose layers are not counted.
     """
-    encoder = read_encoder_config(config.model)
+    encoder = read_encoder_config(config.model.path)
     family = encoder.get("model_type")
-    if family not in COUNTED_FAMILIES:
+    if family not in counted_families():
         rule = "is an encoder whose activations this command has not counted"
         raise ConfigError(
             "model.path",
             f"{config.model.path} ({family})",
             rule,
-            f"use one of: {', '.join(COUNTED_FAMILIES)}",
+            f"use one of: {', '.join(counted_families())}",
         )
 
     def dropout(override: float | None, key: str) -> float:
@@ -157,7 +154,7 @@ def _step(config: RunConfig, row: BatchRow, world_size: int) -> StepShape:
         queries = max(1, row.max_tokens_per_rank // (query_tokens + group * passage_tokens))
         passages = queries * group
     return StepShape(
-        queries, passages, query_tokens, passage_tokens, data.batch.chunk_tokens, config.objective.loss_tiles
+        queries, passages, query_tokens, passage_tokens, data.batch.chunk_tokens, config.objective.tiling()
     )
 
 
@@ -171,8 +168,8 @@ def _spaced(number: int) -> str:
 
 def describe_run(config: RunConfig, world_size: int, *, on_gpu: bool) -> tuple[list[str], int]:
     """The table for a run that starts, and its planned bytes; empty and 0 for encoders that are not counted."""
-    encoder: dict[str, Any] = read_encoder_config(config.model)
-    if encoder.get("model_type") not in COUNTED_FAMILIES:
+    encoder: dict[str, Any] = read_encoder_config(config.model.path)
+    if encoder.get("model_type") not in counted_families():
         return [], 0
     model, strategy = read_model_shape(config), read_strategy(config, world_size, on_gpu=on_gpu)
     edge, step = heaviest_step(config, model, strategy)

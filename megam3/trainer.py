@@ -1,11 +1,11 @@
-"""The training loop. It knows no stage: objectives compute, the engine steps, this file counts, logs, evaluates, saves and stops.
+"""The training loop. It knows no stage: objectives compute, the engine steps, this file counts, logs,
+evaluates, saves and stops.
 
-Everything random in a step is a function of (seed, step, rank), so a resumed run draws what the uninterrupted one would have drawn.
+Everything random in a step is a function of (seed, step, rank), so a resumed run draws what the uninterrupted
+one would have drawn.
 """
 
-import contextlib
 import logging
-import math
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,23 +19,26 @@ from megam3.config.schema import RunConfig
 from megam3.data.dataset import TrainingData
 from megam3.data.loader import Batch
 from megam3.dist import comm
-from megam3.engine.deepspeed import Engine, StepResult
+from megam3.encoders import EncoderShape
+from megam3.engine.deepspeed import Engine, UpdateResult
 from megam3.errors import TrainingError
 from megam3.objectives.base import Objective
-from megam3.obs.clock import EncoderShape, StepClock, peak_memory_bytes
+from megam3.obs.clock import StepClock, peak_memory_bytes
 from megam3.obs.metrics import MetricsWriter
 from megam3.obs.progress import TrainingProgress
 
 logger = logging.getLogger(__name__)
 
 MEMORY_STEPS = 3
-"""Steps after which the memory a run holds has been seen: AdamW's moments come in the first, the allocator settles in the next."""
+"""Steps after which the memory a run holds has been seen: AdamW's moments come in the first, the allocator
+settles in the next."""
 
 EXIT_REQUEUE = 85
-"""Exit code of a run that saved itself on SIGTERM or SIGUSR1 and wants to be started again; slurm/train.sh turns it into a requeue."""
+"""Exit code of a run that saved itself on SIGTERM or SIGUSR1 and wants to be started again; slurm/train.sh
+turns it into a requeue."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """The live objects of one run on one rank; build.py makes them."""
 
@@ -52,13 +55,13 @@ class Run:
     encoder_shape: EncoderShape
     matmul_peak: float
     """FLOPs per second of this rank's device."""
-    evaluate: Callable[[int], dict[str, float]] | None
-    """Collective evaluation at a step; figures for the log."""
+    evaluate: Callable[[int], dict[str, float]]
+    """Collective evaluation at a step; figures for the log, none where there is no test set."""
     planned_bytes: int = 0
     """Peak memory of this rank as counted beforehand; 0: not counted."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepReport:
     """One optimizer step over all ranks."""
 
@@ -78,65 +81,55 @@ def train(run: Run, stop: "StopSignal") -> int:
     """Train to the last step, or until asked to stop; returns the process' exit code.
 
     Raises:
-        TrainingError: a loss or gradient was not finite and engine.on_nonfinite is "stop"; weights are those before that step.
+        TrainingError: a loss or gradient was not finite and engine.on_nonfinite is "stop"; weights are those
+            before that step.
     """
-    settings, progress, saved_step = run.config.train, run.state.progress, run.state.progress.step
-    with contextlib.ExitStack() as stack:
-        # files and bar belong to the main rank; log lines of the others are warnings only
-        metrics = stack.enter_context(MetricsWriter(run.run_dir, progress.step)) if comm.is_main() else None
-        bar = (
-            stack.enter_context(TrainingProgress(run.total_steps, progress.step, settings.log_every_steps))
-            if comm.is_main()
-            else None
-        )
-        clock, is_stopped = StepClock(run.matmul_peak), False
-        for batches in clock.waiting_for(
-            run.data.batches(comm.rank(), comm.world_size(), progress.step, run.total_steps)
-        ):
+    settings, first_step = run.config.train, run.state.progress.step
+    progress, saved_step, is_stopped = run.state.progress, first_step, False
+    clock = StepClock(run.matmul_peak)
+    waiting = clock.waiting_for(run.data.batches(comm.rank(), comm.world_size(), first_step, run.total_steps))
+    # files and bar belong to the main rank: elsewhere both do nothing
+    metrics = MetricsWriter(run.run_dir, first_step, active=comm.is_main())
+    bar = TrainingProgress(run.total_steps, first_step, settings.log_every_steps, active=comm.is_main())
+    with metrics, bar:
+        for batches in waiting:
             report = run_step(run, batches, progress, stop.requested)
-            result = run.engine.update(progress.step, drop=bool(report.nonfinite))
-            check_finite(run.config.engine.on_nonfinite, report, result, progress.step)
+            update = run.engine.update(progress.step, drop=bool(report.nonfinite))
+            check_finite(run.config.engine.on_nonfinite, report, update, progress.step)
             progress = _advance(run, progress, report)
-            if progress.step == run.state.progress.step + MEMORY_STEPS:
+            step = progress.step
+            if step == first_step + MEMORY_STEPS:
                 _report_memory(run)
-            clock.add(
-                report.num_tokens,
-                run.encoder_shape.training_flops([n for b in batches for n in b.texts.lengths]),
-            )
-            is_last = progress.step == run.total_steps
+            lengths = [length for batch in batches for length in batch.texts.lengths]
+            clock.add(report.num_tokens, run.encoder_shape.training_flops(lengths))
+            is_last = step == run.total_steps
             is_stopped = report.stop_requested and not is_last
-            if metrics is not None and _is_due(progress.step, settings.log_every_steps, is_last):
-                values = _log_values(run, report, result, clock)
-                metrics.write(progress.step, values)
-                _warn_of_dead_heads(values, settings.dead_head_share, progress.step)
-            if bar is not None:
-                losses = {
-                    name.removeprefix("loss/"): value
-                    for name, value in report.figures.items()
-                    if name.startswith("loss/")
-                }
-                bar.update(progress.step, losses, report.num_tokens)
-            every = settings.evaluate_every_steps
+            bar.update(step, report.figures, report.num_tokens)
+            if _is_due(step, settings.log_every_steps, is_last):
+                values = _log_values(run, report, update, clock)
+                metrics.write(step, values)
+                for warning in run.objective.warnings(values, settings.dead_head_share):
+                    logger.warning("step %d: %s", step, warning)
             # whoever asks a run to stop does not wait for an evaluation
-            if run.evaluate and every and not is_stopped and _is_due(progress.step, every, is_last):
-                scores = run.evaluate(progress.step)
-                if metrics is not None:
-                    metrics.write(progress.step, scores)
-            if _is_due(progress.step, settings.save_every_steps, is_last or is_stopped):
-                if metrics is not None:
+            if not is_stopped and settings.evaluate_every_steps:
+                if _is_due(step, settings.evaluate_every_steps, is_last):
+                    with bar.paused():
+                        metrics.write(step, run.evaluate(step))
+            if _is_due(step, settings.save_every_steps, is_last or is_stopped):
+                with bar.paused():
                     metrics.flush()
-                save(run, progress)
-                saved_step = progress.step
+                    save(run, progress)
+                saved_step = step
             if is_stopped:
                 break
-    logger.info(
-        "stopped at step %d of %d; newest checkpoint: step %d", progress.step, run.total_steps, saved_step
-    )
+    where = (progress.step, run.total_steps, saved_step)
+    logger.info("stopped at step %d of %d; newest checkpoint: step %d", *where)
     return EXIT_REQUEUE if is_stopped else 0
 
 
 def run_step(run: Run, batches: Sequence[Batch], progress: Progress, stop_requested: bool) -> StepReport:
-    """Forward and backward passes of one optimizer step, then one collective in which all ranks learn the figures and agree."""
+    """Forward and backward passes of one optimizer step, then one collective in which all ranks learn the
+    figures and agree."""
     seed_step(run.config.train.seed, progress.step, comm.rank())
     figures: list[dict[str, torch.Tensor]] = []
     with run.engine.step_scope():
@@ -178,9 +171,11 @@ def _is_due(step: int, every_steps: int | None, is_last: bool) -> bool:
 
 
 def join_ranks(names: list[str], rows_WF: torch.Tensor) -> StepReport:
-    """The report of a step from every rank's row: its figures in the order of `names`, then the five counts of `run_step`."""
+    """The report of a step from every rank's row: its figures in the order of `names`, then the five counts
+    of `run_step`."""
     figures_WF, counts = rows_WF[:, : len(names)], rows_WF[:, len(names) :].sum(0).long().tolist()
-    # scores are global, so one rank's bad vector spoils every rank's loss; its own figures are bad only where it came from
+    # scores are global, so one rank's bad vector spoils every rank's loss; its own figures are bad only where
+    # it came from
     bad_WF = ~torch.isfinite(figures_WF)
     worst = int(bad_WF.sum(1).argmax())
     nonfinite = (
@@ -190,10 +185,18 @@ def join_ranks(names: list[str], rows_WF: torch.Tensor) -> StepReport:
     )
     means = dict(zip(names, figures_WF.mean(0).tolist(), strict=True))
     samples, tokens, padded, truncated, stops = counts
-    return StepReport(means, samples, tokens, padded, truncated, stops > 0, nonfinite)
+    return StepReport(
+        figures=means,
+        num_samples=samples,
+        num_tokens=tokens,
+        padded_tokens=padded,
+        num_truncated=truncated,
+        stop_requested=stops > 0,
+        nonfinite=nonfinite,
+    )
 
 
-def check_finite(policy: str, report: StepReport, result: StepResult, step: int) -> None:
+def check_finite(policy: str, report: StepReport, result: UpdateResult, step: int) -> None:
     """Act on a step that was not taken; `step` counts from 0.
 
     Raises:
@@ -226,14 +229,14 @@ def _report_memory(run: Run) -> None:
 def _advance(run: Run, progress: Progress, report: StepReport) -> Progress:
     step = progress.step + 1
     return Progress(
-        step,
-        run.data.epoch_of(step),
-        progress.samples + report.num_samples,
-        progress.tokens + report.num_tokens,
+        step=step,
+        epoch=run.data.epoch_of(step),
+        samples=progress.samples + report.num_samples,
+        tokens=progress.tokens + report.num_tokens,
     )
 
 
-def _log_values(run: Run, report: StepReport, result: StepResult, clock: StepClock) -> dict[str, float]:
+def _log_values(run: Run, report: StepReport, result: UpdateResult, clock: StepClock) -> dict[str, float]:
     speed = clock.read()
     return {
         **report.figures,
@@ -250,24 +253,9 @@ def _log_values(run: Run, report: StepReport, result: StepResult, clock: StepClo
     }
 
 
-def _warn_of_dead_heads(values: dict[str, float], floor: float, step: int) -> None:
-    """A lexical head whose weights are all zero, or vectors that are all the same, no longer learn; say so while it can be mended."""
-    for name in ("lexical/nonzero_share", "dense/spread", "multi_vector/spread"):
-        value = values.get(name, math.inf)
-        if value < floor:
-            head = name.split("/")[0]
-            logger.warning(
-                "step %d: the %s head is dying (%s = %.2g < %.2g); lower optim.lr or optim.head_lr, or lengthen optim.warmup_ratio",
-                step,
-                head,
-                name,
-                value,
-                floor,
-            )
-
-
 class StopSignal:
-    """Remembers SIGTERM and SIGUSR1; the loop reads it at each step and ends after that step. The old handlers come back on exit.
+    """Remembers SIGTERM and SIGUSR1; the loop reads it at each step and ends after that step. The old
+    handlers come back on exit.
 
     Entered before anything is built, so that a signal during a long start is not lost and does not kill.
     """

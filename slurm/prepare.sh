@@ -27,4 +27,4 @@ fi
 
 # an array need not start at 0 nor count by 1: --array=8-14:2 is four tasks
 task=$(((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}) / ${SLURM_ARRAY_TASK_STEP:-1}))
-exec "$python" -u tools/prepare_data.py "$@" --shard "$task/${SLURM_ARRAY_TASK_COUNT:-1}" --processes "${SLURM_CPUS_PER_TASK:-1}"
+exec "$python" -u -m megam3 prepare "$@" --shard "$task/${SLURM_ARRAY_TASK_COUNT:-1}" --processes "${SLURM_CPUS_PER_TASK:-1}"

@@ -1,4 +1,5 @@
-"""Small real artefacts for tests: made-up sentences, a sentencepiece tokenizer trained on them, tiny encoders in the published layout.
+"""Small real artefacts for tests: made-up sentences, a sentencepiece tokenizer trained on them, tiny encoders
+in the published layout.
 
 Nothing is downloaded; everything is a function of its seed.
 
@@ -37,7 +38,8 @@ def _words(num_words: int, seed: int) -> tuple[str, ...]:
 
 
 def make_sentences(count: int, *, seed: int = 0, min_words: int = 4, max_words: int = 14) -> list[str]:
-    """`count` made-up sentences over a fixed vocabulary of 500 words, so that a tokenizer trained on some covers the others."""
+    """`count` made-up sentences over a fixed vocabulary of 500 words, so that a tokenizer trained on some
+    covers the others."""
     rng = random.Random(f"sentences {seed}")
     words = _words(500, 0)
     return [" ".join(rng.choices(words, k=rng.randint(min_words, max_words))) for _ in range(count)]
@@ -60,14 +62,16 @@ def _sentencepiece_model(vocab_size: int) -> bytes:
 
 
 def write_tiny_tokenizer(folder: Path, *, vocab_size: int = 600, max_tokens: int = 512) -> int:
-    """An XLM-R tokenizer (slow and fast files) into `folder`; returns its length, which is at most `vocab_size` + 2."""
+    """An XLM-R tokenizer (slow and fast files) into `folder`; returns its length, which is at most
+    `vocab_size` + 2."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sentencepiece.bpe.model").write_bytes(_sentencepiece_model(vocab_size))
     config = {**SPECIAL_TOKENS, "model_max_length": max_tokens, "tokenizer_class": "XLMRobertaTokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
     (folder / "special_tokens_map.json").write_text(json.dumps(SPECIAL_TOKENS, indent=2))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    # the fast tokenizer's own file; tokenizer_config.json stays as written above, since transformers 5 writes one that 4.x cannot read
+    # the fast tokenizer's own file; tokenizer_config.json stays as written above, since transformers 5 writes
+    # one that 4.x cannot read
     tokenizer.backend_tokenizer.save(os.fspath(folder / "tokenizer.json"))
     return len(tokenizer)
 
@@ -75,7 +79,8 @@ def write_tiny_tokenizer(folder: Path, *, vocab_size: int = 600, max_tokens: int
 def tiny_config(
     vocab_size: int, *, hidden_size: int = 32, num_layers: int = 2, num_heads: int = 2, max_tokens: int = 512
 ) -> XLMRobertaConfig:
-    """An XLM-R config with XLM-R's real special ids, offset and epsilon; weights wide enough for attention to differ between tokens."""
+    """An XLM-R config with XLM-R's real special ids, offset and epsilon; weights wide enough for attention to
+    differ between tokens."""
     return XLMRobertaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -107,7 +112,8 @@ def make_tiny_model_folder(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> Path:
-    """A tiny XLM-R encoder, its tokenizer and (unless `heads` is False) random heads, all written to `folder`, which is returned."""
+    """A tiny XLM-R encoder, its tokenizer and (unless `heads` is False) random heads, all written to
+    `folder`, which is returned."""
     num_tokens = write_tiny_tokenizer(folder, vocab_size=vocab_size, max_tokens=max_tokens)
     config = tiny_config(
         num_tokens, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, max_tokens=max_tokens
@@ -133,7 +139,8 @@ def make_tiny_model_folder(
 
 
 def random_token_ids(lengths: Sequence[int], *, vocab_size: int = 300, seed: int = 0) -> list[list[int]]:
-    """Token id lists of the given lengths, `<s>` first and `</s>` last (a length of 1 is `<s>` alone), ordinary ids from 4 up between."""
+    """Token id lists of the given lengths, `<s>` first and `</s>` last (a length of 1 is `<s>` alone),
+    ordinary ids from 4 up between."""
     rng = random.Random(seed)
     texts = []
     for length in lengths:

@@ -1,8 +1,10 @@
 """Calls of `megam3.train` as a user makes them, and small runs to call it with.
 
-    run_ranks(train_calls, 2, [{"name": "first", "arguments": ["recipe.yaml", "train.steps=2"]}])[0]["first"]["code"] == 0
+    run_ranks(train_calls, 2, [{"name": "first", "arguments": ["recipe.yaml",
+    "train.steps=2"]}])[0]["first"]["code"] == 0
 
-Several calls share one process (or one set of ranks), since starting one costs more than a tiny run; `launch` starts DeepSpeed's launcher.
+Several calls share one process (or one set of ranks), since starting one costs more than a tiny run; `launch`
+starts DeepSpeed's launcher.
 """
 
 import contextlib
@@ -47,7 +49,8 @@ evaluation: {{query_max_tokens: 24, passage_max_tokens: 40}}
 
 @dataclass(frozen=True)
 class Workplace:
-    """A folder with a tiny model with dropout, pairs (some without negatives, some too long), a test set, and a recipe for them."""
+    """A folder with a tiny model with dropout, pairs (some without negatives, some too long), a test set, and
+    a recipe for them."""
 
     folder: Path
 
@@ -108,10 +111,11 @@ def write_jsonl(path: Path, records: Sequence[Any]) -> Path:
 
 
 def train_calls(calls: Sequence[Mapping[str, Any]]) -> dict[str, dict]:
-    """Run on a rank of `run_ranks`: `megam3.train.main(arguments)` per call; by the call's name its exit `code` and all it `said`.
+    """Run on a rank of `run_ranks`: `megam3.train.main(arguments)` per call; by the call's name its exit
+    `code` and all it `said`.
 
-    A call may name a `signal` = (rank, step, signal name) that the rank sends itself before it takes the step, and a file to `damage`
-    beforehand.
+    A call may name a `signal` = (rank, step, signal name) that the rank sends itself before it takes the
+    step, and a file to `damage` beforehand.
     """
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # never used: the group is there already
     from megam3 import train  # a fresh process picks its accelerator while this is imported
@@ -156,7 +160,8 @@ def _disturbed(call: Mapping[str, Any]) -> Iterator[None]:
 def launch(
     *arguments: str, flag: str = "--num_accelerators", module: str = "megam3.train", **environ: str
 ) -> subprocess.Popen:
-    """Start two ranks with DeepSpeed's launcher, in a process group of their own; standard output and error together."""
+    """Start two ranks with DeepSpeed's launcher, in a process group of their own; standard output and error
+    together."""
     command = [
         sys.executable,
         "-m",

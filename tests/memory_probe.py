@@ -1,8 +1,10 @@
-"""Training steps in a process of their own, and the most memory they held: python -m tests.memory_probe '[{"hidden_size": 32, …}, {…}]'.
+"""Training steps in a process of their own, and the most memory they held: python -m tests.memory_probe
+'[{"hidden_size": 32, …}, {…}]'.
 
-The first case is a small one, which loads what libraries load on first use (some 30 MiB). The figures are the last one's, and it is alone
-in its process, because what an earlier engine leaves to be freed later would be taken for memory that was there before.
-glibc keeps freed blocks for later; with a small mmap threshold it hands every tensor straight back, so that resident memory is what lives.
+The first case is a small one, which loads what libraries load on first use (some 30 MiB). The figures are the
+last one's, and it is alone in its process, because what an earlier engine leaves to be freed later would be
+taken for memory that was there before. glibc keeps freed blocks for later; with a small mmap threshold it
+hands every tensor straight back, so that resident memory is what lives.
 """
 
 import gc
@@ -24,6 +26,7 @@ from megam3.dist.env import discover_ranks, free_port
 from megam3.engine.activations import ActivationMemory
 from megam3.engine.deepspeed import Engine, join, model_construction
 from megam3.memory import ModelShape, StepShape, Strategy, plan_memory
+from megam3.model.m3 import is_head_parameter
 from megam3.model.pretrained import load_m3
 from megam3.objectives.unified import UnifiedObjective
 from tests.batches import batch_of
@@ -49,7 +52,8 @@ SMALL = {"hidden_size": 32, "num_layers": 1, "num_queries": 2, "passages_per_que
 
 
 def probe(change: dict, world_size: int = 1) -> dict:
-    """Run DEFAULTS with `change` in fresh processes; bytes rank 0 planned, and held beyond what it had before its model."""
+    """Run DEFAULTS with `change` in fresh processes; bytes rank 0 planned, and held beyond what it had before
+    its model."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -121,7 +125,15 @@ def main(spec: dict) -> dict:
     with model_construction(ds_config):
         model = load_m3(spec["folder"], ModelConfig(path=spec["folder"]))
     activations = ActivationMemory(model, spec["checkpointing"], False)
-    engine = Engine(model, OptimConfig(lr=1e-4), ds_config, torch.device("cpu"), 4, activations)
+    engine = Engine(
+        model,
+        optim=OptimConfig(lr=1e-4),
+        is_head_parameter=is_head_parameter,
+        ds_config=ds_config,
+        device=torch.device("cpu"),
+        total_steps=4,
+        activations=activations,
+    )
     objective, peaks = UnifiedObjective(UnifiedConfig(), spec["chunk_tokens"]), []
     for step in range(2):
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far

@@ -5,9 +5,9 @@
 
     run_ranks(_check, 2, 10) == [0, 10]
 
-Ranks are fresh processes, one thread each, meeting through a file; results come back through `torch.save` files. They fork from a server
-that has imported torch and done nothing with it, which saves each of them the import. A rank that fails prints its traceback into the
-AssertionError of the caller; the others are ended.
+Ranks are fresh processes, one thread each, meeting through a file; results come back through `torch.save`
+files. They fork from a server that has imported torch and done nothing with it, which saves each of them the
+import. A rank that fails prints its traceback into the AssertionError of the caller; the others are ended.
 """
 
 import os
@@ -76,7 +76,8 @@ def _wait(processes: list, folder: str, timeout_seconds: float) -> str | None:
 
 
 def run_ranks(function: Callable, world_size: int, *arguments: Any, timeout_seconds: float = 180.0) -> list:
-    """`function(*arguments)` on `world_size` ranks; their results in rank order (tensors, numbers, strings, lists, dicts)."""
+    """`function(*arguments)` on `world_size` ranks; their results in rank order (tensors, numbers, strings,
+    lists, dicts)."""
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed"])

@@ -6,6 +6,7 @@ from typing import Any
 
 from megam3.config.load import parse_config
 from megam3.config.schema import RunConfig
+from megam3.encoders import HEAD_FILES
 
 MINIMAL: dict[str, Any] = {
     "name": "test",
@@ -29,7 +30,8 @@ def make_config(**changes: Any) -> RunConfig:
 
 
 def write_encoder_config(folder: Path, **changes: Any) -> Path:
-    """A folder with the config.json of BGE-M3's encoder, fields replaced."""
+    """A folder with the config.json of BGE-M3's encoder, fields replaced, and empty files where its heads
+    would be."""
     folder.mkdir(parents=True, exist_ok=True)
     encoder = {
         "model_type": "xlm-roberta",
@@ -39,4 +41,6 @@ def write_encoder_config(folder: Path, **changes: Any) -> Path:
         **changes,
     }
     (folder / "config.json").write_text(json.dumps(encoder))
+    for name in HEAD_FILES.values():
+        (folder / name).touch()
     return folder

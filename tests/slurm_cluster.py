@@ -1,4 +1,5 @@
-"""A real two-node Slurm on this machine, for tests marked `slurm`: slurmctld and two slurmd on loopback, one core each."""
+"""A real two-node Slurm on this machine, for tests marked `slurm`: slurmctld and two slurmd on loopback, one
+core each."""
 
 from __future__ import annotations
 

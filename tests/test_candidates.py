@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,7 +13,11 @@ def _batch(sizes, hashes, in_batch_negatives=True):
     texts = pack_texts([[0, 2]] * (len(sizes) + sum(sizes)))
     offsets = torch.tensor([0, *sizes]).cumsum(0)
     return RetrievalBatch(
-        texts, offsets, torch.arange(len(sizes)), torch.tensor(hashes), in_batch_negatives=in_batch_negatives
+        texts=texts,
+        group_offsets_Q1=offsets,
+        rows_Q=torch.arange(len(sizes)),
+        passage_hashes_P=torch.tensor(hashes),
+        in_batch_negatives=in_batch_negatives,
     )
 
 
@@ -81,7 +87,7 @@ def test_two_ranks_see_what_one_rank_sees():
 def test_no_queries():
     batch = _batch([], torch.zeros(0, dtype=torch.int64).tolist())
     candidates = find_candidates(
-        RetrievalBatch(batch.texts, batch.group_offsets_Q1, batch.rows_Q, torch.zeros(0, dtype=torch.int64)),
+        replace(batch, passage_hashes_P=torch.zeros(0, dtype=torch.int64)),
         True,
     )
     assert candidates.allowed().shape == (0, 0)

@@ -18,7 +18,15 @@ from megam3.checkpoint import (
 )
 from megam3.errors import CheckpointError
 
-STATE = RunState(Progress(step=3, tokens=50), 2, 3, "model-a", "plan:a", "2 ranks, stage 3", {"name": "x"})
+STATE = RunState(
+    progress=Progress(step=3, tokens=50),
+    world_size=2,
+    zero_stage=3,
+    model_signature="model-a",
+    data_fingerprint="plan:a",
+    layout="2 ranks, stage 3",
+    recipe={"name": "x"},
+)
 
 
 @pytest.fixture

@@ -3,13 +3,16 @@
 import importlib.util
 import subprocess
 import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from megam3.cli import SUBCOMMANDS, main, report_user_errors
-from megam3.config.load import load_config
+import megam3
+from megam3 import __version__
+from megam3.cli import GROUPS, SUBCOMMANDS, main, report_user_errors
+from megam3.config.load import RECIPE_DIR, load_config
 from megam3.errors import DataError
 
 
@@ -35,7 +38,8 @@ def test_a_user_error_is_one_message_and_code_2(capsys: pytest.CaptureFixture[st
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == (
-        "megam3: error: optim.learning_rate (override optim.learning_rate=1) = 1: unknown key in optim; did you mean optim.lr?\n"
+        "megam3: error: optim.learning_rate (override optim.learning_rate=1) = 1: unknown key in optim; "
+        "did you mean optim.lr?\n"
     )
 
 
@@ -51,7 +55,7 @@ def test_missing_files_are_told_after_the_recipe_was_shown(
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show-config", "--list"]) == 0
-    assert {"quickstart", "unified"} <= set(capsys.readouterr().out.split())
+    assert capsys.readouterr().out.split() == sorted(path.stem for path in RECIPE_DIR.glob("*.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +74,63 @@ def test_help_lists_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in SUBCOMMANDS)
+    assert all(f"  {name} " in text and command.about in text for name, command in SUBCOMMANDS.items())
+    assert all(f"\n{heading}:\n" in text for heading in GROUPS)
+
+
+def test_an_unknown_subcommand_is_told_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["exprot", "x"])
+    assert caught.value.code == 2
+    assert "there is no subcommand 'exprot'; did you mean export?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["zzz"])
+    assert "use one of: quickstart, show-config, extend-positions" in capsys.readouterr().err
+
+
+def test_python_m_megam3_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "megam3", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"megam3 {__version__}\n")
+
+
+@pytest.fixture
+def train_calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    calls: list[list[str]] = []
+
+    def run(argv: list[str]) -> int:
+        calls.append(argv)
+        return 85
+
+    monkeypatch.setitem(sys.modules, "megam3.train", types.SimpleNamespace(main=run))
+    return calls
+
+
+def test_train_hands_recipe_and_overrides_over_and_returns_its_code(train_calls: list[list[str]]) -> None:
+    assert main(["train", "my.yaml", "optim.lr=2e-5", "optim.clip_norm=-1"]) == 85
+    assert train_calls == [["my.yaml", "optim.lr=2e-5", "optim.clip_norm=-1"]]
+
+
+def test_train_without_a_recipe_or_with_an_unknown_option_starts_nothing(
+    capsys: pytest.CaptureFixture[str], train_calls: list[list[str]]
+) -> None:
+    for argv, expected in ([], "RECIPE"), (["my.yaml", "--lr", "3"], "--lr"):
+        with pytest.raises(SystemExit) as caught:
+            main(["train", *argv])
+        assert caught.value.code == 2
+        assert expected in capsys.readouterr().err
+    assert train_calls == []
+
+
+def test_quickstart_without_its_checkout_says_how_to_get_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(megam3, "__file__", str(tmp_path / "site-packages" / "megam3" / "__init__.py"))
+    assert main(["quickstart"]) == 2
+    assert capsys.readouterr().err == (
+        f"megam3: error: quickstart = '{tmp_path}/site-packages/examples/quickstart/run.py': is an example "
+        "in megam3's repository, which an installed package does not bring; "
+        "clone the repository and run `make quickstart` in it\n"
+    )
 
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)
@@ -100,7 +160,15 @@ def test_our_own_bugs_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -
         report_user_errors(bug, [])
 
 
-def test_show_config_touches_neither_torch_nor_deepspeed() -> None:
-    code = "import sys; from megam3.cli import main; main(['show-config', 'unified', '--no-files']); "
-    code += "sys.exit(bool({'torch', 'deepspeed'} & set(sys.modules)))"
+@pytest.mark.parametrize(
+    "argv", [["show-config", "unified", "--no-files"], ["--help"], ["train", "--help"]], ids=" ".join
+)
+def test_light_commands_touch_neither_torch_nor_deepspeed(argv: list[str]) -> None:
+    code = f"""
+import contextlib, sys
+from megam3.cli import main
+with contextlib.suppress(SystemExit):
+    main({argv})
+sys.exit(bool({{'torch', 'deepspeed'}} & set(sys.modules)))
+"""
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

@@ -1,4 +1,5 @@
-"""A run that is continued on other ranks and ZeRO stages, through the trainer: same rows, same losses to fp32 noise."""
+"""A run that is continued on other ranks and ZeRO stages, through the trainer: same rows, same losses to fp32
+noise."""
 
 import pytest
 

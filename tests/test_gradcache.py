@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from megam3.balance import plan_chunks
 from megam3.batch import Representations, join_representations, pack_texts
 from megam3.config.schema import HeadWeights, UnifiedConfig
+from megam3.cost import plan_chunks
 from megam3.dist import comm
 from megam3.gradcache import cached_step
 from megam3.losses import NAMES, resolve_weights, unified_loss
@@ -33,7 +33,8 @@ class Encoder(nn.Module):
         hidden = torch.tanh(self.mix(self.dropout(self.embed(texts.input_ids_T))))
         dense = torch.zeros(texts.num_texts, 6, dtype=torch.float64).index_add(0, text_T, hidden)
         first_T = texts.position_ids_T == 0
-        # token ids are distinct within each text of these tests, so every token but the first is a pair of its own
+        # token ids are distinct within each text of these tests, so every token but the first is a pair of
+        # its own
         order = torch.argsort(text_T[~first_T] * 1000 + texts.input_ids_T[~first_T])
         counts = torch.tensor(texts.lengths) - 1
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
@@ -75,7 +76,8 @@ def _loss(num_queries):
 
 
 def _step(texts, num_queries, chunk_tokens, dropout=0.0):
-    """Gradients of every parameter after one step, averaged over ranks as an engine would; and what was called."""
+    """Gradients of every parameter after one step, averaged over ranks as an engine would; and what was
+    called."""
     encoder, lasts = Encoder(dropout), []
 
     def backward(tensor, is_last):

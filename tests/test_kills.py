@@ -1,4 +1,5 @@
-"""Kill -9 at random moments of training, start again, and end with the losses of a run that was never disturbed.
+"""Kill -9 at random moments of training, start again, and end with the losses of a run that was never
+disturbed.
 
 MEGAM3_KILL_DATA=pairs.jsonl trains on that file instead of made-up pairs.
 """

@@ -1,4 +1,5 @@
-"""What `python -m benchmarks tiled_loss scaling` rests on: its fit, and that the sides measure the same loss."""
+"""What `python -m benchmarks tiled_loss scaling` rests on: its fit, and that the sides measure the same
+loss."""
 
 import pytest
 

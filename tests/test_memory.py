@@ -1,4 +1,5 @@
-"""The memory arithmetic against hand counts, against what autograd really saves, and against DeepSpeed's estimators."""
+"""The memory arithmetic against hand counts, against what autograd really saves, and against DeepSpeed's
+estimators."""
 
 from dataclasses import replace
 
@@ -103,7 +104,8 @@ def test_parameters_are_counted_as_the_model_has_them(tmp_path):
 
 
 def test_one_layer_by_hand():
-    # 10 tokens of width 4, inner 16, 2 heads, bf16 on a GPU: (8·4 + 2·16) · 2 + 16 (norms' statistics) + 2 · 4 (log-sum-exp) a token
+    # 10 tokens of width 4, inner 16, 2 heads, bf16 on a GPU: (8·4 + 2·16) · 2 + 16 (norms' statistics) + 2 ·
+    # 4 (log-sum-exp) a token
     shape = ModelShape(1, 4, 16, 2, 100, 10)
     assert layer_bytes(shape, Strategy(), 10, 10) == 10 * (64 * 2 + 16 + 8)
     assert layer_bytes(replace(shape, hidden_dropout=0.1), Strategy(), 10, 10) == 10 * (64 * 2 + 16 + 8 + 8)

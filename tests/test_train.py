@@ -1,4 +1,5 @@
-"""`python -m megam3.train` in one process: what a user who made a mistake reads, and what a run says about itself."""
+"""`python -m megam3.train` in one process: what a user who made a mistake reads, and what a run says about
+itself."""
 
 import json
 import shutil

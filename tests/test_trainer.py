@@ -1,4 +1,5 @@
-"""The training loop on real ranks: what a run folder holds, and that a run that was stopped, killed or damaged ends like any other."""
+"""The training loop on real ranks: what a run folder holds, and that a run that was stopped, killed or
+damaged ends like any other."""
 
 import importlib.util
 import json
@@ -21,7 +22,7 @@ from megam3.checkpoint import consolidated_weights
 from megam3.cli import report_user_errors
 from megam3.config.load import load_config
 from megam3.embedder import M3Embedder
-from megam3.engine.deepspeed import StepResult
+from megam3.engine.deepspeed import UpdateResult
 from megam3.errors import TrainingError
 from megam3.trainer import StopSignal, check_finite, join_ranks
 from tests.launches import ROOT, STEPS_PER_EPOCH, Workplace, launch, make_workplace, train_calls
@@ -185,7 +186,8 @@ def test_a_killed_run_started_again_ends_like_one_that_never_was(place: Workplac
     assert pair[0]["long"]["code"] == 0, pair[0]["long"]["said"]
     checkpoints = place.run("killed") / "checkpoints"
     arguments = (place.recipe, "name=killed", *LONG)
-    # SIGTERM to the whole group is what a terminal, systemd or a container sends; the ranks save, the launcher just ends
+    # SIGTERM to the whole group is what a terminal, systemd or a container sends; the ranks save, the
+    # launcher just ends
     started = launch(*arguments)
     ranks = ranks_after(started, checkpoints / "step-000006" / "COMPLETE")
     os.killpg(started.pid, signal.SIGTERM)
@@ -356,7 +358,7 @@ def test_a_non_finite_figure_is_traced_to_the_rank_it_came_from() -> None:
         NAMES, torch.tensor([[nan, nan, 3.0, *COUNTS], [nan, math.inf, nan, *COUNTS]]).double()
     )
     assert report.nonfinite == "rank 1: loss/total, loss/lexical, lexical/mean_weight"
-    skipped = StepResult(math.nan, 1e-3, skipped=True)
+    skipped = UpdateResult(math.nan, 1e-3, skipped=True)
     with pytest.raises(
         TrainingError,
         match=r"step 8, rank 1: loss/total, .* = 'not finite': .* before this step; lower optim.lr",

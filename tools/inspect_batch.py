@@ -1,4 +1,4 @@
-"""Show any step's batches as text (megam3/inspect_batch.py)."""
+"""The batches of any step as text: the same as `megam3 inspect-batch` (megam3/commands/inspect_batch.py)."""
 
 import sys
 

@@ -1,7 +1,5 @@
-"""What a run holds in memory, before anything is started; see megam3/plan_memory.py.
-
-python tools/plan_memory.py RECIPE [key=value…] --gpus 8 --gpu-memory 80
-"""
+"""What a run holds in memory, counted before it starts: the same as `megam3 plan-memory`
+(megam3/commands/plan_memory.py)."""
 
 import sys
 

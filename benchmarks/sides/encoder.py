@@ -12,8 +12,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from benchmarks.worker import Step, serve
 from megam3.batch import pack_texts
+from megam3.encoders import EncoderShape
 from megam3.model.backbone import encode_packed, load_backbone
-from megam3.obs.clock import EncoderShape, measure_matmul_peak
+from megam3.obs.clock import measure_matmul_peak
 
 
 def _packed(folder: str, columns: list[list[list[int]]]) -> tuple[torch.nn.Module, Step]:
@@ -44,7 +45,11 @@ def build(spec: dict) -> Step:
     encoder.train()
     config = encoder.config
     weights_D = torch.randn(config.hidden_size, generator=torch.Generator().manual_seed(0))
-    shape = EncoderShape(config.num_hidden_layers, config.hidden_size, config.intermediate_size)
+    shape = EncoderShape(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+    )
     flops = shape.training_flops([len(ids) for column in columns for ids in column])
 
     def step() -> dict:

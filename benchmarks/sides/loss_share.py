@@ -4,15 +4,16 @@ Spec: model_folder, texts; optional threads. Answers the seconds of both and of 
 """
 
 import time
+from typing import Any
 
 import torch
 
 from benchmarks.sides.megam3_step import make_batch
 from benchmarks.worker import Step, serve
-from megam3.batch import PackedTexts, Progress, Representations
+from megam3.batch import Progress
 from megam3.config.schema import ModelConfig, UnifiedConfig
 from megam3.model.backbone import encode_packed
-from megam3.model.m3 import M3Model, represent
+from megam3.model.m3 import M3Model
 from megam3.model.pretrained import load_m3
 from megam3.objectives.unified import UnifiedObjective
 
@@ -23,8 +24,8 @@ class PlainEngine:
     def __init__(self, model: M3Model):
         self._model = model
 
-    def encode(self, texts: PackedTexts) -> Representations:
-        return represent(self._model, texts)
+    def forward(self, *args: Any) -> Any:
+        return self._model(*args)
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
         loss.backward()

@@ -15,6 +15,7 @@ from megam3.batch import Progress, RetrievalBatch, pack_texts
 from megam3.config.schema import ModelConfig, OptimConfig, UnifiedConfig
 from megam3.engine.activations import ActivationMemory
 from megam3.engine.deepspeed import Engine, join, model_construction
+from megam3.model.m3 import is_head_parameter
 from megam3.model.pretrained import load_m3
 from megam3.objectives.unified import UnifiedObjective
 
@@ -59,11 +60,12 @@ def make_engine(spec: dict, world_size: int) -> Engine:
         module = load_m3(folder, ModelConfig(path=folder), special_ids=(0, 1, 2, 3))
     return Engine(
         module,
-        OPTIM,
-        ds_config,
-        device,
-        1000,
-        ActivationMemory(module, spec.get("checkpointing", False), False),
+        optim=OPTIM,
+        is_head_parameter=is_head_parameter,
+        ds_config=ds_config,
+        device=device,
+        total_steps=1000,
+        activations=ActivationMemory(module, spec.get("checkpointing", False), False),
     )
 
 

@@ -1,1 +1,2 @@
-"""One file per subcommand of `megam3` that is no part of a run: each has a `main(argv)`, which `megam3/cli.py` and `tools/` call."""
+"""One file per subcommand of `megam3`: each has a `main(argv)`, which `megam3/cli.py` and the files of
+`tools/` call."""

@@ -1,4 +1,5 @@
-"""`tools/inspect_batch.py RECIPE --step N`: the batches of any step as text: rows, where each came from, its drawn passages."""
+"""`megam3 inspect-batch RECIPE --step N`: the batches of any step as text: rows, their files, drawn
+passages."""
 
 from __future__ import annotations
 
@@ -7,12 +8,14 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
+import numpy as np
+
 from megam3.commands.prepare import store_folder
 from megam3.config.load import load_config
-from megam3.data.assemble import Draft
+from megam3.data.assemble import BatchArrays
 from megam3.data.dataset import TrainingData, open_training_data
 from megam3.data.report import batch_text
-from megam3.data.source import Unit, place
+from megam3.data.source import place
 from megam3.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -22,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: of the recipe or its data.
     """
-    parser = argparse.ArgumentParser(prog="inspect_batch", description=__doc__)
+    parser = argparse.ArgumentParser(prog="megam3 inspect-batch", description=__doc__)
     parser.add_argument("recipe", help="a YAML file, or the name of a packaged recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields that win over the recipe")
     parser.add_argument("--step", type=int, default=0, help="optimizer step, from 0")
@@ -36,38 +39,41 @@ def main(argv: Sequence[str]) -> int:
     data.check_world_size(arguments.world_size)
     size = config.data.batch.accumulation_steps
     for number in range(arguments.step * size, (arguments.step + 1) * size):
-        draft = data.assembler().draft(number, arguments.rank, arguments.world_size)
+        share = data.assembler().share(number, arguments.rank, arguments.world_size)
         print(
             batch_text(data.plan, data.plan.batch(number))
             + f"; rank {arguments.rank} of {arguments.world_size}:"
         )
-        print("\n".join(describe_draft(data, tokenizer, draft, arguments.characters)))
+        print("\n".join(describe_share(data, tokenizer, share, arguments.characters)))
     return 0
 
 
-def describe_draft(data: TrainingData, tokenizer: Tokenizer, draft: Draft, characters: int) -> Iterator[str]:
+def describe_share(
+    data: TrainingData, tokenizer: Tokenizer, share: BatchArrays, characters: int
+) -> Iterator[str]:
     """Lines about every query and its passages, or every sequence and its documents."""
-    if draft.labels["kind"] == "text":
-        yield from _describe_sequences(data, tokenizer, draft, characters)
+    if share.is_text:
+        yield from _describe_sequences(data, tokenizer, share, characters)
         return
-    passage = num_queries = len(draft.group_sizes)
-    for query, (row, size) in enumerate(zip(draft.rows.tolist(), draft.group_sizes)):
+    texts, num_queries = share.texts(), len(share.rows)
+    passage = num_queries
+    for query, (row, size) in enumerate(zip(share.rows.tolist(), share.group_sizes)):
         yield f"row {row} from {source_of(data, row)}"
-        yield f"  query    {_text(tokenizer, draft, query, characters)}"
+        yield f"  query    {_text(tokenizer, texts[query], characters)}"
         for index in range(passage, passage + size):
             kind = "positive" if index == passage else "negative"
-            score = f" (teacher {draft.scores[index - num_queries]:.3f})" if draft.scores else ""
-            yield f"  {kind}{score} {_text(tokenizer, draft, index, characters)}"
+            score = f" (teacher {share.scores[index - num_queries]:.3f})" if len(share.scores) else ""
+            yield f"  {kind}{score} {_text(tokenizer, texts[index], characters)}"
         passage += size
 
 
 def _describe_sequences(
-    data: TrainingData, tokenizer: Tokenizer, draft: Draft, characters: int
+    data: TrainingData, tokenizer: Tokenizer, share: BatchArrays, characters: int
 ) -> Iterator[str]:
-    rows = iter(draft.rows.tolist())
-    for index, size in enumerate(draft.group_sizes):
+    rows, texts = iter(share.rows.tolist()), share.texts()
+    for index, size in enumerate(share.group_sizes):
         yield from (f"row {row} from {source_of(data, row)}" for row in islice(rows, size))
-        yield f"  text     {_text(tokenizer, draft, index, characters)}"
+        yield f"  text     {_text(tokenizer, texts[index], characters)}"
 
 
 def source_of(data: TrainingData, row: int) -> str:
@@ -75,11 +81,10 @@ def source_of(data: TrainingData, row: int) -> str:
     index = max(i for i, shape in enumerate(data.plan.datasets) if shape.first_row <= row)
     stored = data.datasets[index]
     shard, position = stored.shard_of(row - data.plan.datasets[index].first_row)
-    unit = Unit(*stored.manifest["spec"]["units"][shard])
+    unit = stored.manifest.spec.units[shard]
     return place(unit, int(stored.shard(shard).columns["line"][position]))
 
 
-def _text(tokenizer: Tokenizer, draft: Draft, index: int, characters: int) -> str:
-    ids = draft.texts[index]
+def _text(tokenizer: Tokenizer, ids: np.ndarray, characters: int) -> str:
     shown = textwrap.shorten(tokenizer.decode(ids, skip_special_tokens=True), characters, placeholder=" …")
     return f"[{len(ids)} tokens] {shown}"

@@ -1,4 +1,5 @@
-"""`megam3 plan-epochs RECIPE [key=value…]`: what an epoch of a prepared recipe will be, before anything runs."""
+"""`megam3 plan-epochs RECIPE [key=value…]`: what an epoch of a prepared recipe will be, before anything
+runs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""`megam3 plan-memory RECIPE [key=value…] --gpus N --gpu-memory 80`: what a run holds in memory, before anything is started.
+"""`megam3 plan-memory RECIPE [key=value…] --gpus N --gpu-memory 80`: what a run holds in memory, before
+anything is started.
 
-Prints one rank's memory at the worst moment of a step, the largest `data.batch.chunk_tokens` that fits, or what to turn on.
+Prints one rank's memory at the worst moment of a step, the largest `data.batch.chunk_tokens` that fits, or
+what to turn on.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""`megam3 prepare RECIPE [key=value…]`: tokenise a recipe's training data into its store, ahead of the run or on other machines.
+"""Tokenise a recipe's training data into its store, ahead of the run or on other machines.
 
-    megam3 prepare unified                        # all of it, one process per core
-    megam3 prepare unified --shard 3/16           # task 3 of a job array of 16 (slurm/prepare.sh); the last one to end finishes the store
-    megam3 prepare unified --verify               # read a finished store through and compare every checksum
+    megam3 prepare unified                  # all of it, one process per core
+    megam3 prepare unified --shard 3/16     # task 3 of a job array of 16 (slurm/prepare.sh)
+    megam3 prepare unified --verify         # read a finished store through and compare every checksum
 
-Killed and started again, it continues; finished, it does nothing.
+The last task of an array to end finishes the store. Killed and started again, a task continues; finished, it
+does nothing.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megam3.config.load import load_config
 from megam3.config.schema import RunConfig
-from megam3.data.prepare import UNIT_BYTES, prepare_data
-from megam3.data.prepare import Progress as Standing
+from megam3.data.prepare import UNIT_BYTES, PrepareProgress, prepare_data
 from megam3.data.report import draw_histogram, store_report
 from megam3.data.store import open_dataset, verify_dataset
 from megam3.data.tokenizer import load_tokenizer
@@ -79,9 +79,8 @@ def main(argv: Sequence[str]) -> int:
         draw_histogram(manifests, picture)
         print(f"store: {store_dir}, picture: {picture}")
     else:
-        print(
-            f"store: {store_dir}: {len(config.data.train) - len(manifests)} datasets wait for units of other tasks"
-        )
+        num_waiting = len(config.data.train) - len(manifests)
+        print(f"store: {store_dir}: {num_waiting} datasets wait for units of other tasks")
     return 0
 
 
@@ -112,7 +111,7 @@ def _verify(config: RunConfig, store_dir: Path) -> int:
     for dataset in config.data.train:
         opened = open_dataset(store_dir, dataset.name)
         verify_dataset(opened)
-        print(f"{dataset.name}: {len(opened.manifest['shards'])} shards, all checksums match")
+        print(f"{dataset.name}: {len(opened.manifest.shards)} shards, all checksums match")
     return 0
 
 
@@ -126,12 +125,13 @@ def _bar() -> Progress:
     return Progress(*columns, TimeRemainingColumn(), console=Console(file=sys.stderr))
 
 
-def _reporter(bar: Progress) -> Callable[[Standing], None]:
+def _reporter(bar: Progress) -> Callable[[PrepareProgress], None]:
     """A bar on a terminal, a line per unit elsewhere."""
     task = bar.add_task("preparing", total=None, rate="")
 
-    def report(standing: Standing) -> None:
-        rate = f"{standing.records:,} records, {standing.records_per_second:,.0f}/s, {standing.rejected:,} rejected"
+    def report(standing: PrepareProgress) -> None:
+        speed = f"{standing.records_per_second:,.0f}/s"
+        rate = f"{standing.records:,} records, {speed}, {standing.rejected:,} rejected"
         bar.update(
             task,
             description=standing.dataset,

@@ -15,7 +15,8 @@ from megam3.config.schema import RunConfig
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the resolved recipe, the batch arithmetic and the DeepSpeed dictionary as one YAML document with comments.
+    """Print the resolved recipe, the batch arithmetic and the DeepSpeed dictionary as one YAML document with
+    comments.
 
     Raises:
         ConfigError: whatever would stop the run before its first step.

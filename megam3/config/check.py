@@ -1,35 +1,29 @@
 """Rules that join several fields, or a field and the disk. No device is touched and no weight is read.
 
-Each rule is a small function that yields the ConfigErrors it finds; `check_config` runs them all and reports everything at once.
+Each rule is a small function that yields the ConfigErrors it finds; `check_config` runs them all and reports
+everything at once.
 """
 
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megam3.config.batch_size import bucket_table
-from megam3.config.problems import raise_problems
+from megam3.config.batch_size import bucket_table, edge_problems, size_problems
 from megam3.config.schema import (
     DataConfig,
     EvaluationConfig,
-    ModelConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
 )
-from megam3.errors import ConfigError
+from megam3.encoders import HEAD_FILES, find_packing_problem, read_encoder_config, usable_positions
+from megam3.errors import ConfigError, raise_all
 
 MIN_TEXT_TOKENS = 3
 """The two special tokens and one of the text."""
-
-ROW_OFFSET_MODELS = frozenset(
-    {"xlm-roberta", "xlm-roberta-xl", "roberta", "camembert", "xmod", "data2vec-text"}
-)
-"""Encoders of the RoBERTa family: position rows start at pad_token_id + 1, so that many rows hold no position."""
 
 Problems = Iterator[ConfigError]
 
@@ -41,37 +35,21 @@ def check_config(config: RunConfig, world_size: int, *, files: bool = True) -> N
         ConfigError: a rule is broken; `GroupedConfigError` for several.
     """
     problems = [
-        *batch_size_choice(config.data),
+        *size_problems(config.data),
         *batch_limits(config.data, world_size),
         *world_size_divides(config.data, world_size),
         *text_limits(config.data),
-        *length_edges(config.data),
+        *edge_problems(config.data),
         *datasets(config.data),
         *run_length(config.train, config.evaluation),
         *activation_offload(config),
         *optimizer(config.optim),
-        *loss_weights(config),
+        *config.objective.problems(),
+        *evaluation_needs_ranking(config),
     ]
     if files:
         problems += [*data_files(config.data), *evaluation_folders(config.evaluation), *model_folder(config)]
-    raise_problems(problems)
-
-
-def batch_size_choice(data: DataConfig) -> Problems:
-    """Exactly one of global_queries, global_tokens and buckets."""
-    batch = data.batch
-    given = {
-        name: value
-        for name in ("global_queries", "global_tokens", "buckets")
-        if (value := getattr(batch, name)) is not None
-    }
-    rule = "exactly one of global_queries, global_tokens and buckets says how large a step is"
-    if not given:
-        yield ConfigError("data.batch", None, rule, "set one, for example data.batch.global_queries=64")
-    if len(given) > 1:
-        yield ConfigError(
-            "data.batch", given, rule, f"keep one and set the others to null: {', '.join(given)}"
-        )
+    raise_all(problems)
 
 
 def world_size_divides(data: DataConfig, world_size: int) -> Problems:
@@ -118,26 +96,6 @@ def batch_limits(data: DataConfig, world_size: int) -> Problems:
             budget,
             rule,
             f"use at least {pair * world_size}, or lower the limits of texts",
-        )
-
-
-def length_edges(data: DataConfig) -> Problems:
-    """Upper edges of length buckets ascend and cover the longest text."""
-    table = bucket_table(data.batch)
-    field = "data.length_buckets" if table is None else "data.batch.buckets"
-    edges = data.length_buckets if table is None else [row.max_tokens for row in table]
-    longest = max(data.query_max_tokens, data.passage_max_tokens)
-    if not edges:
-        yield ConfigError(field, [], "needs at least one bucket", f"add one that covers {longest} tokens")
-    elif any(first >= second for first, second in zip(edges, edges[1:], strict=False)):
-        yield ConfigError(field, edges, "upper edges must ascend", "sort them and remove repeated ones")
-    elif table is not None and edges[-1] < longest:
-        rule = f"texts of up to {longest} tokens belong to no bucket"
-        yield ConfigError(
-            field,
-            edges[-1],
-            rule,
-            f"add a bucket with max_tokens: {longest}, or lower data.passage_max_tokens",
         )
 
 
@@ -204,18 +162,13 @@ def optimizer(optim: OptimConfig) -> Problems:
             )
 
 
-def loss_weights(config: RunConfig) -> Problems:
-    """Something must be trained."""
-    for name in ("sum_weights", "loss_weights", "distill_weights"):
-        weights = getattr(config.objective, name)
-        if weights is not None and not any(weights.model_dump().values()):
-            rule = "all weights are 0"
-            remedy = (
-                "set one above 0, or self_distill: false"
-                if name == "distill_weights"
-                else "set one above 0, or null for the preset's"
-            )
-            yield ConfigError(f"objective.{name}", weights.model_dump(), rule, remedy)
+def evaluation_needs_ranking(config: RunConfig) -> Problems:
+    """Only a stage whose model ranks passages can be evaluated on test sets."""
+    if config.evaluation.folders and not config.objective.can_evaluate:
+        rule = f"the model of objective.kind={config.objective.kind} ranks no passages"
+        yield ConfigError(
+            "evaluation.folders", config.evaluation.folders, rule, "leave it empty in this stage"
+        )
 
 
 def data_files(data: DataConfig) -> Problems:
@@ -248,12 +201,18 @@ def evaluation_folders(evaluation: EvaluationConfig) -> Problems:
 
 
 def model_folder(config: RunConfig) -> Problems:
-    """The encoder's folder is there, and its position table is long enough for every limit in use."""
+    """The encoder's folder is there, runs packed, has the heads the stage needs and positions for every limit
+    in use."""
     try:
-        encoder = read_encoder_config(config.model)
+        encoder = read_encoder_config(config.model.path)
     except ConfigError as error:
         yield error
         return
+    problem = find_packing_problem(encoder, config.model.path)
+    if problem is not None:
+        yield problem
+        return
+    yield from head_files(config)
     limits = {name: getattr(config.data, name) for name in ("query_max_tokens", "passage_max_tokens")}
     yield from position_rows(encoder, "data", limits)
     if config.evaluation.folders:
@@ -263,50 +222,16 @@ def model_folder(config: RunConfig) -> Problems:
         yield from position_rows(encoder, "evaluation", limits)
 
 
-def read_encoder_config(model: ModelConfig) -> dict[str, Any]:
-    """`config.json` of the encoder's folder.
-
-    Raises:
-        ConfigError: no folder, no config.json, or not a JSON object.
-    """
-    folder = Path(model.path)
-    if not folder.is_dir():
-        remedy = "give a local Hugging Face folder; a model of a hub has to be downloaded first"
-        raise ConfigError("model.path", model.path, "no such folder", remedy)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ConfigError(
-            "model.path", model.path, "holds no config.json", "give the folder that `save_pretrained` wrote"
-        )
-    try:
-        encoder = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            str(path), str(error), "is not readable JSON", "restore the file from the model's source"
-        ) from None
-    if not isinstance(encoder, dict):
-        raise ConfigError(
-            str(path),
-            type(encoder).__name__,
-            "must hold a JSON object",
-            "restore the file from the model's source",
-        )
-    return encoder
-
-
-def usable_positions(encoder: dict[str, Any]) -> int | None:
-    """Tokens the longest text may have, from a config.json; None when it does not say.
-
-    >>> usable_positions({"model_type": "xlm-roberta", "max_position_embeddings": 8194, "pad_token_id": 1})
-    8192
-    """
-    rows = encoder.get("max_position_embeddings")
-    if not isinstance(rows, int):
-        return None
-    if encoder.get("model_type") in ROW_OFFSET_MODELS:
-        pad = encoder.get("pad_token_id")
-        return rows - (pad if isinstance(pad, int) else 1) - 1
-    return rows
+def head_files(config: RunConfig) -> Problems:
+    """Heads that are not to be started from scratch are there; said now, not after an hour of tokenising."""
+    if config.model.missing_heads == "init":
+        return
+    wanted = [HEAD_FILES[head] for head in config.objective.scored_heads() if head in HEAD_FILES]
+    missing = [name for name in wanted if not (Path(config.model.path) / name).is_file()]
+    if missing:
+        rule = f"head weights are missing ({', '.join(missing)})"
+        remedy = "set model.missing_heads: init to start these heads from scratch"
+        yield ConfigError("model.path", config.model.path, rule, remedy)
 
 
 def position_rows(encoder: dict[str, Any], section: str, limits: dict[str, int]) -> Problems:

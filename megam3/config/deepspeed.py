@@ -1,8 +1,8 @@
 """The final DeepSpeed dictionary: a memory strategy from ds_configs/ plus what the recipe says about the run.
 
-A template holds memory strategy only, so that one file serves every recipe and every recipe runs under every strategy.
-megam3 counts its own batches and sets accumulation boundaries itself, hence the batch sizes of one; optimizer and schedule are
-torch objects.
+A template holds memory strategy only, so that one file serves every recipe and every recipe runs under every
+strategy. megam3 counts its own batches and sets accumulation boundaries itself, hence the batch sizes of one;
+optimizer and schedule are torch objects.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from megam3.config.problems import raise_problems
 from megam3.config.schema import RunConfig
-from megam3.errors import ConfigError
+from megam3.errors import ConfigError, raise_all
 
 RECIPE_FIELDS = {
     "train_batch_size": "data.batch",
@@ -52,8 +51,9 @@ DIAGNOSTIC_FIELDS = frozenset(
 """DeepSpeed fields that change what is printed, not what is computed."""
 
 FP32_SUMS_FROM_STAGE = 2
-"""ZeRO stage from which the gradients of several backward passes are summed in fp32 under bf16. DeepSpeed's own default is the model's
-precision, in which a sum of equal terms stops growing at the 256th; stages 0 and 1 know nothing else."""
+"""ZeRO stage from which the gradients of several backward passes are summed in fp32 under bf16. DeepSpeed's
+own default is the model's precision, in which a sum of equal terms stops growing at the 256th; stages 0 and 1
+know nothing else."""
 
 Precision = Literal["bf16", "fp32"]
 
@@ -78,13 +78,14 @@ def build_deepspeed_config(
     """The dictionary for `deepspeed.initialize`, from the template `config.engine.template` and the recipe.
 
     Raises:
-        ConfigError: unknown template, invalid JSON, a field that the recipe decides, or one that is no memory strategy.
+        ConfigError: unknown template, invalid JSON, a field that the recipe decides, or one that is no memory
+            strategy.
     """
     path = find_template(
         config.engine.template, default_template_dir() if template_dir is None else Path(template_dir)
     )
     template = read_template(path)
-    raise_problems(
+    raise_all(
         [
             *_foreign_fields(template, path),
             *_auto_values(template, path),
@@ -191,7 +192,8 @@ def _foreign_fields(template: dict[str, Any], path: Path) -> Iterator[ConfigErro
 
 
 def _auto_values(node: Any, path: Path, key: str = "") -> Iterator[ConfigError]:
-    # transformers' Trainer fills "auto" in before DeepSpeed sees it; DeepSpeed alone fails on it much later, without naming the file
+    # transformers' Trainer fills "auto" in before DeepSpeed sees it; DeepSpeed alone fails on it much later,
+    # without naming the file
     if node == "auto":
         yield ConfigError(
             f"{path}:{key}",

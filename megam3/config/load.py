@@ -1,6 +1,7 @@
 """Recipe and overrides in, validated RunConfig out: defaults < recipe YAML < `a.b.c=value`.
 
-Every problem names the field, the value, the rule, the remedy and where it was written; all problems of a recipe come at once.
+Every problem names the field, the value, the rule, the remedy and where it was written; all problems of a
+recipe come at once.
 
     load_config("unified", ["optim.lr=2e-5", "data.train.0.weight=2"])
 """
@@ -8,20 +9,29 @@ Every problem names the field, the value, the rule, the remedy and where it was 
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from megam3.config import recipe_yaml
-from megam3.config.problems import raise_problems
+from megam3.config.explain import explain
 from megam3.config.schema import RunConfig
-from megam3.config.violations import explain
-from megam3.errors import ConfigError
+from megam3.errors import ConfigError, raise_all
 
 RECIPE_DIR = Path(__file__).resolve().parent.parent / "recipes"
+
+PATH_FIELDS = (
+    ("output_dir",),
+    ("model", "path"),
+    ("data", "store_dir"),
+    ("data", "train", "*", "paths", "*"),
+    ("evaluation", "folders", "*"),
+    ("engine", "template"),
+)
+"""Fields in which `~` is the home folder, as in a shell; `*` is every item of a list."""
 
 
 def recipe_names() -> list[str]:
@@ -58,24 +68,19 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe (a path, or the name of a packaged one), apply `key=value` overrides, validate.
 
     Raises:
-        ConfigError: unreadable file, invalid YAML, unknown key, wrong type or value, bad override; `GroupedConfigError` for several.
+        ConfigError: unreadable file, invalid YAML, unknown key, wrong type or value, bad override;
+            `GroupedConfigError` for several.
     """
     path = find_recipe(recipe)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            "recipe", str(path), f"cannot be read ({error})", "give a readable UTF-8 file"
-        ) from None
-    document = recipe_yaml.parse(text, str(path))
+    document = recipe_yaml.read(path)
     if not isinstance(document.data, dict):
         raise ConfigError(
             str(path), document.data, "a recipe is a YAML mapping of sections", "start it with `name: …`"
         )
     where = dict(document.where)
-    raise_problems(
-        problem for override in overrides if (problem := _try_override(document.data, override, where))
-    )
+    raise_all(problem for override in overrides if (problem := _try_override(document.data, override, where)))
+    for field in PATH_FIELDS:
+        _expand_home(document.data, field)
     return parse_config(document.data, where)
 
 
@@ -88,13 +93,29 @@ def parse_config(data: dict[str, Any], where: dict[recipe_yaml.Path, str] | None
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise_problems(explain(error, data, where or {}))
+        raise_all(explain(error, data, where or {}))
         raise  # explain() returns at least one problem for a ValidationError, so this line is never reached
 
 
 def dump_config(config: RunConfig) -> str:
-    """The whole configuration as YAML, defaults written out; `load_config` reads it back as an equal RunConfig."""
+    """The whole configuration as YAML, defaults written out; `load_config` reads back an equal RunConfig."""
     return recipe_yaml.dump(config.model_dump())
+
+
+def _expand_home(node: Any, field: Sequence[str]) -> None:
+    """Replace a leading `~` or `~user` in the paths at `field`; what is no text is left to validation."""
+    if isinstance(node, list) and field[0] == "*":
+        for index, item in enumerate(node):
+            _expand_in(node, index, item, field)
+    elif isinstance(node, dict) and field[0] in node:
+        _expand_in(node, field[0], node[field[0]], field)
+
+
+def _expand_in(parent: Any, key: str | int, value: Any, field: Sequence[str]) -> None:
+    if len(field) > 1:
+        _expand_home(value, field[1:])
+    elif isinstance(value, str):
+        parent[key] = os.path.expanduser(value)
 
 
 def _try_override(
@@ -116,7 +137,7 @@ def _apply_override(data: dict[str, Any], override: str, where: dict[recipe_yaml
         )
     try:
         value = recipe_yaml.parse_value(text)
-    except yaml.YAMLError:
+    except ConfigError:
         raise ConfigError(
             f"override {key}", text, "its value is not valid YAML", "quote it, for example 'key=\"a: b\"'"
         ) from None

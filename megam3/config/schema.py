@@ -1,19 +1,27 @@
-"""The recipe: every field a run can set, with its unit and its source. Read top-down; `RunConfig` at the end joins the sections.
+"""The recipe: every field a run can set, with its unit and its source. `RunConfig` at the end joins the
+sections.
 
-Unknown keys and mistyped values stop a run before any device is touched. A field without a default is required; `None` means off.
+Unknown keys and mistyped values stop a run before any device is touched. A field without a default is
+required; `None` means off.
 """
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SerializeAsAny,
 )
+from pydantic_core import PydanticCustomError
+
+from megam3.errors import ConfigError
 
 
 class Section(BaseModel):
@@ -26,17 +34,20 @@ class ModelConfig(Section):
     """The encoder and its heads."""
 
     path: str
-    """Hugging Face folder of the encoder; heads are read from `colbert_linear.pt` and `sparse_linear.pt` beside it when they are there."""
+    """Hugging Face folder of the encoder; heads are read from `colbert_linear.pt` and `sparse_linear.pt`
+    beside it when they are there."""
     missing_heads: Literal["error", "init"] = "error"
     """What to do when the folder has no head weights: refuse, or start heads from scratch."""
     multi_vector_dim: PositiveInt | None = None
     """Width C of the multi-vector head; None: the encoder's hidden size."""
     lexical_init_bias: float = 0.3
-    """Bias of a lexical head started from scratch (its weight starts at 0): every token starts alive with this weight."""
+    """Bias of a lexical head started from scratch (its weight starts at 0): every token starts alive with
+    this weight."""
     hidden_dropout: float | None = Field(default=None, ge=0, lt=1)
     """Overrides the encoder's dropout probability; None: the encoder's own."""
     attention_dropout: float | None = Field(default=None, ge=0, lt=1)
-    """Overrides the dropout of attention weights; above 0 the CUDA path leaves the flash kernels, which have none."""
+    """Overrides the dropout of attention weights; above 0 the CUDA path leaves the flash kernels, which have
+    none."""
 
 
 class DatasetConfig(Section):
@@ -81,7 +92,8 @@ class BatchConfig(Section):
     buckets: list[BucketConfig] | Literal["m3_contrastive", "m3_unified"] | None = None
     """Table of queries by length bucket, or the paper's (arXiv 2402.03216, table 9)."""
     chunk_tokens: PositiveInt | None = None
-    """Gradient cache: encode in chunks of at most this many tokens; None: one forward pass for the whole batch of a rank."""
+    """Gradient cache: encode in chunks of at most this many tokens; None: one forward pass for the whole
+    batch of a rank."""
     accumulation_steps: PositiveInt = 1
     """Batches whose gradients are averaged into one optimizer step; each keeps its own negatives."""
 
@@ -100,7 +112,8 @@ class DataConfig(Section):
     passage_max_tokens: PositiveInt = 8192
     """Longer passages are truncated, special tokens included, and counted."""
     passages_per_query: PositiveInt = 8
-    """Passages of a group: one positive and this many minus one negatives; a record with fewer negatives gives a smaller group."""
+    """Passages of a group: one positive and this many minus one negatives; a record with fewer negatives
+    gives a smaller group."""
     homogeneous_by: Literal["dataset", "language", "task"] = "dataset"
     """What all rows of a batch share, besides their length bucket."""
     length_buckets: list[PositiveInt] = Field(default=[500, 1000, 2000, 3000, 4000, 5000, 6000, 7000, 8192])
@@ -108,11 +121,13 @@ class DataConfig(Section):
     language_temperature: PositiveFloat = 1.0
     """Languages are sampled in proportion to rows ** (1 / temperature); 1 keeps the data's own shares."""
     segment_shuffle_probability: float = Field(default=0.0, ge=0, le=1)
-    """Probability that a long passage is cut in three and reordered (arXiv 2402.03216, section 3.4: 0.002)."""
+    """Probability that a long passage is cut in three and reordered (arXiv 2402.03216, section 3.4:
+    0.002)."""
     segment_shuffle_min_tokens: PositiveInt = 512
     """Passages shorter than this are never shuffled."""
     pack_texts_tokens: PositiveInt | None = None
-    """Pretraining on texts: join short texts of a batch into sequences of at most this many tokens; None: one sequence per text."""
+    """Pretraining on texts: join short texts of a batch into sequences of at most this many tokens; None: one
+    sequence per text."""
     on_bad_record: Literal["stop", "skip"] = "stop"
     """Stop at the first bad record, or skip and keep it in a side file."""
     max_bad_records: NonNegativeInt = 1000
@@ -134,6 +149,12 @@ class HeadWeights(Section):
     """Weight of the multi-vector head."""
 
 
+HEADS = tuple(HeadWeights.model_fields)
+"""dense, lexical, multi_vector: names of the heads, in the order of every table."""
+
+HeadName = Literal["dense", "lexical", "multi_vector"]
+
+
 class LossWeights(HeadWeights):
     """One weight per head and one for their sum."""
 
@@ -141,13 +162,44 @@ class LossWeights(HeadWeights):
     """Weight of the combined score's own loss; 0 leaves it out."""
 
 
-class UnifiedConfig(Section):
+class ObjectiveConfig(Section):
+    """Base of the `objective` sections: what the checks and the memory plan ask of any stage. `kind` tells
+    them apart.
+
+    A stage that is not in megam3 itself subclasses it beside its objective (see docs/architecture.md).
+    """
+
+    kind: str
+    """Which stage this section describes."""
+
+    data_kind: ClassVar[Literal["pair", "text"]] = "pair"
+    """Records the stage trains on: {"query", "pos"} or {"text"}."""
+    can_evaluate: ClassVar[bool] = True
+    """Whether the model in training ranks passages, so that evaluation.folders can be run."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Rules of this section that join several of its fields."""
+        yield from ()
+
+    def scored_heads(self) -> tuple[HeadName, ...]:
+        """Heads whose scores over the global batch the loss holds; none for a stage that ranks nothing."""
+        return ()
+
+    def tiling(self) -> Literal["auto", "always", "never"]:
+        """Whether those scores are formed in tiles."""
+        return "auto"
+
+
+class UnifiedConfig(ObjectiveConfig):
     """InfoNCE on three heads and their sum, plus self-distillation (arXiv 2402.03216, section 3.3)."""
 
     kind: Literal["unified"] = "unified"
     """Which objective this section describes."""
+    heads: list[HeadName] = Field(default=["dense", "lexical", "multi_vector"], min_length=1)
+    """Heads that exist and are trained; the others are neither computed nor allocated."""
     preset: Literal["m3", "m3_v1", "joint"] = "m3"
-    """Weights of: the released code and later paper; the paper's first version (all 1); heads alone, without sum and distillation."""
+    """Weights of: the released code and later paper; the paper's first version (all 1); heads alone, without
+    sum and distillation."""
     temperature: PositiveFloat = 0.02
     """Divides every score before the softmax."""
     sum_weights: HeadWeights | None = None
@@ -165,14 +217,67 @@ class UnifiedConfig(Section):
     maxsim: Literal["mean", "sum"] = "mean"
     """Mean over query tokens (the paper) or plain sum (ColBERT)."""
     loss_tiles: Literal["auto", "always", "never"] = "auto"
-    """Compute the loss in tiles, without a score matrix: exact, about twice the scoring time; auto: past 64 M scores a head, or 4 GB of
-    MaxSim's winners."""
+    """Compute the loss in tiles, without a score matrix: exact, about twice the scoring time; auto: past 64 M
+    scores a head, or 4 GB of MaxSim's winners."""
     mask_false_negatives: bool = True
     """Leave out columns whose text equals the query's positive."""
     false_negative_margin: float | None = None
     """Leave out columns whose score exceeds the positive's by more than this; None: off."""
     false_negative_margin_source: Literal["sum", "teacher"] = "sum"
-    """Which score the margin rule compares: the heads' combined score, or the teacher's (which knows the own group only)."""
+    """Which score the margin rule compares: the heads' combined score, or the teacher's (of the own group
+    only)."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Something must be trained, and each head once."""
+        if len(set(self.heads)) < len(self.heads):
+            yield ConfigError("objective.heads", self.heads, "names a head twice", "name each head once")
+        for name in ("sum_weights", "loss_weights", "distill_weights"):
+            weights = getattr(self, name)
+            if weights is not None and not any(weights.model_dump().values()):
+                off = "self_distill: false" if name == "distill_weights" else "null for the preset's"
+                remedy = f"set one above 0, or {off}"
+                yield ConfigError(f"objective.{name}", weights.model_dump(), "all weights are 0", remedy)
+
+    def scored_heads(self) -> tuple[HeadName, ...]:
+        """`heads`, in the order of every table."""
+        return tuple(name for name in ("dense", "lexical", "multi_vector") if name in self.heads)
+
+    def tiling(self) -> Literal["auto", "always", "never"]:
+        """`loss_tiles`."""
+        return self.loss_tiles
+
+
+def _section_of_kind(value: Any) -> Any:
+    """The section that a recipe's `objective` describes, chosen by `kind` among all subclasses of
+    ObjectiveConfig.
+
+    Subclasses, not a closed union: a stage that is imported is known here, and the schema needs no edit for
+    it. Without `kind` the section is the unified one, as in recipes from before there were several.
+    """
+    if not isinstance(value, dict):
+        return value
+    kinds = objective_kinds()
+    kind = value.get("kind", "unified")
+    if kind not in kinds:
+        raise PydanticCustomError(
+            "objective_kind", "must be one of: {kinds}", {"kinds": ", ".join(sorted(kinds))}
+        )
+    return kinds[kind].model_validate(value)
+
+
+def objective_kinds() -> dict[str, type[ObjectiveConfig]]:
+    """Every objective section known to this process, by `kind`."""
+    found: dict[str, type[ObjectiveConfig]] = {}
+    waiting = list(ObjectiveConfig.__subclasses__())
+    while waiting:
+        section = waiting.pop()
+        waiting += section.__subclasses__()
+        found[str(section.model_fields["kind"].default)] = section
+    return found
+
+
+ObjectiveSection = Annotated[SerializeAsAny[ObjectiveConfig], BeforeValidator(_section_of_kind)]
+"""Type of the recipe's `objective`: a union of all stages, told apart by `kind`."""
 
 
 class OptimConfig(Section):
@@ -229,9 +334,11 @@ class TrainConfig(Section):
     evaluate_every_steps: PositiveInt | None = None
     """Five-mode evaluation of `evaluation.folders`; None: only when asked for."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: continue from the run's newest complete checkpoint when there is one, on any number of ranks and at any ZeRO stage."""
+    """auto: continue from the run's newest complete checkpoint when there is one, on any number of ranks and
+    at any ZeRO stage."""
     resume_with_other_data: bool = False
-    """Continue at the checkpoint's step although tokenizer, data or plan changed; False: refuse, and name what changed."""
+    """Continue at the checkpoint's step although tokenizer, data or plan changed; False: refuse, and name
+    what changed."""
     dead_head_share: float = Field(default=0.001, ge=0, lt=1)
     """Warn when a smaller share of lexical weights than this is above zero."""
 
@@ -266,7 +373,7 @@ class RunConfig(Section):
     """Where run folders are made."""
     model: ModelConfig
     data: DataConfig
-    objective: UnifiedConfig = UnifiedConfig()
+    objective: ObjectiveSection = UnifiedConfig()
     optim: OptimConfig
     engine: EngineConfig = EngineConfig()
     train: TrainConfig

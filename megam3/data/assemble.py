@@ -1,73 +1,80 @@
-"""One rank's share of one planned batch, as plain arrays: rows dealt to ranks, passages drawn, segments shuffled, tokens read.
+"""One rank's share of one planned batch, as plain arrays: rows dealt to ranks, passages drawn, segments shuffled.
 
-Every draw is a function of (seed, epoch, row), so the rows of a step, their negatives and their shuffles are the same whatever the number
-of ranks or workers. Runs in the loader's worker processes, hence without torch.
+Every draw is a function of (seed, epoch, row), so the rows of a step, their negatives and their shuffles are the same
+whatever the number of ranks or workers. Runs in the loader's worker processes, hence without torch.
+
+    plan.PlannedBatch ──Assembler.share──▶ BatchArrays ──pipe──▶ loader.to_batch ──▶ batch.RetrievalBatch or TextBatch
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from megam3.balance import assign_ranks, text_cost
+from megam3.config.schema import DataConfig
+from megam3.cost import assign_ranks, text_cost
 from megam3.data.permute import draw, key_of
 from megam3.data.plan import Plan, PlannedBatch
-from megam3.data.shard import INDEX_FIELDS
-from megam3.data.store import StoredDataset, StoredRow
+from megam3.data.shard import INDEX_FIELDS, StoredRow
+from megam3.data.store import StoredDataset
 
-# the five ways to reorder three segments that change something
 SEGMENT_ORDERS = ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
+"""The five ways to reorder three segments that change something."""
 
 
 @dataclass(frozen=True)
 class TextFrame:
-    """What surrounds the body of a stored text: special tokens, and the tokens of each dataset's passage instruction."""
+    """What surrounds the body of a stored text."""
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     instruction_tokens: tuple[int, ...]
-    """Per dataset; the segment shuffle leaves them where they are."""
+    """Tokens of each dataset's passage instruction; the segment shuffle leaves them where they are."""
 
 
-@dataclass(frozen=True)
-class Shuffle:
-    """Segment shuffle of long passages (arXiv 2402.03216, section 3.4)."""
+@dataclass(frozen=True, kw_only=True)
+class BatchArrays:
+    """One rank's share of a batch: what a worker sends, and all that the batch contracts need."""
 
-    probability: float
-    min_tokens: int
-
-
-@dataclass
-class Draft:
-    """A batch of one rank before it becomes tensors."""
-
-    texts: list[np.ndarray]
-    """Queries, then passages by group; for pretraining, sequences."""
-    group_sizes: list[int]
+    is_text: bool
+    """Sequences for pretraining rather than queries with their passages."""
+    tokens: np.ndarray
+    """int32, all texts joined: queries, then passages by group; for pretraining, sequences."""
+    lengths: np.ndarray
+    """int64: tokens of each text."""
+    group_offsets: np.ndarray
+    """int64: start of each query's passages (or sequence's documents) among all of them, and their end."""
     rows: np.ndarray
-    hashes: list[int]
-    scores: list[float]
-    labels: dict = field(default_factory=dict)
-    """kind, dataset, language, in_batch_negatives, num_truncated, epoch, max_tokens."""
+    """int64: of each query or document, among the rows of all datasets."""
+    hashes: np.ndarray
+    """int64: of each passage or document."""
+    scores: np.ndarray
+    """float32: teacher scores of the passages, or empty."""
+    dataset: str
+    language: str
+    in_batch_negatives: bool
+    num_truncated: int
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Passages of each query, or documents of each sequence."""
+        return np.diff(self.group_offsets).tolist()
+
+    def texts(self) -> list[np.ndarray]:
+        """Token ids of each text (views)."""
+        return np.split(self.tokens, np.cumsum(self.lengths)[:-1])
 
 
 class Assembler:
-    """Builds drafts from a plan and the opened datasets (in the plan's order)."""
+    """Reads the rows of planned batches from the opened datasets (in the plan's order)."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        datasets: Sequence[StoredDataset],
-        frame: TextFrame,
-        shuffle: Shuffle,
-        pack_tokens: int | None,
-    ):
+    def __init__(self, config: DataConfig, plan: Plan, datasets: Sequence[StoredDataset], frame: TextFrame):
         self.plan, self.datasets = plan, list(datasets)
-        self._frame, self._shuffle, self._pack_tokens = frame, shuffle, pack_tokens
+        self._config, self._frame = config, frame
 
-    def draft(self, number: int, rank: int, world_size: int) -> Draft:
+    def share(self, number: int, rank: int, world_size: int) -> BatchArrays:
         """Share of `rank` in batch `number` (counted over all epochs).
 
         Raises:
@@ -75,109 +82,135 @@ class Assembler:
             DataError: a stored row is damaged.
         """
         planned = self.plan.batch(number)
-        share = assign_ranks(self.row_costs(planned), world_size)[rank]
-        labels = self._labels(planned)
-        if labels["kind"] == "text":
-            return self._text_draft(planned, share, labels)
-        return self._pair_draft(planned, share, labels)
+        positions = assign_ranks(self.row_costs(planned), world_size)[rank]
+        is_text = self.plan.datasets[self._owners(planned)[0]].is_text
+        return self._documents(planned, positions) if is_text else self._pairs(planned, positions)
 
     def row_costs(self, planned: PlannedBatch) -> np.ndarray:
         """Cost of each row of the batch, from the index alone: no token of another rank's rows is read."""
-        query, positive, negative, negatives = self._index(planned)
-        return text_cost(query) + text_cost(positive) + negatives * text_cost(negative)
+        query, positive, negative, num_negatives = self._index(planned)
+        return text_cost(query) + text_cost(positive) + num_negatives * text_cost(negative)
 
     def row_tokens(self, planned: PlannedBatch) -> np.ndarray:
-        """[3, rows]: tokens of the query, tokens of its passages together, number of passages; draws from several at their mean."""
-        query, positive, negative, negatives = self._index(planned)
-        return np.stack([query, positive + negatives * negative, 1 + negatives])
+        """[3, rows]: tokens of the query, tokens of its passages together, number of passages.
+
+        Passages drawn from several count with their mean length.
+        """
+        query, positive, negative, num_negatives = self._index(planned)
+        return np.stack([query, positive + num_negatives * negative, 1 + num_negatives])
+
+    def _owners(self, planned: PlannedBatch) -> np.ndarray:
+        """Dataset of each row."""
+        return np.asarray([stratum.dataset for stratum in self.plan.strata])[planned.strata]
 
     def _index(self, planned: PlannedBatch) -> np.ndarray:
         """[4, rows]: tokens of query, positive and negative, and how many negatives are drawn."""
         entries = np.empty((4, len(planned.rows)), dtype=np.int64)
-        owner = np.asarray([stratum.dataset for stratum in self.plan.strata])[planned.strata]
-        for number in np.unique(owner).tolist():
-            chosen, shape = owner == number, self.plan.datasets[number]
-            found = self.datasets[number].index[planned.rows[chosen] - shape.first_row]
+        owners = self._owners(planned)
+        for dataset in np.unique(owners).tolist():
+            chosen, described = owners == dataset, self.plan.datasets[dataset]
+            found = self.datasets[dataset].index[planned.rows[chosen] - described.first_row]
             for line, name in enumerate(INDEX_FIELDS):
                 entries[line, chosen] = found[name]
-            entries[3, chosen] = np.minimum(entries[3, chosen], shape.passages_per_query - 1)
+            entries[3, chosen] = np.minimum(entries[3, chosen], described.passages_per_query - 1)
         return entries
 
-    def _labels(self, planned: PlannedBatch) -> dict:
-        strata = [self.plan.strata[index] for index in np.unique(planned.strata).tolist()]
-        owners = {
-            self.plan.datasets[stratum.dataset].name: self.plan.datasets[stratum.dataset]
-            for stratum in strata
-        }
-        languages = {stratum.language for stratum in strata}
-        first = next(iter(owners.values()))
-        return {
-            "kind": "text" if first.is_text else "pair",
-            "dataset": first.name if len(owners) == 1 else "mixed",
-            "language": next(iter(languages))
-            if len(languages) == 1
-            else "mul",  # ISO 639-2 for several languages
-            "in_batch_negatives": first.in_batch_negatives,
-            "epoch": planned.epoch,
-            "max_tokens": self.plan.cells[planned.cell].max_tokens,
-        }
+    def _stored(self, planned: PlannedBatch, positions: np.ndarray) -> Iterator[tuple[int, StoredRow]]:
+        """(dataset, contents) of the rows at these positions of the batch."""
+        for dataset, row in zip(self._owners(planned)[positions].tolist(), planned.rows[positions].tolist()):
+            yield dataset, self.datasets[dataset].row(row - self.plan.datasets[dataset].first_row)
 
-    def _stored(self, planned: PlannedBatch, share: np.ndarray) -> list[tuple[int, int, int, StoredRow]]:
-        """(dataset, row, pass, contents) of each row of the share."""
-        found = []
-        for position in share.tolist():
-            number, row = self.plan.strata[int(planned.strata[position])].dataset, int(planned.rows[position])
-            stored = self.datasets[number].row(row - self.plan.datasets[number].first_row)
-            found.append((number, row, int(planned.passes[position]), stored))
-        return found
-
-    def _pair_draft(self, planned: PlannedBatch, share: np.ndarray, labels: dict) -> Draft:
+    def _pairs(self, planned: PlannedBatch, positions: np.ndarray) -> BatchArrays:
         key = key_of(self.plan.seed, planned.epoch, "draw")
         queries: list[np.ndarray] = []
-        draft, num_truncated = Draft([], [], planned.rows[share], [], []), 0
-        for number, row, turn, stored in self._stored(planned, share):
-            chosen = draw_group(stored, self.plan.datasets[number].passages_per_query, key, row, turn)
+        passages: list[np.ndarray] = []
+        group_sizes: list[int] = []
+        hashes: list[int] = []
+        scores: list[float] = []
+        num_truncated = 0
+        for position, (dataset, stored) in zip(positions.tolist(), self._stored(planned, positions)):
+            row, turn = int(planned.rows[position]), int(planned.passes[position])
+            chosen = draw_group(stored, self.plan.datasets[dataset].passages_per_query, key, row, turn)
             queries.append(stored.text(0))
-            draft.group_sizes.append(len(chosen))
-            draft.texts += [self._shuffled(stored, index, number, key, row, turn) for index in chosen]
-            draft.hashes += stored.hashes[chosen].tolist()
+            passages += [self._shuffled(stored.text(i), dataset, (key, row, turn, i)) for i in chosen]
+            group_sizes.append(len(chosen))
+            hashes += stored.hashes[chosen].tolist()
             if len(stored.scores):
-                draft.scores += stored.scores[np.asarray(chosen) - 1].tolist()
+                scores += stored.scores[np.asarray(chosen) - 1].tolist()
             num_truncated += int(stored.truncated[0]) + int(stored.truncated[chosen].sum())
-        draft.texts = queries + draft.texts
-        # teacher scores are all or none per dataset; a batch that mixes datasets may have them for some rows only
-        draft.scores = draft.scores if len(draft.scores) == len(draft.hashes) else []
-        draft.labels = labels | {"num_truncated": num_truncated}
-        return draft
-
-    def _shuffled(
-        self, stored: StoredRow, index: int, dataset: int, key: int, row: int, turn: int
-    ) -> np.ndarray:
-        text = stored.text(index)
-        if not self._shuffle.probability or len(text) < self._shuffle.min_tokens:
-            return text
-        first, second = draw(
-            key, np.array([row, row]), np.array([turn, turn]), np.array([index, index]), np.array([-1, -2])
+        return self._arrays(
+            planned,
+            positions,
+            texts=queries + passages,
+            group_sizes=group_sizes,
+            hashes=hashes,
+            # all or none per dataset; a batch that mixes datasets may have them for some rows only
+            scores=scores if len(scores) == len(hashes) else [],
+            num_truncated=num_truncated,
         )
-        if float(first) / 2.0**64 >= self._shuffle.probability:
+
+    def _shuffled(self, text: np.ndarray, dataset: int, draw_of: tuple[int, int, int, int]) -> np.ndarray:
+        """The text, reordered with the recipe's probability (arXiv 2402.03216, section 3.4)."""
+        probability = self._config.segment_shuffle_probability
+        if not probability or len(text) < self._config.segment_shuffle_min_tokens:
+            return text
+        # slots -1 and -2: the slots from 0 on belong to the draw of the group
+        key, row, turn, index = draw_of
+        first, second = draw(key, *(np.array([x, x]) for x in (row, turn, index)), np.array([-1, -2]))
+        if float(first) / 2.0**64 >= probability:
             return text
         start = len(self._frame.prefix) + self._frame.instruction_tokens[dataset]
         stop = len(text) - len(self._frame.suffix)
         return shuffle_segments(text, start, stop, SEGMENT_ORDERS[int(second) % len(SEGMENT_ORDERS)])
 
-    def _text_draft(self, planned: PlannedBatch, share: np.ndarray, labels: dict) -> Draft:
-        stored = [contents for _, _, _, contents in self._stored(planned, share)]
-        texts = [contents.text(0) for contents in stored]
-        sizes = [1] * len(texts)
-        if self._pack_tokens is not None:
-            texts, sizes = pack_documents(texts, self._pack_tokens, len(self._frame.prefix))
-        hashes = [int(contents.hashes[0]) for contents in stored]
-        labels |= {"num_truncated": sum(int(contents.truncated[0]) for contents in stored)}
-        return Draft(texts, sizes, planned.rows[share], hashes, [], labels)
+    def _documents(self, planned: PlannedBatch, positions: np.ndarray) -> BatchArrays:
+        documents = [stored for _, stored in self._stored(planned, positions)]
+        sequences, sizes = [stored.text(0) for stored in documents], [1] * len(documents)
+        if self._config.pack_texts_tokens is not None:
+            max_tokens, num_prefix = self._config.pack_texts_tokens, len(self._frame.prefix)
+            sequences, sizes = pack_documents(sequences, max_tokens, num_prefix)
+        return self._arrays(
+            planned,
+            positions,
+            texts=sequences,
+            group_sizes=sizes,
+            hashes=[int(stored.hashes[0]) for stored in documents],
+            scores=[],
+            num_truncated=sum(int(stored.truncated[0]) for stored in documents),
+        )
+
+    def _arrays(
+        self,
+        planned: PlannedBatch,
+        positions: np.ndarray,
+        *,
+        texts: list[np.ndarray],
+        group_sizes: list[int],
+        hashes: list[int],
+        scores: list[float],
+        num_truncated: int,
+    ) -> BatchArrays:
+        strata = [self.plan.strata[index] for index in np.unique(planned.strata).tolist()]
+        owners = sorted({stratum.dataset for stratum in strata})
+        languages = sorted({stratum.language for stratum in strata})
+        first = self.plan.datasets[owners[0]]
+        return BatchArrays(
+            is_text=first.is_text,
+            tokens=np.concatenate(texts).astype(np.int32, copy=False),
+            lengths=np.asarray([len(text) for text in texts], dtype=np.int64),
+            group_offsets=np.cumsum([0, *group_sizes], dtype=np.int64),
+            rows=planned.rows[positions],
+            hashes=np.asarray(hashes, dtype=np.int64),
+            scores=np.asarray(scores, dtype=np.float32),
+            dataset=first.name if len(owners) == 1 else "mixed",
+            language=languages[0] if len(languages) == 1 else "mul",  # ISO 639-2 for several languages
+            in_batch_negatives=first.in_batch_negatives,
+            num_truncated=num_truncated,
+        )
 
 
 def draw_group(stored: StoredRow, passages_per_query: int, key: int, row: int, turn: int) -> list[int]:
-    """Text indices of a query's group: one positive, then negatives without repetition, by descending teacher score when there are any.
+    """Text indices of a query's group: one positive, then negatives without repetition, by descending teacher score.
 
     The order matters to `m3_kd_loss`, which masks the passages of a group one after the other from the best down.
     """
@@ -217,16 +250,3 @@ def pack_documents(
             groups.append([text])
             length = len(text)
     return [np.concatenate(group) for group in groups], [len(group) for group in groups]
-
-
-def draft_to_frame(draft: Draft) -> tuple[dict, list[np.ndarray]]:
-    """What a worker sends: labels, and tokens, lengths, group offsets, rows, hashes and scores as flat arrays."""
-    tokens = np.concatenate(draft.texts).astype(np.int32, copy=False)
-    integers = (
-        [len(text) for text in draft.texts],
-        np.cumsum([0, *draft.group_sizes]),
-        draft.rows,
-        draft.hashes,
-    )
-    arrays = [np.asarray(values, dtype=np.int64) for values in integers]
-    return draft.labels, [tokens, *arrays, np.asarray(draft.scores, dtype=np.float32)]

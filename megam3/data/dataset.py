@@ -20,14 +20,15 @@ from pathlib import Path
 
 import torch
 
+from megam3.batch import Batch
 from megam3.config.schema import DataConfig
 from megam3.data.assemble import Assembler, TextFrame
-from megam3.data.loader import Batch, Loader
+from megam3.data.loader import Loader
 from megam3.data.plan import Plan, build_plan
-from megam3.data.prepare import Progress, prepare_data
-from megam3.data.share import changed_parts, describe, fingerprint_of, make_assembler, make_handler, open_all
+from megam3.data.prepare import PrepareProgress, prepare_data
 from megam3.data.store import StoredDataset
 from megam3.data.tokenizer import Tokenizer
+from megam3.data.worker import WorkerSetup, changed_parts, describe, fingerprint_of, make_handler, open_all
 from megam3.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,16 @@ class TrainingData:
         self.check_world_size(world_size)
         size = self.config.batch.accumulation_steps
         numbers = range(start_step * size, stop_step * size)
-        setup = self._setup(rank, world_size)
+        setup = WorkerSetup(
+            config=self.config,
+            store_dir=self.store_dir,
+            seed=self.plan.seed,
+            frame=self.frame,
+            tokenizer=self.tokenizer,
+            fingerprint=self.fingerprint,
+            rank=rank,
+            world_size=world_size,
+        )
         num_workers, prefetch = self.config.num_workers, self.config.prefetch_batches
         loader = Loader(make_handler, setup, numbers, num_workers, prefetch, pin=torch.cuda.is_available())
         with closing(loader):
@@ -129,19 +139,7 @@ class TrainingData:
 
     def assembler(self) -> Assembler:
         """Builds any batch of any rank in this process (inspection, tests, `num_workers: 0`)."""
-        return make_assembler(self.config, self.plan, self.datasets, self.frame)
-
-    def _setup(self, rank: int, world_size: int) -> dict:
-        return {
-            "config": self.config.model_dump_json(),
-            "store_dir": self.store_dir,
-            "seed": self.plan.seed,
-            "frame": [self.frame.prefix, self.frame.suffix, self.frame.instruction_tokens],
-            "tokenizer": self.tokenizer,
-            "fingerprint": self.fingerprint,
-            "rank": rank,
-            "world_size": world_size,
-        }
+        return Assembler(self.config, self.plan, self.datasets, self.frame)
 
 
 def open_training_data(
@@ -168,7 +166,7 @@ def open_training_data(
     return TrainingData(config, str(store_dir), opened, plan, frame, tokenizer.fingerprint)
 
 
-def _log_progress(progress: Progress) -> None:
+def _log_progress(progress: PrepareProgress) -> None:
     logger.info(
         "preparing %s: unit %d of %d, %d records",
         progress.dataset,

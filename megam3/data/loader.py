@@ -11,21 +11,50 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from typing import Any
 
-from megam3.batch import RetrievalBatch
-from megam3.data.collate import TextBatch, frame_to_batch
+import torch
+
+from megam3.batch import Batch, RetrievalBatch, TextBatch, pack_stream
+from megam3.data.assemble import BatchArrays
 from megam3.data.process import MakeHandler, Worker
 
-POLL_SECONDS = 0.2  # how soon the reader notices that nobody wants its batches any more
+POLL_SECONDS = 0.2
+"""How soon the reader notices that nobody wants its batches any more."""
 
-Batch = RetrievalBatch | TextBatch
+
+def to_batch(arrays: BatchArrays, pin: bool = False) -> RetrievalBatch | TextBatch:
+    """The batch as tensors; with `pin` its texts lie in page-locked memory, so that copies to a GPU overlap with compute."""
+    texts = pack_stream(torch.from_numpy(arrays.tokens).long(), arrays.lengths.tolist())
+    texts = texts.pin_memory() if pin else texts
+    offsets, rows = torch.from_numpy(arrays.group_offsets), torch.from_numpy(arrays.rows)
+    if arrays.is_text:
+        return TextBatch(
+            texts=texts,
+            document_offsets_N1=offsets,
+            rows=rows,
+            dataset=arrays.dataset,
+            language=arrays.language,
+            num_truncated=arrays.num_truncated,
+        )
+    return RetrievalBatch(
+        texts=texts,
+        group_offsets_Q1=offsets,
+        rows_Q=rows,
+        passage_hashes_P=torch.from_numpy(arrays.hashes),
+        teacher_scores_P=torch.from_numpy(arrays.scores) if len(arrays.scores) else None,
+        in_batch_negatives=arrays.in_batch_negatives,
+        dataset=arrays.dataset,
+        language=arrays.language,
+        num_truncated=arrays.num_truncated,
+    )
 
 
 class Loader:
     """Iterates over the batches with the given numbers.
 
     Args:
-        make_handler: makes the handler of {"number": n} requests; see process.Worker.
+        make_handler: makes the handler that answers a batch number with BatchArrays; see process.Worker.
         setup: its argument.
         numbers: batches to serve, in order.
         num_workers: background processes.
@@ -36,7 +65,7 @@ class Loader:
     def __init__(
         self,
         make_handler: MakeHandler,
-        setup: dict,
+        setup: Any,
         numbers: range,
         num_workers: int,
         prefetch: int,
@@ -65,7 +94,7 @@ class Loader:
         if not self._workers:
             handler = self._make_handler(self._setup)
             for number in self._numbers:
-                yield frame_to_batch(*handler({"number": number}), pin=self._pin)
+                yield to_batch(handler(number), self._pin)
             return
         while (item := self._ready.get()) is not None:
             if isinstance(item, BaseException):
@@ -87,10 +116,10 @@ class Loader:
         try:
             for done, _ in enumerate(self._numbers):
                 while sent < min(len(self._numbers), done + self._window):
-                    self._workers[sent % len(self._workers)].send({"number": self._numbers[sent]})
+                    self._workers[sent % len(self._workers)].send(self._numbers[sent])
                     sent += 1
-                frame = self._workers[done % len(self._workers)].receive()
-                if not self._put(frame_to_batch(*frame, pin=self._pin)):
+                arrays = self._workers[done % len(self._workers)].receive()
+                if not self._put(to_batch(arrays, self._pin)):
                     return
             self._put(None)
         except BaseException as error:  # whatever it is, it belongs to the training thread

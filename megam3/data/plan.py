@@ -18,8 +18,8 @@ from functools import cached_property
 import numpy as np
 
 from megam3.config.schema import DataConfig
-from megam3.data.layout import Cell, DatasetRows, Stratum, build_cells, build_strata
 from megam3.data.permute import key_of, permute
+from megam3.data.strata import Cell, DatasetRows, Stratum, build_cells, build_strata
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,45 @@
-"""Worker processes that answer requests: JSON lines in, frames of JSON and arrays out.
+"""Worker processes that answer requests, one after the other, through pipes.
 
-A worker is a fresh interpreter that runs one module of ours, nothing else: no fork (unsafe once torch, gloo or CUDA
-threads run), no second import of the training script (what multiprocessing's spawn does), no pickle, no torch. It ends by itself when its
-parent is gone, because its standard input ends. Whatever it raises comes back as text and is raised again in the parent; a worker that dies
-without a word is an error too.
+A worker is a fresh interpreter that imports one module of ours and nothing else: no fork (unsafe once torch, gloo or CUDA
+threads run), no second import of the training script (what multiprocessing's spawn does), no torch. It ends by itself
+when its parent is gone, because its standard input ends. What it raises is raised again in the parent; a worker that dies
+without an answer is an error too.
 
-    parent                                 worker: python -m MODULE, which ends with run_worker(make_handler)
-    Worker(make_handler, setup)  ──JSON──▶ handler = make_handler(setup)
-    worker.send({"step": 3})     ──JSON──▶ answer, arrays = handler({"step": 3})
-    worker.receive()             ◀─frame── header JSON line, then the bytes of each array
+    parent                                      worker
+    Worker(make_handler, setup)  ──pickle──▶    handler = make_handler(setup)
+    worker.send(request)         ──pickle──▶    answer = handler(request)
+    worker.receive()             ◀─pickle───    Answer(value=answer) or Answer(error=…)
+
+Pickle is safe here and only here: both ends are this program, and nothing else can write into their pipes.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import IO, Any
 
-import numpy as np
+from megam3.errors import UserError
 
-from megam3 import errors
+Handler = Callable[[Any], Any]
+MakeHandler = Callable[[Any], Handler]
 
-Handler = Callable[[dict], tuple[dict, list[np.ndarray]]]
-MakeHandler = Callable[[dict], Handler]
+PROGRAM = "from megam3.data.process import run_worker; run_worker()"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a worker sends back: a value, a user's error, or the traceback of a fault of ours."""
+
+    value: Any = None
+    user_error: UserError | None = None
+    traceback: str = ""
 
 
 class WorkerError(RuntimeError):
@@ -38,65 +50,56 @@ class Worker:
     """One background process.
 
     Args:
-        make_handler: a function of a module that calls `run_worker` with it when run as a program; it gets `setup` and returns the handler.
-        setup: anything JSON can hold.
+        make_handler: a function at the top of an importable module; it gets `setup` and returns the handler.
+        setup: anything that can be pickled.
     """
 
-    def __init__(self, make_handler: MakeHandler, setup: dict):
+    def __init__(self, make_handler: MakeHandler, setup: Any):
         self.module = make_handler.__module__
         # one thread each: the workers themselves are the parallelism, and the training process needs the rest
         threads = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "ARROW_NUM_THREADS": "1"}
         path = os.pathsep.join(x or os.getcwd() for x in sys.path)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", self.module],
+            [sys.executable, "-c", PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **threads, "PYTHONPATH": path},
         )
-        self.send(setup)
+        self.send((make_handler, setup))
 
     @property
     def pid(self) -> int:
         """Of the process."""
         return self._process.pid
 
-    def send(self, request: dict) -> None:
+    def send(self, request: Any) -> None:
         """Hand over one request without waiting for its answer."""
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
+            _write(self._process.stdin, request)
         except (BrokenPipeError, ValueError):
-            # receive() reports the death, with the reason the worker left in its last frame if it had time to
+            # receive() reports the death, with the reason the worker gave in its last answer if it had time to
             return
 
-    def receive(self) -> tuple[dict, list[np.ndarray]]:
+    def receive(self) -> Any:
         """The answer to the oldest unanswered request.
 
         Raises:
             UserError: the one the worker raised.
             WorkerError: any other exception in the worker, with its traceback, or its death.
         """
-        stream = self._process.stdout
-        assert stream is not None
-        line = stream.readline()
-        if not line.endswith(b"\n"):
-            raise WorkerError(self._epitaph())
-        header = json.loads(line)
-        if "user_error" in header:
-            name, arguments = header["user_error"]
-            raise getattr(errors, name)(*arguments)
-        if "traceback" in header:
-            raise WorkerError(f"worker {self.module} (pid {self.pid}) failed:\n{header['traceback']}")
-        return header["answer"], [self._read_array(stream, *spec) for spec in header["arrays"]]
+        assert self._process.stdout is not None
+        try:
+            answer: Answer = pickle.load(self._process.stdout)
+        except (EOFError, pickle.UnpicklingError, ValueError) as error:  # ValueError: the pipe was closed
+            raise WorkerError(self._how_it_ended()) from error
+        if answer.user_error is not None:
+            raise answer.user_error
+        if answer.traceback:
+            raise WorkerError(f"worker {self.module} (pid {self.pid}) failed:\n{answer.traceback}")
+        return answer.value
 
-    def _read_array(self, stream: IO[bytes], kind: str, length: int) -> np.ndarray:
-        array = np.empty(length, np.dtype(kind))
-        if array.nbytes and stream.readinto(array.data.cast("B")) != array.nbytes:  # type: ignore[attr-defined]
-            raise WorkerError(self._epitaph())
-        return array
-
-    def _epitaph(self) -> str:
+    def _how_it_ended(self) -> str:
         code = self._process.wait()
         died = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         hint = "; the kernel kills processes this way when memory runs out" if code == -signal.SIGKILL else ""
@@ -118,50 +121,40 @@ class Worker:
                 continue
 
 
-def serve(make_handler: MakeHandler, requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Answer requests until there are no more (the worker's side)."""
+def _write(stream: IO[bytes], value: object) -> None:
+    pickle.dump(value, stream, protocol=pickle.HIGHEST_PROTOCOL)
+    stream.flush()
+
+
+def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
+    """Answer requests until there are no more (worker side)."""
     try:
-        handler = make_handler(json.loads(requests.readline()))
-        while line := requests.readline():
-            answer, arrays = handler(json.loads(line))
-            flat = [np.ascontiguousarray(array).reshape(-1) for array in arrays]
-            header = {"answer": answer, "arrays": [[array.dtype.str, len(array)] for array in flat]}
-            answers.write(json.dumps(header).encode() + b"\n")
-            for array in flat:
-                answers.write(array.data)
-            answers.flush()
-    except errors.UserError as error:
-        _last_words(
-            answers,
-            {
-                "user_error": [
-                    type(error).__name__,
-                    _plain([error.what, error.value, error.rule, error.remedy]),
-                ]
-            },
-        )
+        make_handler, setup = pickle.load(requests)
+        handler = make_handler(setup)
+        while True:
+            try:
+                request = pickle.load(requests)
+            except EOFError:
+                return
+            _write(answers, Answer(value=handler(request)))
+    except BrokenPipeError:
+        return  # the parent is gone
+    except UserError as error:
+        last = Answer(user_error=error)
     except Exception:  # everything must reach the parent: a worker has nobody else to tell
-        _last_words(answers, {"traceback": traceback.format_exc()})
-
-
-def _plain(values: list[Any]) -> list[Any]:
-    return [value if isinstance(value, str | int | float | None) else repr(value) for value in values]
-
-
-def _last_words(answers: IO[bytes], header: dict) -> None:
+        last = Answer(traceback=traceback.format_exc())
     try:
-        answers.write(json.dumps(header).encode() + b"\n")
-        answers.flush()
+        _write(answers, last)
     except BrokenPipeError:
         return
 
 
-def run_worker(make_handler: MakeHandler) -> None:
-    """Be a worker process: what a module with a `make_handler` does when it is run as a program."""
+def run_worker() -> None:
+    """Be a worker process (the program of every Worker)."""
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # a stray print must not land in the middle of a frame
-    # these reach the whole process group or tree (Ctrl-C, a launcher, Slurm): the parent still needs batches to end its step, and it
-    # decides when a worker ends
+    os.dup2(2, 1)  # a stray print must not land in the middle of an answer
+    # these reach the whole process group or tree (Ctrl-C, a launcher, Slurm): the parent still needs batches to end its
+    # step, and it decides when a worker ends
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    serve(make_handler, sys.stdin.buffer, answers)
+    serve(sys.stdin.buffer, answers)

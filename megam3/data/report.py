@@ -8,36 +8,36 @@ from pathlib import Path
 
 import numpy as np
 
-from megam3.balance import assign_ranks
+from megam3.cost import assign_ranks
 from megam3.data.assemble import Assembler
+from megam3.data.manifest import Manifest
 from megam3.data.plan import Plan, PlannedBatch
 
 BAR_WIDTH = 40
 LANGUAGES_SHOWN = 50
 
 
-def store_report(manifest: dict) -> str:
+def store_report(manifest: Manifest) -> str:
     """Records, tokens, languages, lengths, truncations and rejects of one finished dataset."""
-    totals = manifest["totals"]
+    totals = manifest.totals
     lines = [
-        f"{manifest['name']}: {totals['rows']:,} records, {totals['texts']:,} texts, {totals['tokens']:,} tokens, "
-        f"{len(manifest['shards'])} shards, {totals['bytes'] / 1e6:,.1f} MB",
-        f"  truncated texts   {totals['truncated']:,}",
-        f"  rejected records  {totals['rejected']:,}",
-        *(f"    {count:,} × {reason}" for reason, count in totals["reasons"].items()),
+        f"{manifest.name}: {totals.rows:,} records, {totals.texts:,} texts, {totals.tokens:,} tokens, "
+        f"{len(manifest.shards)} shards, {totals.bytes / 1e6:,.1f} MB",
+        f"  truncated texts   {totals.truncated:,}",
+        f"  rejected records  {totals.rejected:,}",
+        *(f"    {count:,} × {reason}" for reason, count in totals.reasons.items()),
         "  language       records         tokens",
     ]
-    ranked = sorted(manifest["per_language"].items(), key=lambda item: (-item[1]["rows"], item[0]))
+    ranked = sorted(manifest.per_language.items(), key=lambda item: (-item[1].rows, item[0]))
     lines += [
-        f"  {name:<10} {counts['rows']:>11,} {counts['tokens']:>14,}"
-        for name, counts in ranked[:LANGUAGES_SHOWN]
+        f"  {name:<10} {counts.rows:>11,} {counts.tokens:>14,}" for name, counts in ranked[:LANGUAGES_SHOWN]
     ]
     if len(ranked) > LANGUAGES_SHOWN:
         rest = ranked[LANGUAGES_SHOWN:]
-        rows, tokens = (sum(counts[key] for _, counts in rest) for key in ("rows", "tokens"))
+        rows, tokens = sum(counts.rows for _, counts in rest), sum(counts.tokens for _, counts in rest)
         lines.append(f"  {len(rest):,} others {rows:>9,} {tokens:>14,}")
     lines.append("  longest text of a record, in tokens")
-    shown = [(edge, count) for edge, count in manifest["length_histogram"] if count]
+    shown = [(edge, count) for edge, count in manifest.length_histogram if count]
     most = max(count for _, count in shown)
     lines += [
         f"  ≤ {edge:>6,} {count:>12,} {'█' * max(1, round(BAR_WIDTH * count / most))}"
@@ -46,7 +46,7 @@ def store_report(manifest: dict) -> str:
     return "\n".join(lines)
 
 
-def draw_histogram(manifests: Sequence[dict], path: Path) -> None:
+def draw_histogram(manifests: Sequence[Manifest], path: Path) -> None:
     """Write the length histograms of finished datasets as a picture (PNG)."""
     # half a second that no other use of this module shall pay
     from matplotlib.figure import Figure
@@ -54,8 +54,8 @@ def draw_histogram(manifests: Sequence[dict], path: Path) -> None:
     figure = Figure(figsize=(8, 4.5))
     axes = figure.subplots()
     for manifest in manifests:
-        edges, counts = zip(*manifest["length_histogram"])
-        axes.step([str(edge) for edge in edges], counts, where="mid", label=manifest["name"])
+        edges, counts = zip(*manifest.length_histogram)
+        axes.step([str(edge) for edge in edges], counts, where="mid", label=manifest.name)
     axes.set(xlabel="tokens of a record's longest text, at most", ylabel="records", yscale="symlog")
     axes.legend()
     figure.tight_layout()

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -42,8 +42,7 @@ READ_BYTES = 1 << 20
 ROWS_PER_SLICE = 512
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """Span `start` … `stop`-1 of one file, in bytes of text, row groups or record batches."""
 
     path: str

@@ -1,13 +1,17 @@
-"""Read what an engine saved, parameter by parameter and by name, without ranks or devices: fp32 weights and AdamW's moments.
+"""Read what an engine saved, parameter by parameter and by name, without ranks or devices: fp32 weights and
+AdamW's moments.
 
-A DeepSpeed checkpoint is cut by world size and ZeRO stage. This file describes every cut in one way: some streams, each the concatenation
-of flat tensors, and for each parameter its places (stream, offset, count) in them.
+A DeepSpeed checkpoint is cut by world size and ZeRO stage. This file describes every cut in one way: some
+streams, each the concatenation of flat tensors, and for each parameter its places (stream, offset, count) in
+them.
 
     stage 0        one stream per parameter: the whole tensor, in the main rank's file
-    stage 1 and 2  one stream per parameter group: the partitions of all ranks, one after another; a parameter is one place
+    stage 1 and 2  one stream per parameter group: the partitions of all ranks, one after another; a parameter
+    is one place
     stage 3        one stream per rank: its sub-groups, one after another; a parameter is one place in each (the last one padded)
 
-Weights and both moments are cut alike. Files are memory-mapped: reading one parameter touches its own bytes only.
+Weights and both moments are cut alike. Files are memory-mapped: reading one parameter touches its own bytes
+only.
 """
 
 import contextlib
@@ -38,7 +42,8 @@ Place = tuple[int, int, int]
 
 @contextlib.contextmanager
 def weights_only_loads() -> Iterator[None]:
-    """Make every torch.load inside refuse pickled code. DeepSpeed asks for full pickles; its files need just these four types."""
+    """Make every torch.load inside refuse pickled code. DeepSpeed asks for full pickles; its files need just
+    these four types."""
     name, before = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ[name] = "1"
     try:
@@ -169,7 +174,8 @@ class SavedStates:
 
 
 def consolidate(folder: str) -> dict[str, Tensor]:
-    """fp32 weights by parameter name from the checkpoint folder `folder` (any ZeRO stage and world size), on the CPU."""
+    """fp32 weights by parameter name from the checkpoint folder `folder` (any ZeRO stage and world size), on
+    the CPU."""
     saved = SavedStates(folder)
     return {name: saved.read(name) for name in saved.names} | saved.untrained()
 

@@ -1,21 +1,24 @@
-"""The one file that touches DeepSpeed's engine: forward, backward, step, save and load of a model under any ZeRO stage.
+"""The one file that touches DeepSpeed's engine: forward, backward, step, save and load of a model under any
+ZeRO stage.
 
-A step is a sequence of backward calls whose last one is announced beforehand, because ZeRO reduces gradients at that boundary:
+A step is a sequence of backward calls whose last one is announced beforehand, because ZeRO reduces gradients
+at that boundary:
 
     with engine.step_scope():
         for index, batch in enumerate(batches):
             with engine.accumulation(index, len(batches)):
-                objective.run(engine, batch, progress)      # calls engine.encode and engine.backward
+                objective.run(engine, batch, progress)      # calls engine.forward and engine.backward
         result = engine.update(step)
 
-Gradients are averaged over ranks by DeepSpeed; `dist/gather.py` derives the convention that makes this the global gradient.
+Gradients are averaged over ranks by DeepSpeed; `dist/gather.py` derives the convention that makes this the
+global gradient.
 """
 
 import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +27,6 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
-from megam3.batch import PackedTexts, Representations
 from megam3.config.schema import OptimConfig
 from megam3.dist import comm
 from megam3.engine.activations import ActivationMemory
@@ -32,14 +34,13 @@ from megam3.engine.consolidate import NAMES, TAG, SavedStates, weights_only_load
 from megam3.engine.elastic import restore
 from megam3.engine.optim import build_adamw, parameter_groups
 from megam3.engine.schedule import learning_rate_factor
-from megam3.model.m3 import represent
 
 # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, once per call and rank
 warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
 
 
 @dataclass(frozen=True)
-class StepResult:
+class UpdateResult:
     """What an optimizer step did."""
 
     grad_norm: float
@@ -51,10 +52,12 @@ class StepResult:
 
 
 def join(device: torch.device) -> None:
-    """Let DeepSpeed use the process group of `comm.start`; a world of one, which has none, gets one that needs no network.
+    """Let DeepSpeed use the process group of `comm.start`; a world of one, which has none, gets one that
+    needs no network.
 
-    On CPUs DeepSpeed would first compile a shared-memory all-reduce, and every rank would die where there is no compiler. Only its
-    inference calls use that op, training's collectives go through gloo either way: it is declared unavailable, and nothing is lost.
+    On CPUs DeepSpeed would first compile a shared-memory all-reduce, and every rank would die where there is
+    no compiler. Only its inference calls use that op, training's collectives go through gloo either way: it
+    is declared unavailable, and nothing is lost.
     """
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -68,7 +71,8 @@ def join(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def model_construction(ds_config: dict) -> Iterator[None]:
-    """Build or load a model inside, after `join`; under ZeRO-3 each weight is partitioned as it arrives, so no rank holds all of them."""
+    """Build or load a model inside, after `join`; under ZeRO-3 each weight is partitioned as it arrives, so
+    no rank holds all of them."""
     alive = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
     yield
     del alive
@@ -80,19 +84,27 @@ class Engine:
     def __init__(
         self,
         module: nn.Module,
+        *,
         optim: OptimConfig,
+        is_head_parameter: Callable[[str], bool],
         ds_config: dict,
         device: torch.device,
         total_steps: int,
         activations: ActivationMemory,
     ):
-        """Wrap `module` (moved to `device` by DeepSpeed). `total_steps` shapes the learning rate."""
+        """Wrap `module` (moved to `device` by DeepSpeed).
+
+        Args:
+            is_head_parameter: by name, which parameters train at optim.head_lr.
+            ds_config: the final dictionary (`megam3.config.deepspeed`).
+            total_steps: shapes the learning rate.
+        """
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.device, self.stage = device, ds_config["zero_optimization"]["stage"]
         self._optim, self._total_steps, self._activations = optim, total_steps, activations
         self._scale, self._is_last_batch, self._drop_update, self._skipped = 1.0, True, False, False
         self._norm, self._is_ready = math.nan, False
-        groups = parameter_groups(module.named_parameters(), optim)
+        groups = parameter_groups(module.named_parameters(), optim, is_head_parameter)
         name_of = {id(parameter): name for name, parameter in module.named_parameters()}
         self._names = [name_of[id(parameter)] for group in groups for parameter in group["params"]]
         self._peak_lrs = [group.pop("peak_lr") for group in groups]
@@ -102,7 +114,8 @@ class Engine:
             model=module, optimizer=self._torch_optimizer, config=ds_config, dist_init_required=False
         )
         if self.stage == 0 and comm.world_size() == 1:
-            # nobody to reduce with: DeepSpeed would copy all gradients into a flat buffer and back, a fifth of a step at XLM-R's vocabulary
+            # nobody to reduce with: DeepSpeed would copy all gradients into a flat buffer and back, a fifth
+            # of a step at XLM-R's vocabulary
             self._engine.enable_backward_allreduce = False
         self._is_ready = True
 
@@ -116,9 +129,10 @@ class Engine:
         """Checkpointing and offload of this model."""
         return self._activations
 
-    def encode(self, texts: PackedTexts) -> Representations:
-        """Run the model on one stream of texts; see `megam3.model.m3.represent`."""
-        return represent(self._engine, texts)
+    def forward(self, *args: Any) -> Any:
+        """Call the model. Under ZeRO-3 its parameters are gathered by this call: the module alone cannot be
+        called."""
+        return self._engine(*args)
 
     @contextlib.contextmanager
     def step_scope(self) -> Iterator[None]:
@@ -148,11 +162,12 @@ class Engine:
             self._scale, self._is_last_batch = 1.0, True
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Accumulate the gradient of `loss`; `is_last` is the batch's last call on this rank, the same on every rank."""
+        """Accumulate the gradient of `loss`; `is_last` is the batch's last call on this rank, the same on
+        every rank."""
         self._engine.set_gradient_accumulation_boundary(self._is_last_batch and is_last)
         self._engine.backward(loss * self._scale, scale_wrt_gas=False)
 
-    def update(self, step: int, drop: bool = False) -> StepResult:
+    def update(self, step: int, drop: bool = False) -> UpdateResult:
         """Clip and apply the accumulated gradient at 0-based optimizer step `step`.
 
         A non-finite gradient, or `drop`, leaves weights and moments untouched and is reported as skipped.
@@ -165,20 +180,24 @@ class Engine:
         self._engine.step()
         # a ZeRO optimizer that met a non-finite norm by itself has not called AdamW at all
         self._norm = self._zero_norm() if self.stage > 0 else self._norm
-        return StepResult(self._norm, self._optim.lr * factor, self._skipped or not math.isfinite(self._norm))
+        return UpdateResult(
+            self._norm, self._optim.lr * factor, self._skipped or not math.isfinite(self._norm)
+        )
 
     def save(self, folder: str) -> None:
         """Write this rank's part of weights and optimizer state under folder/engine."""
         self._engine.save_checkpoint(folder, tag=TAG, save_latest=False, client_state={NAMES: self._names})
 
     def load(self, folder: str) -> None:
-        """Read what `save` wrote at the same world size and ZeRO stage; nothing is unpickled but tensors and DeepSpeed's bookkeeping."""
+        """Read what `save` wrote at the same world size and ZeRO stage; nothing is unpickled but tensors and
+        DeepSpeed's bookkeeping."""
         with weights_only_loads():
             path, _ = self._engine.load_checkpoint(folder, tag=TAG, load_lr_scheduler_states=False)
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}/{TAG}"
 
     def load_elastic(self, folder: str) -> None:
-        """Read what an engine of any world size and ZeRO stage wrote: weights, moments and AdamW's step count, by parameter name."""
+        """Read what an engine of any world size and ZeRO stage wrote: weights, moments and AdamW's step
+        count, by parameter name."""
         restore(
             SavedStates(folder),
             self._engine.module,
@@ -188,7 +207,8 @@ class Engine:
         )
 
     def _plain_norm(self) -> float:
-        # without ZeRO, DeepSpeed clips in place and keeps no norm: read it from the reduced gradients before the step
+        # without ZeRO, DeepSpeed clips in place and keeps no norm: read it from the reduced gradients before
+        # the step
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients)) if gradients else math.nan
 
@@ -196,9 +216,11 @@ class Engine:
         return float(self._engine.optimizer._global_grad_norm)
 
     def _guard_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Runs right before torch's AdamW moves weights: ZeRO knows the global norm by now, the same on every rank.
+        """Runs right before torch's AdamW moves weights: ZeRO knows the global norm by now, the same on every
+        rank.
 
-        Parameters without a gradient are left alone by AdamW, moments and step count included, so dropping the gradients skips the step.
+        Parameters without a gradient are left alone by AdamW, moments and step count included, so dropping
+        the gradients skips the step.
         """
         if not self._is_ready:
             return  # DeepSpeed steps on zero gradients once while it allocates the moments

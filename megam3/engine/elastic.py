@@ -1,7 +1,9 @@
-"""Give an engine the weights and moments that another one saved, whatever the two world sizes and ZeRO stages.
+"""Give an engine the weights and moments that another one saved, whatever the two world sizes and ZeRO
+stages.
 
-Both sides speak in whole fp32 tensors by parameter name: `consolidate.SavedStates` joins what was cut, and this file cuts for the engine
-at hand, one parameter at a time, each rank for itself and without any collective but the last.
+Both sides speak in whole fp32 tensors by parameter name: `consolidate.SavedStates` joins what was cut, and
+this file cuts for the engine at hand, one parameter at a time, each rank for itself and without any
+collective but the last.
 """
 
 from collections.abc import Sequence
@@ -25,7 +27,8 @@ from megam3.engine.consolidate import MOMENTS, SavedStates
 def restore(
     saved: SavedStates, module: nn.Module, zero: Any, adamw: torch.optim.Optimizer, names: Sequence[str]
 ) -> None:
-    """Overwrite weights (in the model's precision and their fp32 masters), moments and step count; collective.
+    """Overwrite weights (in the model's precision and their fp32 masters), moments and step count;
+    collective.
 
     Args:
         module: the model inside the engine.
@@ -37,7 +40,8 @@ def restore(
     assert set(saved.names) == set(names), f"parameters differ: {sorted(set(saved.names) ^ set(names))[:4]}"
     partitioned = hasattr(parameters[names[0]], "ds_id")
     if partitioned and zero.persistent_parameters:
-        # small parameters that ZeRO-3 keeps whole: drop the whole copies, or the new partitions would go unseen
+        # small parameters that ZeRO-3 keeps whole: drop the whole copies, or the new partitions would go
+        # unseen
         zero.persistent_parameters[0].partition(zero.persistent_parameters)
     if partitioned:
         _start_moments(zero.fp32_partitioned_groups_flat, adamw, saved.adam_steps)
@@ -54,7 +58,8 @@ def restore(
 
 
 def _start_moments(masters: Sequence[Tensor], adamw: torch.optim.Optimizer, steps: float) -> None:
-    """AdamW allocates its state in its first step; a fused kernel counts steps on the device, the others on the CPU."""
+    """AdamW allocates its state in its first step; a fused kernel counts steps on the device, the others on
+    the CPU."""
     for master in masters:
         device = master.device if adamw.param_groups[0].get("fused") else torch.device("cpu")
         adamw.state[master] = {kind: torch.zeros_like(master, requires_grad=False) for kind in MOMENTS}

@@ -1,19 +1,24 @@
-"""AdamW and its parameter groups: weight decay off for biases and norms, an own learning rate for the heads."""
+"""AdamW and its parameter groups: weight decay off for biases and norms, an own learning rate for the
+heads."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 from megam3.config.schema import OptimConfig
-from megam3.model.m3 import is_head_parameter
 
 
-def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict]:
-    """Split trainable parameters into up to four groups, (encoder | heads) × (decayed | not), each parameter in exactly one.
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    config: OptimConfig,
+    is_head_parameter: Callable[[str], bool],
+) -> list[dict]:
+    """Split trainable parameters into up to four groups, (encoder | heads) × (decayed | not), each in exactly
+    one.
 
-    Biases and norm parameters are one-dimensional; under ZeRO-3 every partitioned parameter is, so the full shape decides.
-    Each group carries `peak_lr`, which the engine multiplies with the schedule's factor.
+    Biases and norm parameters are one-dimensional; under ZeRO-3 every partitioned parameter is, so the full
+    shape decides. Each group carries `peak_lr`, which the engine multiplies with the schedule's factor.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in named_parameters:

@@ -16,19 +16,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megam3 import __version__
+from megam3.config import recipe_yaml
+from megam3.encoders import LEXICAL_FILE, MULTI_VECTOR_FILE
 from megam3.errors import CheckpointError
 from megam3.export.sentence_transformers_files import write_sentence_transformers_files
 from megam3.export.tokenizer_files import write_tokenizer_files
 from megam3.export.verify import model_from_state, verify_folder
 from megam3.model.backbone import max_text_tokens
 from megam3.model.m3 import M3Model
-from megam3.model.pretrained import LEXICAL_FILE, MULTI_VECTOR_FILE, load_tokenizer_of
+from megam3.model.pretrained import load_tokenizer_of
 
 # fields of the published config.json that transformers 5 no longer writes and older readers look for
 _PUBLISHED_FIELDS = {
@@ -124,6 +125,12 @@ def read_pooler(source: Path) -> dict[str, Tensor]:
     return {name: tensor.float().contiguous() for name, tensor in found.items()}
 
 
+def _model_path(recipe: Path) -> str:
+    data = recipe_yaml.read(recipe).data
+    assert isinstance(data, dict), "a run writes its resolved recipe, a mapping of sections"
+    return str(data["model"]["path"])
+
+
 def source_of_checkpoint(checkpoint: str | Path) -> str:
     """The folder a run's model came from: `model.path` in the recipe of the run that `checkpoint` (RUN/checkpoints/STEP) belongs to.
 
@@ -136,7 +143,7 @@ def source_of_checkpoint(checkpoint: str | Path) -> str:
     for parent in folder.parents[:2]:
         recipe = parent / "recipe.yaml"
         if recipe.exists():
-            path = str(yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]["path"])
+            path = _model_path(recipe)
             if Path(path).is_dir():
                 return path
     if (folder / "model" / "config.json").is_file():

@@ -9,7 +9,7 @@ from torch import Tensor
 from megam3.batch import pack_texts
 from megam3.config.schema import ModelConfig
 from megam3.errors import CheckpointError
-from megam3.model.backbone import build_backbone, read_encoder_config
+from megam3.model.backbone import build_backbone, load_encoder_config
 from megam3.model.m3 import M3Model, represent
 from megam3.model.pretrained import load_m3, load_tokenizer_of, read_special_ids
 
@@ -32,7 +32,7 @@ def model_from_state(state: Mapping[str, Tensor], source: str) -> M3Model:
     Raises:
         CheckpointError: weights of another model.
     """
-    config = read_encoder_config(source)
+    config = load_encoder_config(source)
     head = state.get("multi_vector_head.weight")
     model = M3Model(
         build_backbone(config),

@@ -16,22 +16,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from megam3.errors import CheckpointError, ConfigError
+from megam3.encoders import FAMILIES, find_packing_problem, position_offset
+from megam3.errors import CheckpointError
 from megam3.model.attention import PACKED_ATTENTION, equal_length_runs, uses_varlen_kernel
 from megam3.model.rows import select_unique_rows
 
-# family -> do its position ids start after the padding id? Each family here has a parity test against its own padded forward.
-_POSITIONS_AFTER_PADDING = {
-    "bert": False,
-    "camembert": True,
-    "electra": False,
-    "modernbert": False,
-    "roberta": True,
-    "xlm-roberta": True,
-    "xlm-roberta-xl": True,
-}
-SERVED_FAMILIES = tuple(_POSITIONS_AFTER_PADDING)
-"""`model_type` of the encoders that run packed."""
 # weights a checkpoint may carry although the bare encoder has no place for them: poolers, task heads, and buffers of old versions
 _SPARE_KEYS = re.compile(
     r"(^|\.)(pooler|lm_head|cls|classifier|qa_outputs|head|decoder|discriminator_predictions|generator_predictions|generator_lm_head)\."
@@ -45,39 +34,19 @@ def check_encoder_config(config: PretrainedConfig, source: str) -> None:
     Raises:
         ConfigError: another family, a decoder, or relative positions.
     """
-    remedy = f"use an encoder of one of these families: {', '.join(SERVED_FAMILIES)}"
-    if config.model_type not in _POSITIONS_AFTER_PADDING:
-        raise ConfigError(
-            "model.path",
-            source,
-            f"is a {config.model_type!r} model, which does not run on packed texts (cu_seqlens, position_ids)",
-            remedy,
-        )
-    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
-        raise ConfigError(
-            "model.path",
-            source,
-            "is configured as a decoder; retrieval needs attention in both directions",
-            remedy,
-        )
-    kind = getattr(config, "position_embedding_type", None) or "absolute"
-    if kind != "absolute":
-        raise ConfigError(
-            "model.path",
-            source,
-            f"has position_embedding_type {kind!r}, which transformers no longer runs",
-            "use absolute positions",
-        )
+    problem = find_packing_problem({**config.to_dict(), "model_type": config.model_type}, source)
+    if problem is not None:
+        raise problem
 
 
-def position_offset(config: PretrainedConfig) -> int:
+def first_position(config: PretrainedConfig) -> int:
     """What the encoder's position ids start at: pad_token_id + 1 for the RoBERTa families (row 2 for XLM-R), else 0."""
-    return config.pad_token_id + 1 if _POSITIONS_AFTER_PADDING[config.model_type] else 0
+    return position_offset(config.model_type, config.pad_token_id)
 
 
 def max_text_tokens(config: PretrainedConfig) -> int:
     """Longest text the encoder has positions for."""
-    return config.max_position_embeddings - position_offset(config)
+    return config.max_position_embeddings - first_position(config)
 
 
 def load_backbone(
@@ -93,7 +62,7 @@ def load_backbone(
         ConfigError: an encoder that cannot be served.
         CheckpointError: no readable folder, or weights that do not fit the config.
     """
-    config = read_encoder_config(source)
+    config = load_encoder_config(source)
     _override_dropout(config, hidden_dropout, attention_dropout)
     options = {
         "config": config,
@@ -126,7 +95,7 @@ def build_backbone(config: PretrainedConfig, *, dtype: torch.dtype = torch.float
     )
 
 
-def read_encoder_config(source: str) -> PretrainedConfig:
+def load_encoder_config(source: str) -> PretrainedConfig:
     """The config in folder `source`, checked to be one that runs packed.
 
     Raises:
@@ -173,7 +142,7 @@ def encode_packed(
         input_ids_T, position_ids_T = input_ids_T[order_T], position_ids_T[order_T]
     hidden_TD = encoder(
         input_ids=input_ids_T.unsqueeze(0),
-        position_ids=(position_ids_T + position_offset(encoder.config)).unsqueeze(0),
+        position_ids=(position_ids_T + first_position(encoder.config)).unsqueeze(0),
         cu_seqlens=cu_seqlens_N1,
         lengths=lengths,
         max_length=max(lengths),
@@ -212,7 +181,7 @@ def _equal_lengths_together(
 
 
 def _without_pooler(config: PretrainedConfig) -> dict[str, bool]:
-    return {} if config.model_type in ("modernbert", "electra") else {"add_pooling_layer": False}
+    return {"add_pooling_layer": False} if FAMILIES[config.model_type].has_pooler else {}
 
 
 @contextmanager

@@ -9,14 +9,12 @@ import numpy as np
 
 from megam3.batch import Representations
 
-HEADS = ("dense", "lexical", "multi_vector")
-
 
 @dataclass(frozen=True)
 class Encoded:
     """Representations in the form FlagEmbedding's users know, also by key: `encoded["dense_vecs"]`.
 
-    For n texts each field holds n entries; for one text, given as a string, its entry. A head not asked for is None.
+    For n texts each field holds n entries; for one, given as a string, its entry. Heads not asked for: None.
     """
 
     dense_vecs: Any

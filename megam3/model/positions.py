@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megam3.errors import CheckpointError, ConfigError
-from megam3.model.backbone import position_offset, read_encoder_config
+from megam3.model.backbone import first_position, load_encoder_config
 
 _WEIGHTS = "model.safetensors"
 _ROWS_NAME = "embeddings.position_embeddings.weight"
@@ -47,7 +47,7 @@ def extend_folder(source: str | Path, out: str | Path, max_tokens: int) -> tuple
         CheckpointError: unreadable weights, or `out` exists.
     """
     source, out = Path(source), Path(out)
-    config = read_encoder_config(str(source))
+    config = load_encoder_config(str(source))
     if config.model_type == "modernbert":
         raise ConfigError(
             "IN",
@@ -55,7 +55,7 @@ def extend_folder(source: str | Path, out: str | Path, max_tokens: int) -> tuple
             "is a ModernBERT model, whose positions are rotary: it has no rows to add",
             "use it as it is",
         )
-    offset = position_offset(config)
+    offset = first_position(config)
     old = config.max_position_embeddings - offset
     if max_tokens <= old:
         raise ConfigError(

@@ -1,20 +1,18 @@
-"""Read an M3Model from a Hugging Face folder: the encoder, and its heads from `sparse_linear.pt` and `colbert_linear.pt` beside it."""
+"""Read an M3Model from a Hugging Face folder: the encoder, and its heads from `sparse_linear.pt` and
+`colbert_linear.pt` beside it."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megam3.config.schema import ModelConfig
+from megam3.config.schema import HEADS, ModelConfig
+from megam3.encoders import HEAD_FILES
 from megam3.errors import CheckpointError
-from megam3.model.backbone import load_backbone, read_encoder_config
+from megam3.model.backbone import load_backbone, load_encoder_config
 from megam3.model.m3 import M3Model
-
-LEXICAL_FILE = "sparse_linear.pt"
-"""{"weight": [1, D], "bias": [1]}, the published name of the lexical head."""
-MULTI_VECTOR_FILE = "colbert_linear.pt"
-"""{"weight": [C, D], "bias": [C]}, the published name of the multi-vector head."""
 
 _VOCABULARY_FILES = ("tokenizer.json", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
 
@@ -24,35 +22,46 @@ def load_m3(
     config: ModelConfig,
     *,
     special_ids: tuple[int, ...] | None = None,
+    heads: Collection[str] = HEADS,
     dtype: torch.dtype = torch.float32,
 ) -> M3Model:
-    """The model in folder `path`; `config` gives dropout, the width of the multi-vector head and what to do about missing heads.
+    """The model in folder `path`; `config` gives dropout, the width of the multi-vector head and what to do
+    about missing heads.
 
-    Under ZeRO-3 keep an HfDeepSpeedConfig alive and call this outside `deepspeed.zero.Init`: transformers partitions the encoder while it
-    loads, and the heads, small and whole, are partitioned by `deepspeed.initialize`.
+    Under ZeRO-3 keep an HfDeepSpeedConfig alive and call this outside `deepspeed.zero.Init`: transformers
+    partitions the encoder while it loads, and the heads, small and whole, are partitioned by
+    `deepspeed.initialize`.
 
     Args:
         special_ids: ids without lexical weight; None: read from the folder's tokenizer.
+        heads: which heads to read; the files of the others are not looked at.
 
     Raises:
         ConfigError: an encoder that cannot be served.
         CheckpointError: unreadable or unfitting weights, or missing heads under `model.missing_heads: error`.
     """
     folder = Path(path)
-    read_encoder_config(path)  # first: the clearest error, before anything large is read
-    heads = {name: _read_head(folder / name, config) for name in (LEXICAL_FILE, MULTI_VECTOR_FILE)}
+    load_encoder_config(path)  # first: the clearest error, before anything large is read
+    found = {head: _read_head(folder / HEAD_FILES[head], config) for head in HEAD_FILES if head in heads}
     if special_ids is None:
         special_ids = read_special_ids(path)
     encoder = load_backbone(
         path, hidden_dropout=config.hidden_dropout, attention_dropout=config.attention_dropout, dtype=dtype
     )
     width = config.multi_vector_dim
-    multi_vector = heads[MULTI_VECTOR_FILE]
+    multi_vector = found.get("multi_vector")
     if width is None and multi_vector is not None:
         width = multi_vector["weight"].shape[0]
-    model = M3Model(encoder, special_ids, multi_vector_dim=width, lexical_init_bias=config.lexical_init_bias)
-    _fill_head(model.lexical_head, heads[LEXICAL_FILE], folder / LEXICAL_FILE)
-    _fill_head(model.multi_vector_head, multi_vector, folder / MULTI_VECTOR_FILE)
+    model = M3Model(
+        encoder,
+        special_ids,
+        multi_vector_dim=width,
+        lexical_init_bias=config.lexical_init_bias,
+        heads=heads,
+    )
+    for linear, head in ((model.lexical_head, "lexical"), (model.multi_vector_head, "multi_vector")):
+        if linear is not None:
+            _fill_head(linear, found[head], folder / HEAD_FILES[head])
     return model.to(dtype)
 
 
@@ -77,7 +86,8 @@ def load_tokenizer_of(path: str) -> PreTrainedTokenizerBase:
 
 
 def read_special_ids(path: str) -> tuple[int, ...]:
-    """Ids of begin, end, padding and unknown of the tokenizer in folder `path`; config.json does not know the unknown token.
+    """Ids of begin, end, padding and unknown of the tokenizer in folder `path`; config.json does not know the
+    unknown token.
 
     Raises:
         CheckpointError: no readable tokenizer.

@@ -1,6 +1,7 @@
 """Row selection without repeats, whose backward is a copy.
 
-torch's index_select adds gradients row by row, since rows may repeat; on a CPU that is several times slower than a copy.
+torch's index_select adds gradients row by row, since rows may repeat; on a CPU that is several times slower
+than a copy.
 """
 
 import torch
@@ -22,5 +23,6 @@ class _UniqueRows(torch.autograd.Function):
 
 
 def select_unique_rows(rows_TD: Tensor, index_K: Tensor) -> Tensor:
-    """Rows `index_K` of `rows_TD`; no index may occur twice (the later gradient would replace the earlier one)."""
+    """Rows `index_K` of `rows_TD`; no index may occur twice (the later gradient would replace the earlier
+    one)."""
     return _UniqueRows.apply(rows_TD, index_K)

@@ -1,37 +1,77 @@
 """Unified finetuning: InfoNCE on three heads and their sum, plus self-distillation (arXiv 2402.03216, section 3.3)."""
 
-import torch
-from torch import Tensor
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
-from megam3.batch import Progress, Representations, RetrievalBatch
+import torch
+from torch import Tensor, nn
+
+from megam3.batch import PackedTexts, Progress, Representations, RetrievalBatch
 from megam3.candidates import find_candidates, group_rows
-from megam3.config.schema import UnifiedConfig
+from megam3.config.schema import ModelConfig, UnifiedConfig
 from megam3.dist import comm
+from megam3.encoders import EncoderShape
 from megam3.gradcache import cached_step
 from megam3.losses import LossTerms, TeacherGroups, resolve_weights, unified_loss
 from megam3.memory import loss_needs_tiles
-from megam3.objectives.base import Encoder
+from megam3.model.m3 import M3Model, encoder_shape, is_head_parameter, represent
+from megam3.model.pretrained import load_m3
+from megam3.objectives.base import Objective, Trainee
 from megam3.scoring.combine import RankCounts, count_over_ranks, score_global, score_heads
 from megam3.scoring.split import split_texts
 from megam3.tiled.loss import tiled_unified_loss
 
 
-class UnifiedObjective:
-    """The objective for RetrievalBatch; holds settings only."""
+class UnifiedObjective(Objective[UnifiedConfig]):
+    """The objective for RetrievalBatch."""
 
-    def __init__(self, config: UnifiedConfig, chunk_tokens: int | None = None):
-        """`chunk_tokens`: token budget of a gradient-cache chunk; None: one forward pass."""
-        self._config, self._chunk_tokens = config, chunk_tokens
-        self._settings = resolve_weights(config)
+    section_type = UnifiedConfig
 
-    def run(self, engine: Encoder, batch: RetrievalBatch, progress: Progress) -> dict[str, Tensor]:
+    def __init__(self, section: UnifiedConfig, chunk_tokens: int | None = None):
+        super().__init__(section, chunk_tokens)
+        self._settings = resolve_weights(section)
+
+    def load_model(self, config: ModelConfig, dtype: torch.dtype) -> M3Model:
+        """See `megam3.objectives.base.Objective`; heads that are not trained are not allocated."""
+        return load_m3(config.path, config, heads=self.section.scored_heads(), dtype=dtype)
+
+    def shape(self, model: nn.Module) -> EncoderShape:
         """See `megam3.objectives.base.Objective`."""
+        assert isinstance(model, M3Model)
+        return encoder_shape(model)
+
+    def is_head_parameter(self, name: str) -> bool:
+        """See `megam3.objectives.base.Objective`."""
+        return is_head_parameter(name)
+
+    def represent(self, forward: Callable[..., Any], texts: PackedTexts) -> Representations:
+        """See `megam3.objectives.base.Objective`."""
+        return represent(forward, texts)
+
+    def run(self, engine: Trainee, batch: RetrievalBatch, progress: Progress) -> dict[str, Tensor]:
+        """See `megam3.objectives.base.Objective`."""
+
+        def encode(texts: PackedTexts) -> Representations:
+            return represent(engine.forward, texts)
 
         def loss(representations: Representations) -> tuple[Tensor, dict[str, Tensor]]:
             terms = self._loss(representations, batch, progress.step)
-            return terms.total, _figures(terms, representations, batch.num_queries)
+            return terms.total, _figures(
+                terms, representations, batch.num_queries, self.section.scored_heads()
+            )
 
-        return cached_step(batch.texts, self._chunk_tokens, engine.encode, loss, engine.backward)
+        return cached_step(batch.texts, self.chunk_tokens, encode, loss, engine.backward)
+
+    def warnings(self, figures: Mapping[str, float], dead_head_share: float) -> Iterator[str]:
+        """A lexical head whose weights are all zero, or vectors that are all the same, no longer learn."""
+        for name in ("lexical/nonzero_share", "dense/spread", "multi_vector/spread"):
+            value = figures.get(name, math.inf)
+            if value < dead_head_share:
+                yield (
+                    f"the {name.split('/')[0]} head is dying ({name} = {value:.2g} < {dead_head_share:.2g});"
+                    " lower optim.lr or optim.head_lr, or lengthen optim.warmup_ratio"
+                )
 
     def _loss(self, representations: Representations, batch: RetrievalBatch, step: int) -> LossTerms:
         settings, device = self._settings, representations.dense_ND.device
@@ -39,7 +79,7 @@ class UnifiedObjective:
         counts = count_over_ranks(queries, passages)
         # without in-batch negatives a query meets its own group alone: other ranks' passages would be scored only to be masked
         columns = counts.passages if batch.in_batch_negatives else None
-        candidates = find_candidates(batch, self._config.mask_false_negatives, columns).to(device)
+        candidates = find_candidates(batch, self.section.mask_false_negatives, columns).to(device)
         teacher = None
         if settings.teacher is not None and batch.teacher_scores_P is not None:
             columns_QG, exists_QG = candidates.group_columns()
@@ -51,9 +91,9 @@ class UnifiedObjective:
         distill = settings.distills(step)
         if self._tiles(counts):
             return tiled_unified_loss(
-                queries, passages, candidates, settings, counts, distill, self._config.maxsim, teacher
+                queries, passages, candidates, settings, counts, distill, self.section.maxsim, teacher
             )
-        scoring = (queries, passages, settings.sum_weights, self._config.maxsim, settings.heads)
+        scoring = (queries, passages, settings.sum_weights, self.section.maxsim, settings.heads)
         scores = score_global(*scoring, counts) if batch.in_batch_negatives else score_heads(*scoring)
         row_scale = comm.world_size() / sum(counts.queries)
         positive_Q = candidates.positive_column_Q
@@ -63,27 +103,33 @@ class UnifiedObjective:
 
     def _tiles(self, counts: RankCounts) -> bool:
         """Every rank decides by the same numbers, because the two losses talk differently."""
-        if self._config.loss_tiles == "auto":
+        if self.section.loss_tiles == "auto":
             query_rows = sum(counts.query_rows) if "multi_vector" in self._settings.heads else 0
             return loss_needs_tiles(
                 max(counts.queries), sum(counts.passages), query_rows, max(counts.passages)
             )
-        return self._config.loss_tiles == "always"
+        return self.section.loss_tiles == "always"
 
 
-def _figures(terms: LossTerms, representations: Representations, num_queries: int) -> dict[str, Tensor]:
+def _figures(
+    terms: LossTerms, representations: Representations, num_queries: int, heads: Collection[str]
+) -> dict[str, Tensor]:
     """Loss and accuracy per head, and the vital signs of the heads: a dead one shows here long before an evaluation."""
     weights_Z = representations.lexical_weights_Z.detach()
     passages = representations.select(num_queries, representations.num_texts)
-    return {
+    figures = {
         "loss/total": terms.total.detach(),
         **{f"loss/{name}": value for name, value in terms.terms.items()},
         **{f"accuracy/{name}": value for name, value in terms.accuracy.items()},
-        "lexical/nonzero_share": (weights_Z > 0).float().sum() / max(1, weights_Z.numel()),
-        "lexical/mean_weight": weights_Z.float().sum() / max(1, weights_Z.numel()),
-        "dense/spread": spread(passages.dense_ND),
-        "multi_vector/spread": spread(passages.multi_KC),
     }
+    if "lexical" in heads:
+        figures["lexical/nonzero_share"] = (weights_Z > 0).float().sum() / max(1, weights_Z.numel())
+        figures["lexical/mean_weight"] = weights_Z.float().sum() / max(1, weights_Z.numel())
+    if "dense" in heads:
+        figures["dense/spread"] = spread(passages.dense_ND)
+    if "multi_vector" in heads:
+        figures["multi_vector/spread"] = spread(passages.multi_KC)
+    return figures
 
 
 def spread(vectors_RC: Tensor) -> Tensor:

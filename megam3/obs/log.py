@@ -1,4 +1,5 @@
-"""Log lines: what the main rank says goes to `log.txt` and to stderr; other ranks only warn, and say which rank they are."""
+"""Log lines: what the main rank says goes to `log.txt` and to stderr; other ranks only warn, and say which
+rank they are."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ ROOT_LOGGER = "megam3"
 
 
 class _CurrentStderr(logging.StreamHandler):
-    """Writes to whatever `sys.stderr` is now: a live progress bar swaps it, and lines must then appear above the bar."""
+    """Writes to whatever `sys.stderr` is now: a live progress bar swaps it, and lines must then appear above
+    the bar."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -27,9 +29,11 @@ def _not_file_only(record: logging.LogRecord) -> bool:
 
 
 def setup_logging(run_dir: str | Path | None, is_main: bool, rank: int = 0) -> None:
-    """Route the package's log: INFO to `run_dir/log.txt` (appended) and stderr on the main rank, warnings to stderr elsewhere.
+    """Route the package's log: INFO to `run_dir/log.txt` (appended) and stderr on the main rank, warnings to
+    stderr elsewhere.
 
-    `run_dir` None writes no file. A record logged with `extra={"file_only": True}` stays out of stderr. A second call replaces the routes.
+    `run_dir` None writes no file. A record logged with `extra={"file_only": True}` stays out of stderr. A
+    second call replaces the routes.
     """
     logger = logging.getLogger(ROOT_LOGGER)
     for handler in list(logger.handlers):

@@ -1,15 +1,17 @@
-"""Numbers of a run for machines: one JSON line a step in `metrics.jsonl`, and TensorBoard. The only file that knows TensorBoard."""
+"""Numbers of a run for machines: one JSON line a step in `metrics.jsonl`, and TensorBoard. The only file that
+knows TensorBoard."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
+
+from megam3.files import atomic_file
 
 
 def metrics_line(step: int, values: Mapping[str, float]) -> str:
@@ -28,34 +30,40 @@ def metrics_line(step: int, values: Mapping[str, float]) -> str:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, object]]:
-    """Rows of a `metrics.jsonl`; a last line cut short by a killed run is left out."""
+    """Rows of a `metrics.jsonl`; lines that are none, such as a last one cut short by a killed run, are left
+    out."""
     rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    # bytes that are no UTF-8, as a damaged disk leaves them, spoil their own line only
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(row, dict) and "step" in row:
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
     return rows
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Rewrite `path` without rows after `step` (and without a torn last line); the old file stays until the new one is whole."""
-    kept = [row for row in read_metrics(path) if int(str(row["step"])) <= step]
-    aside = path.with_suffix(".jsonl.new")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(aside, path)
+    """Rewrite `path` without rows after `step` (and without a torn last line); the old file stays until the
+    new one is whole."""
+    rows = [row for row in read_metrics(path) if int(str(row["step"])) <= step]
+    with atomic_file(path, "w") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 class MetricsWriter:
-    """Appends to `run_dir/metrics.jsonl` and `run_dir/tensorboard`. Main rank only.
+    """Appends to `run_dir/metrics.jsonl` and `run_dir/tensorboard`; a context manager. Inactive, it does
+    nothing.
 
-    `start_step` is the last step already in the checkpoint the run continues from: rows after it came from steps that are taken again
-    and are removed, so that no step is there twice.
+    `start_step` is the last step already in the checkpoint the run continues from: rows after it came from
+    steps that are taken again and are removed, so that no step is there twice.
     """
 
-    def __init__(self, run_dir: str | Path, start_step: int = 0):
+    def __init__(self, run_dir: str | Path, start_step: int = 0, *, active: bool = True):
+        self._active = active
+        if not active:
+            return
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
@@ -66,20 +74,25 @@ class MetricsWriter:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Record `values` of `step`; the line is on its way to the disk when this returns."""
+        if not self._active:
+            return
         self._file.write(metrics_line(step, values) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(name, float(value), step)
 
     def flush(self) -> None:
-        """Bring everything written so far to the disk, so that a killed run can continue from here without a gap."""
-        self._file.flush()
-        self._tensorboard.flush()
+        """Bring everything written so far to the disk, so that a killed run can continue from here without a
+        gap."""
+        if self._active:
+            self._file.flush()
+            self._tensorboard.flush()
 
     def close(self) -> None:
         """Flush and close both."""
-        self._file.close()
-        self._tensorboard.close()
+        if self._active:
+            self._file.close()
+            self._tensorboard.close()
 
     def __enter__(self) -> MetricsWriter:
         return self

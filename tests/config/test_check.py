@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from megam3.config.check import check_config, read_encoder_config, usable_positions
+from megam3.config.check import check_config
 from megam3.config.load import load_config
+from megam3.encoders import read_encoder_config, usable_positions
 from megam3.errors import ConfigError
 from tests.recipes import make_config, write_encoder_config
 
@@ -43,13 +44,15 @@ def test_exactly_one_run_length() -> None:
     rule = "exactly one of steps and epochs says how long a run is"
     assert message(train={}) == f"train = None: {rule}; set one, for example train.epochs=1"
     assert message(train={"steps": 5, "epochs": 2.0}) == (
-        f"train = {{'steps': 5, 'epochs': 2.0}}: {rule}; keep one and set the other to null, for example train.epochs=null"
+        f"train = {{'steps': 5, 'epochs': 2.0}}: {rule}; keep one and set the other to null, for example "
+        f"train.epochs=null"
     )
 
 
 def test_offload_needs_checkpointing() -> None:
     assert message(engine__activation_offload=True) == (
-        "engine.activation_offload = True: it moves the inputs that activation checkpointing keeps, and checkpointing is off; "
+        "engine.activation_offload = True: it moves the inputs that activation checkpointing keeps, and "
+        "checkpointing is off; "
         "set engine.activation_checkpointing=true too"
     )
     check_config(
@@ -59,7 +62,8 @@ def test_offload_needs_checkpointing() -> None:
 
 def test_world_size_divides_the_batch() -> None:
     assert message(3) == (
-        "data.batch.global_queries = 8: 3 ranks must share the queries of a step equally; use 6 or 9, or another number of ranks"
+        "data.batch.global_queries = 8: 3 ranks must share the queries of a step equally; use 6 or 9, or "
+        "another number of ranks"
     )
     assert "use 16, or another number of ranks" in message(16)
 
@@ -74,7 +78,8 @@ def test_world_size_divides_every_bucket() -> None:
 
 def test_limits_leave_room_for_text() -> None:
     assert message(data__query_max_tokens=2) == (
-        "data.query_max_tokens = 2: two of the tokens are special, so nothing of the text would be left; use at least 3"
+        "data.query_max_tokens = 2: two of the tokens are special, so nothing of the text would be left; use "
+        "at least 3"
     )
 
 
@@ -88,7 +93,8 @@ def test_a_chunk_holds_the_longest_text() -> None:
 
 def test_a_token_budget_holds_a_pair_per_rank() -> None:
     assert message(2, data__batch={"global_tokens": 10_000}) == (
-        "data.batch.global_tokens = 10000: 2 ranks must each hold a query and a passage, 8704 tokens at their limits; "
+        "data.batch.global_tokens = 10000: 2 ranks must each hold a query and a passage, 8704 tokens at "
+        "their limits; "
         "use at least 17408, or lower the limits of texts"
     )
 
@@ -122,14 +128,16 @@ def test_dataset_names_are_unique() -> None:
 def test_a_group_alone_needs_negatives() -> None:
     alone = [{"name": "a", "paths": ["x"], "in_batch_negatives": False, "passages_per_query": 1}]
     assert message(data__train=alone) == (
-        "data.train.0.passages_per_query = 1: without in-batch negatives, a group of one passage has nothing to be told apart from; "
+        "data.train.0.passages_per_query = 1: without in-batch negatives, a group of one passage has nothing "
+        "to be told apart from; "
         "use at least 2, or in_batch_negatives: true"
     )
 
 
 def test_evaluating_needs_a_test_set() -> None:
     assert message(train__evaluate_every_steps=5) == (
-        "train.evaluate_every_steps = 5: there is no test set to evaluate on; name BEIR folders in evaluation.folders, or set it to null"
+        "train.evaluate_every_steps = 5: there is no test set to evaluate on; name BEIR folders in "
+        "evaluation.folders, or set it to null"
     )
 
 
@@ -172,7 +180,8 @@ def test_files_that_are_there_pass(project: Path) -> None:
 
 def test_missing_data(project: Path) -> None:
     assert message(files=True, data__train__0__paths=["pairs.jsonl", "other.jsonl"]) == (
-        f"data.train.0.paths.1 = 'other.jsonl': no such file or folder; correct the path; relative paths start at {project}"
+        f"data.train.0.paths.1 = 'other.jsonl': no such file or folder; correct the path; relative paths "
+        f"start at {project}"
     )
     assert message(files=True, data__train__0__paths=["/nowhere/*.gz"]) == (
         "data.train.0.paths.0 = '/nowhere/*.gz': no file matches; correct the path"
@@ -185,7 +194,8 @@ def test_missing_data(project: Path) -> None:
 
 def test_missing_model(project: Path) -> None:
     assert message(files=True, model__path="BAAI/bge-m3") == (
-        "model.path = 'BAAI/bge-m3': no such folder; give a local Hugging Face folder; a model of a hub has to be downloaded first"
+        "model.path = 'BAAI/bge-m3': no such folder; give a local Hugging Face folder; a model of a hub has "
+        "to be downloaded first"
     )
     (project / "empty").mkdir()
     assert message(files=True, model__path="empty") == (
@@ -204,7 +214,8 @@ def test_broken_model_config(project: Path, text: str, rule: str) -> None:
 def test_positions_shorter_than_the_limit(project: Path) -> None:
     write_encoder_config(project / "encoder", max_position_embeddings=514)
     assert message(files=True, data__query_max_tokens=512) == (
-        "data.passage_max_tokens = 8192: the encoder has positions for 512 tokens (max_position_embeddings 514); "
+        "data.passage_max_tokens = 8192: the encoder has positions for 512 tokens (max_position_embeddings "
+        "514); "
         "lower it to 512, or give the encoder more with tools/extend_positions.py"
     )
     check_config(make_config(data__passage_max_tokens=512), 1)
@@ -223,7 +234,8 @@ def test_test_sets_have_the_three_parts(project: Path) -> None:
     (project / "beir").mkdir()
     (project / "beir/corpus.jsonl").write_text("")
     assert message(files=True, evaluation={"folders": ["beir"], "split": "dev"}) == (
-        "evaluation.folders.0 = 'beir': not a BEIR folder: it lacks queries.jsonl, qrels/dev.tsv; correct the path, or evaluation.split"
+        "evaluation.folders.0 = 'beir': not a BEIR folder: it lacks queries.jsonl, qrels/dev.tsv; correct "
+        "the path, or evaluation.split"
     )
 
 
@@ -244,4 +256,37 @@ def test_usable_positions(encoder: dict[str, Any], usable: int | None) -> None:
 
 
 def test_read_encoder_config(project: Path) -> None:
-    assert read_encoder_config(make_config().model)["max_position_embeddings"] == 8194
+    assert read_encoder_config(make_config().model.path)["max_position_embeddings"] == 8194
+
+
+def test_missing_heads_are_found_before_any_text_is_tokenised(project: Path) -> None:
+    (project / "encoder" / "sparse_linear.pt").unlink()
+    rule = "head weights are missing (sparse_linear.pt); set model.missing_heads: init to start these heads"
+    assert rule in message(files=True)
+    check_config(make_config(model__missing_heads="init"), 1)
+    check_config(make_config(objective={"heads": ["dense"]}), 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"model_type": "xmod"}, "is a 'xmod' model, which does not run on packed texts"),
+        ({"is_decoder": True}, "is configured as a decoder"),
+        ({"position_embedding_type": "relative_key"}, "has position_embedding_type 'relative_key'"),
+    ],
+)
+def test_encoders_that_cannot_run_packed_are_refused_by_the_recipe_checks(
+    project: Path, changes: dict[str, Any], rule: str
+) -> None:
+    write_encoder_config(project / "encoder", **changes)
+    assert rule in message(files=True)
+
+
+def test_objective_section_is_chosen_by_kind() -> None:
+    with pytest.raises(ConfigError, match="objective = .*must be one of: .*unified"):
+        make_config(objective={"kind": "other"})
+    with pytest.raises(ConfigError, match="did you mean objective.temperature"):
+        make_config(objective={"kind": "unified", "temprature": 1.0})
+    assert message(objective__heads=["dense", "dense"]).startswith(
+        "objective.heads = ['dense', 'dense']: names a head"
+    )

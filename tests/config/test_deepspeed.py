@@ -91,7 +91,8 @@ def test_sums_of_gradients_in_bf16_are_warned_of() -> None:
         return bf16_sums_warning(config, build_deepspeed_config(config, 8))
 
     assert warning("zero1", data__batch__chunk_tokens=8192) == (
-        "engine.template = zero1: below ZeRO stage 2 DeepSpeed sums the gradients of a step in bf16, and data.batch.chunk_tokens makes"
+        "engine.template = zero1: below ZeRO stage 2 DeepSpeed sums the gradients of a step in bf16, and "
+        "data.batch.chunk_tokens makes"
         " many of them; use zero2 or zero3, which sum in fp32, or engine.precision=fp32"
     )
     assert "data.batch.accumulation_steps makes" in str(warning("zero1", data__batch__accumulation_steps=4))
@@ -140,7 +141,8 @@ def test_a_field_that_is_no_memory_strategy(tmp_path: Path) -> None:
 )
 def test_a_template_says_its_stage(tmp_path: Path, template: dict[str, Any], place: str) -> None:
     assert message(tmp_path, template) == (
-        f'mine.json:{place}: a template says its ZeRO stage: 0, 1, 2 or 3; write {{"zero_optimization": {{"stage": 1}}}}'
+        f'mine.json:{place}: a template says its ZeRO stage: 0, 1, 2 or 3; write {{"zero_optimization": '
+        f'{{"stage": 1}}}}'
     )
 
 
@@ -164,7 +166,8 @@ def test_unknown_template_lists_those_there_are() -> None:
         build("zero_3")
     assert str(caught.value) == (
         "engine.template = 'zero_3': no such file, and no template has this name; "
-        "did you mean zero3? give a path or one of: zero0, zero1, zero2, zero3, zero3_8k, zero3_offload, zeropp_multinode"
+        "did you mean zero3? give a path or one of: zero0, zero1, zero2, zero3, zero3_8k, zero3_offload, "
+        "zeropp_multinode"
     )
 
 

@@ -3,11 +3,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megam3.balance import text_cost
+from megam3.cost import text_cost
 from megam3.data.assemble import SEGMENT_ORDERS, draw_group, pack_documents, shuffle_segments
 from megam3.data.dataset import open_training_data
 from megam3.data.permute import key_of
-from megam3.data.store import StoredRow
+from megam3.data.shard import StoredRow
 from tests.data.pairs import data_config, make_records, write_jsonl
 
 
@@ -15,13 +15,13 @@ def stored_row(num_positives: int, num_negatives: int, scores=(), only_one_negat
     num_texts = 1 + num_positives + num_negatives
     offsets, hashes = np.arange(num_texts + 1), np.arange(num_texts)
     return StoredRow(
-        np.arange(num_texts),
-        offsets,
-        hashes,
-        np.zeros(num_texts),
-        np.asarray(scores),
-        num_positives,
-        only_one_negative,
+        tokens=np.arange(num_texts),
+        offsets=offsets,
+        hashes=hashes,
+        truncated=np.zeros(num_texts),
+        scores=np.asarray(scores),
+        num_positives=num_positives,
+        only_one_negative=only_one_negative,
     )
 
 
@@ -84,17 +84,17 @@ def data(tmp_path_factory, tokenizer):
 
 
 def shares(data, number, world_size):
-    return [data.assembler().draft(number, rank, world_size) for rank in range(world_size)]
+    return [data.assembler().share(number, rank, world_size) for rank in range(world_size)]
 
 
 def samples(drafts) -> dict:
     """row -> its query, passages (after the shuffle) and hashes, of all ranks."""
     found = {}
     for draft in drafts:
-        passage, num_queries = len(draft.group_sizes), len(draft.group_sizes)
+        passage, num_queries, all_texts = len(draft.group_sizes), len(draft.group_sizes), draft.texts()
         for query, (row, size) in enumerate(zip(draft.rows.tolist(), draft.group_sizes)):
-            texts = [draft.texts[query], *draft.texts[passage : passage + size]]
-            hashes = draft.hashes[passage - num_queries : passage - num_queries + size]
+            texts = [all_texts[query], *all_texts[passage : passage + size]]
+            hashes = draft.hashes[passage - num_queries : passage - num_queries + size].tolist()
             found[row] = ([text.tolist() for text in texts], hashes)
             passage += size
     return found
@@ -108,10 +108,7 @@ def test_any_world_size_serves_the_same_samples(data, number):
         drafts = shares(data, number, world_size)
         assert all(draft.group_sizes for draft in drafts)
         assert samples(drafts) == whole
-        assert (
-            len({str({k: v for k, v in draft.labels.items() if k != "num_truncated"}) for draft in drafts})
-            == 1
-        )
+        assert len({(d.is_text, d.dataset, d.language, d.in_batch_negatives) for d in drafts}) == 1
 
 
 def test_shuffle_happens_with_its_probability_and_to_long_passages_only(data):
@@ -143,8 +140,8 @@ def test_costs_from_the_index_are_those_of_the_texts(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "d.jsonl", make_records(60, num_negatives=1))
     data = open_training_data(data_config(path, passages_per_query=2), tokenizer, tmp_path / "s", seed=0)
     for number in range(data.plan.num_batches):
-        draft = data.assembler().draft(number, 0, 1)
-        lengths = np.array([len(text) for text in draft.texts])
+        draft = data.assembler().share(number, 0, 1)
+        lengths = np.array([len(text) for text in draft.texts()])
         costs = data.assembler().row_costs(data.plan.batch(number))
         assert costs.sum() == pytest.approx(text_cost(lengths).sum())
         assert data.assembler().row_tokens(data.plan.batch(number))[:2].sum() == lengths.sum()
@@ -158,7 +155,7 @@ def test_ranks_are_balanced(tmp_path, tokenizer):
     over = []
     for number in range(data.plan.num_batches):
         loads = [
-            float(text_cost(np.array([len(t) for t in draft.texts])).sum())
+            float(text_cost(np.array([len(t) for t in draft.texts()])).sum())
             for draft in shares(data, number, 4)
         ]
         ideal = max(np.mean(loads), data.assembler().row_costs(data.plan.batch(number)).max())

@@ -9,11 +9,10 @@ from dataclasses import fields
 import pytest
 import torch
 
-from megam3.batch import PackedTexts
-from megam3.data.collate import TextBatch
+from megam3.batch import PackedTexts, TextBatch
 from megam3.data.dataset import open_training_data
 from megam3.data.shard import text_hash
-from megam3.data.share import changed_parts
+from megam3.data.worker import changed_parts
 from megam3.errors import ConfigError, DataError
 from tests.data.pairs import data_config, make_records, write_jsonl
 

@@ -103,7 +103,7 @@ def test_prefetch_is_bounded():
 
 def test_worker_ends_when_its_parent_is_gone():
     worker = Worker(make_handler, {})
-    worker.send({"number": 1})
+    worker.send(1)
     worker.receive()
     worker._process.stdin.close()
     assert worker._process.wait(timeout=10) == 0

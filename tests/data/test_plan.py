@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megam3.config.batch_size import bucket_edges
 from megam3.config.schema import BatchConfig, DataConfig, DatasetConfig
-from megam3.data.buckets import bucket_edges
-from megam3.data.layout import DatasetRows
+from megam3.data.manifest import RUN_DTYPE
 from megam3.data.plan import build_plan
-from megam3.data.store import RUN_DTYPE
+from megam3.data.strata import DatasetRows
 from megam3.errors import DataError
 
 EDGES = [16, 32, 64, 128]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megam3.data.catalog import finish_dataset
+from megam3.data.manifest import ShardSummary, StoreSpec, finish_dataset
 from megam3.data.prepare import prepare_data
 from megam3.data.shard import text_hash
 from megam3.data.store import open_dataset, verify_dataset
@@ -44,7 +44,7 @@ def test_rows_are_the_records(tmp_path, corpus, tokenizer):
     (manifest,) = prepare(config, tokenizer, tmp_path / "s")
     dataset, records = open_dataset(tmp_path / "s", "d"), make_records(120, num_negatives=2)
     by_hash = {text_hash(record["query"]): record for record in records}
-    assert len(manifest["shards"]) > 5
+    assert len(manifest.shards) > 5
     seen = []
     for row in range(dataset.num_rows):
         stored = dataset.row(row)
@@ -70,12 +70,8 @@ def test_rows_are_the_records(tmp_path, corpus, tokenizer):
         )
         seen.append((dataset.shard_of(row)[0], record["lang"], max(lengths)))
     assert seen == sorted(seen)
-    assert manifest["totals"]["rows"] == 120 == len({stored for stored in by_hash})
-    assert (
-        manifest["totals"]["truncated"]
-        == sum(int(dataset.row(row).truncated.sum()) for row in range(120))
-        > 0
-    )
+    assert manifest.totals.rows == 120 == len({stored for stored in by_hash})
+    assert manifest.totals.truncated == sum(int(dataset.row(row).truncated.sum()) for row in range(120)) > 0
 
 
 def test_prompt_takes_the_place_of_the_instruction_and_none_is_no_word(tmp_path, tokenizer):
@@ -235,9 +231,9 @@ def test_skip_counts_and_keeps_rejected_lines(tmp_path, tokenizer, processes):
     path = write_jsonl(tmp_path / "d.jsonl", [*good[:30], *BAD, *good[30:]])
     config = data_config(path, on_bad_record="skip", max_bad_records=5)
     (manifest,) = prepare(config, tokenizer, tmp_path / "s", num_processes=processes)
-    assert (manifest["totals"]["rows"], manifest["totals"]["rejected"]) == (60, 5)
-    assert sum(manifest["totals"]["reasons"].values()) == 5
-    assert "pos: must not be empty" in manifest["totals"]["reasons"]
+    assert (manifest.totals.rows, manifest.totals.rejected) == (60, 5)
+    assert sum(manifest.totals.reasons.values()) == 5
+    assert "pos: must not be empty" in manifest.totals.reasons
     kept = [json.loads(line) for line in (tmp_path / "s" / "d" / "rejected.jsonl").read_text().splitlines()]
     assert [entry["record"].encode("utf-8", "surrogateescape") for entry in kept] == [
         line + b"\n" for line in BAD
@@ -272,7 +268,7 @@ def test_duplicate_ids(tmp_path, tokenizer):
         prepare(data_config(path), tokenizer, tmp_path / "stop")
     config = data_config(path, on_bad_record="skip")
     (manifest,) = prepare(config, tokenizer, tmp_path / "skip")
-    assert (manifest["totals"]["rows"], manifest["totals"]["rejected"]) == (60, 2)
+    assert (manifest.totals.rows, manifest.totals.rejected) == (60, 2)
     verify_dataset(open_dataset(tmp_path / "skip", "d"))
 
 
@@ -310,7 +306,7 @@ def test_truncated_input_leaves_nothing_half(tmp_path, tokenizer):
     with pytest.raises(DataError, match=r"d.jsonl.gz.*cannot be read to its end"):
         prepare(data_config(path), tokenizer, tmp_path / "s")
     path.write_bytes(gzip.compress(plain))
-    assert prepare(data_config(path), tokenizer, tmp_path / "s")[0]["totals"]["rows"] == 60
+    assert prepare(data_config(path), tokenizer, tmp_path / "s")[0].totals.rows == 60
 
 
 def test_limits_beyond_the_index(tmp_path, corpus, tokenizer):
@@ -352,7 +348,7 @@ def test_full_disk(tmp_path, corpus, tokenizer, small_disk, processes):
     calls = []
     prepare(data_config(corpus), tokenizer, small_disk, on_progress=calls.append)
     prepare(data_config(corpus), tokenizer, tmp_path / "whole")
-    assert complete + len(calls) == len(open_dataset(small_disk, "d").manifest["shards"])
+    assert complete + len(calls) == len(open_dataset(small_disk, "d").manifest.shards)
     assert contents(small_disk) == contents(tmp_path / "whole")
 
 
@@ -372,7 +368,7 @@ def test_file_size_limit(tmp_path, corpus, tokenizer):
 def test_manifest_is_a_function_of_the_summaries(tmp_path, corpus, tokenizer):
     prepare(data_config(corpus), tokenizer, tmp_path / "s")
     folder = tmp_path / "s" / "d"
-    before, spec = contents(folder), json.loads((folder / "spec.json").read_text())
-    summaries = [json.loads(path.read_text()) for path in sorted((folder / "shards").glob("0*.json"))]
+    before, spec = contents(folder), StoreSpec.read(folder / "spec.json")
+    summaries = [ShardSummary.read(path) for path in sorted((folder / "shards").glob("0*.json"))]
     finish_dataset(folder, "d", spec, summaries)
     assert contents(folder) == before

@@ -24,7 +24,7 @@ def damage(path, offset: int) -> None:
 def test_flipped_token_is_noticed_when_read_and_by_verify(folder):
     dataset = open_dataset(folder, "d")
     path = folder / "d" / "shards" / "00001.arrow"
-    first_row = int(dataset._shard_starts[1])
+    first_row = int(dataset.shard_starts[1])
     tokens = dataset.row(first_row).text(1).tobytes()
     damage(path, path.read_bytes().index(tokens) + 4)
     fresh = open_dataset(folder, "d")

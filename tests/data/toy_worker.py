@@ -4,7 +4,8 @@ import os
 
 import numpy as np
 
-from megam3.data.process import Handler, run_worker
+from megam3.data.assemble import BatchArrays
+from megam3.data.process import Handler
 from megam3.errors import DataError
 
 
@@ -12,8 +13,7 @@ def make_handler(setup: dict) -> Handler:
     if setup.get("fail") == "setup":
         raise DataError("store", setup, "is broken", "mend it")
 
-    def handle(request: dict):
-        number = request["number"]
+    def handle(number: int) -> BatchArrays:
         if number == setup.get("at"):
             if setup["fail"] == "user":
                 raise DataError("row", number, "is broken", "mend it")
@@ -23,27 +23,18 @@ def make_handler(setup: dict) -> Handler:
                 os._exit(7)
             if setup["fail"] == "print":
                 print("a stray line")
-        lengths = np.array([2, 3])
-        tokens = np.arange(5, dtype=np.int32) + number
-        labels = {
-            "kind": "pair",
-            "dataset": "d",
-            "language": "de",
-            "num_truncated": 0,
-            "in_batch_negatives": True,
-        }
-        arrays = [
-            tokens,
-            lengths,
-            np.array([0, 1]),
-            np.array([number]),
-            np.array([number * 7]),
-            np.zeros(0, np.float32),
-        ]
-        return labels, [np.asarray(array) for array in arrays]
+        return BatchArrays(
+            is_text=False,
+            tokens=np.arange(5, dtype=np.int32) + number,
+            lengths=np.array([2, 3]),
+            group_offsets=np.array([0, 1]),
+            rows=np.array([number]),
+            hashes=np.array([number * 7]),
+            scores=np.zeros(0, np.float32),
+            dataset="d",
+            language="de",
+            in_batch_negatives=True,
+            num_truncated=0,
+        )
 
     return handle
-
-
-if __name__ == "__main__":
-    run_worker(make_handler)

@@ -1,4 +1,5 @@
-"""Checkpoints continue at another world size and ZeRO stage: against an uninterrupted torch loop, and by name, bit for bit."""
+"""Checkpoints continue at another world size and ZeRO stage: against an uninterrupted torch loop, and by
+name, bit for bit."""
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ KINDS = (WEIGHT, *MOMENTS)
 
 
 def _legs(model: str, root: str, legs: list) -> list[dict]:
-    """Each leg continues from the folder of the one before it: one step, and what was read back right after loading."""
+    """Each leg continues from the folder of the one before it: one step, and what was read back right after
+    loading."""
     results = []
     for source, target, stage, bf16, step in legs:
         engine = make_engine(model, stage, bf16=bf16, total_steps=STEPS)
@@ -53,7 +55,8 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def chain(model, tmp_path_factory) -> tuple[str, list[dict]]:
-    """2 ranks ZeRO 1 → 1 rank ZeRO 1 → 2 ranks ZeRO 1 → ZeRO 3 → ZeRO 0; and in bf16, from the first, ZeRO 1 → 3 → 0 → 2."""
+    """2 ranks ZeRO 1 → 1 rank ZeRO 1 → 2 ranks ZeRO 1 → ZeRO 3 → ZeRO 0; and in bf16, from the first, ZeRO 1
+    → 3 → 0 → 2."""
     root = str(tmp_path_factory.mktemp("chain"))
     results = run_ranks(_legs, 2, model, root, [(None, "a", 1, False, 0)])[0]
     results += run_ranks(_legs, 1, model, root, [("a", "b", 1, False, 1)])[0]

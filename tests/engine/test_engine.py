@@ -47,7 +47,15 @@ def make_engine(
     config = ds_config(stage, bf16=bf16)
     with model_construction(config):
         module = load_m3(folder, ModelConfig(path=folder), dtype=torch.bfloat16 if bf16 else torch.float32)
-    return Engine(module, OPTIM, config, CPU, total_steps, ActivationMemory(module, offload, offload))
+    return Engine(
+        module,
+        optim=OPTIM,
+        is_head_parameter=is_head_parameter,
+        ds_config=config,
+        device=CPU,
+        total_steps=total_steps,
+        activations=ActivationMemory(module, offload, offload),
+    )
 
 
 def train_steps(
@@ -95,8 +103,8 @@ def torch_run(folder: str, steps: int, accumulation: int = 1, total_steps: int =
     objective, losses, norms = UnifiedObjective(OBJECTIVE), [], []
 
     class Plain:
-        def encode(self, texts):
-            return represent(model, texts)
+        def forward(self, *args):
+            return model(*args)
 
         def backward(self, loss, is_last):
             (loss / accumulation).backward()
@@ -167,7 +175,8 @@ def test_two_ranks_under_every_stage_equal_torch_on_one(folder, every_stage):
         merged = consolidate(result["folder"])
         assert merged.keys() == weights.keys()
         for name, tensor in weights.items():
-            # a softmax does not see the key bias: its gradient is rounding noise, which Adam scales up to full steps
+            # a softmax does not see the key bias: its gradient is rounding noise, which Adam scales up to
+            # full steps
             if name.endswith("key.bias"):
                 continue
             where = f"{result['folder']} {name}"
@@ -212,11 +221,13 @@ def _poisoned_steps(folder: str) -> list:
         before = _weights(engine)
         texts = batch_of(make_groups(2)).texts
         with engine.step_scope():
-            engine.backward(engine.encode(texts).dense_ND.sum() * float("nan"), True)
+            engine.backward(represent(engine.forward, texts).dense_ND.sum() * float("nan"), True)
         poisoned = engine.update(1)
         with engine.step_scope():
             engine.backward(
-                engine.encode(texts).dense_ND.square().sum() + engine.encode(texts).multi_KC.sum(), True
+                represent(engine.forward, texts).dense_ND.square().sum()
+                + represent(engine.forward, texts).multi_KC.sum(),
+                True,
             )
         dropped = engine.update(1, drop=True)
         same = all(torch.equal(a, b) for a, b in zip(before, _weights(engine)))
@@ -244,7 +255,8 @@ def _norms_of_one_and_of_many_passes(folder: str, stage: int) -> list[float]:
         with engine.step_scope():
             for index in range(passes):
                 engine.backward(
-                    engine.encode(texts).dense_ND.float()[:, 0].sum() / passes, index == passes - 1
+                    represent(engine.forward, texts).dense_ND.float()[:, 0].sum() / passes,
+                    index == passes - 1,
                 )
         norms.append(engine.update(0, drop=True).grad_norm)
     return norms

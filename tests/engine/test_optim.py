@@ -3,6 +3,7 @@ from torch import nn
 
 from megam3.config.schema import OptimConfig
 from megam3.engine.optim import build_adamw, parameter_groups
+from megam3.model.m3 import is_head_parameter
 
 
 class _Toy(nn.Module):
@@ -15,14 +16,16 @@ class _Toy(nn.Module):
 
 def test_every_trainable_parameter_is_in_exactly_one_group():
     toy = _Toy()
-    groups = parameter_groups(toy.named_parameters(), OptimConfig(lr=1e-3, head_lr=1e-2))
+    groups = parameter_groups(toy.named_parameters(), OptimConfig(lr=1e-3, head_lr=1e-2), is_head_parameter)
     seen = [id(p) for group in groups for p in group["params"]]
     assert sorted(seen) == sorted(id(p) for p in toy.parameters() if p.requires_grad)
 
 
 def test_biases_and_norms_do_not_decay_and_heads_have_their_own_rate():
     toy = _Toy()
-    groups = parameter_groups(toy.named_parameters(), OptimConfig(lr=1e-3, head_lr=1e-2, weight_decay=0.05))
+    groups = parameter_groups(
+        toy.named_parameters(), OptimConfig(lr=1e-3, head_lr=1e-2, weight_decay=0.05), is_head_parameter
+    )
     of = {id(p): group for group in groups for p in group["params"]}
     names = {name: of[id(p)] for name, p in toy.named_parameters() if p.requires_grad}
     assert [name for name, group in names.items() if group["weight_decay"]] == [
@@ -42,11 +45,15 @@ def test_biases_and_norms_do_not_decay_and_heads_have_their_own_rate():
 def test_partitioned_parameters_are_judged_by_their_full_shape():
     matrix = nn.Parameter(torch.zeros(0))
     matrix.ds_shape = torch.Size([8, 8])  # what ZeRO-3 leaves behind
-    (group,) = parameter_groups([("encoder.weight", matrix)], OptimConfig(lr=1e-3, weight_decay=0.1))
+    (group,) = parameter_groups(
+        [("encoder.weight", matrix)], OptimConfig(lr=1e-3, weight_decay=0.1), is_head_parameter
+    )
     assert group["weight_decay"] == 0.1
 
 
 def test_adamw_takes_the_recipe_moments():
-    groups = parameter_groups(_Toy().named_parameters(), OptimConfig(lr=1e-3, betas=[0.8, 0.95], eps=1e-6))
+    groups = parameter_groups(
+        _Toy().named_parameters(), OptimConfig(lr=1e-3, betas=[0.8, 0.95], eps=1e-6), is_head_parameter
+    )
     optimizer = build_adamw(groups, OptimConfig(lr=1e-3, betas=[0.8, 0.95], eps=1e-6), torch.device("cpu"))
     assert all(group["betas"] == (0.8, 0.95) and group["eps"] == 1e-6 for group in optimizer.param_groups)

@@ -7,8 +7,9 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from megam3.batch import pack_texts
+from megam3.encoders import served_families
 from megam3.model.attention import equal_length_runs, packed_attention, uses_varlen_kernel
-from megam3.model.backbone import SERVED_FAMILIES, build_backbone, encode_packed
+from megam3.model.backbone import build_backbone, encode_packed
 from tests.factory import random_token_ids
 
 # repeated, sorted, unsorted and single-token texts; ModernBERT's window of 8 reaches 4 tokens to each side, and 300 > 4 blocks of 64
@@ -75,7 +76,7 @@ def twins(family, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("family", SERVED_FAMILIES)
+@pytest.mark.parametrize("family", served_families())
 def test_outputs_and_gradients_equal_the_padded_model(family, dtype):
     packed, padded = twins(family, dtype)
     token_ids = random_token_ids(LENGTHS)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from megam3.errors import CheckpointError, ConfigError
-from megam3.model.backbone import build_backbone, load_backbone, max_text_tokens, position_offset
+from megam3.model.backbone import build_backbone, first_position, load_backbone, max_text_tokens
 from tests.factory import make_tiny_model_folder, tiny_config
 
 
@@ -119,7 +119,7 @@ def test_weights_saved_from_a_language_model_load(tmp_path):
 
 
 def test_positions_start_after_the_padding_id_in_the_roberta_families():
-    assert position_offset(tiny_config(100)) == 2
+    assert first_position(tiny_config(100)) == 2
     assert max_text_tokens(tiny_config(100, max_tokens=512)) == 512
-    assert position_offset(AutoConfig.for_model("bert")) == 0
+    assert first_position(AutoConfig.for_model("bert")) == 0
     assert max_text_tokens(AutoConfig.for_model("bert", max_position_embeddings=512)) == 512

@@ -1,4 +1,5 @@
-"""The model as a whole: order of its outputs, independence from packing, initial heads, and how it is read from a folder."""
+"""The model as a whole: order of its outputs, independence from packing, initial heads, and how it is read
+from a folder."""
 
 import dataclasses
 
@@ -8,10 +9,11 @@ from transformers import AutoModel
 
 from megam3.batch import Representations, join_representations, pack_texts
 from megam3.config.schema import ModelConfig
+from megam3.encoders import LEXICAL_FILE, MULTI_VECTOR_FILE
 from megam3.errors import CheckpointError
 from megam3.model.backbone import build_backbone
 from megam3.model.m3 import M3Model, is_head_parameter, represent
-from megam3.model.pretrained import LEXICAL_FILE, MULTI_VECTOR_FILE, load_m3, read_special_ids
+from megam3.model.pretrained import load_m3, read_special_ids
 from tests.factory import make_tiny_model_folder, random_token_ids, tiny_config, write_tiny_tokenizer
 
 LENGTHS = (9, 3, 40, 9, 3, 2, 17)
@@ -27,7 +29,8 @@ def load(folder, **fields):
 
 
 def test_every_head_equals_the_formulas_on_the_padded_encoder(folder):
-    """Each text alone through transformers' own encoder, then the formulas of arXiv 2402.03216, section 3.2, written out."""
+    """Each text alone through transformers' own encoder, then the formulas of arXiv 2402.03216, section 3.2,
+    written out."""
     model = load(folder).double().eval()
     encoder = AutoModel.from_pretrained(folder).double().eval()
     token_ids = random_token_ids(LENGTHS)

@@ -8,7 +8,6 @@ from megam3 import memory
 from megam3.batch import Progress
 from megam3.config.schema import ModelConfig, UnifiedConfig
 from megam3.dist import comm
-from megam3.model.m3 import represent
 from megam3.model.pretrained import load_m3
 from megam3.objectives import unified
 from megam3.objectives.unified import UnifiedObjective, spread
@@ -26,8 +25,8 @@ class PlainEngine:
     def __init__(self, folder: str):
         self.model = load_m3(folder, ModelConfig(path=folder)).double()
 
-    def encode(self, texts):
-        return represent(self.model, texts)
+    def forward(self, *args):
+        return self.model(*args)
 
     def backward(self, loss, is_last):
         loss.backward()

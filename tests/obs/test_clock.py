@@ -1,9 +1,13 @@
+import types
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import XLMRobertaConfig, XLMRobertaModel
 
-from megam3.obs.clock import EncoderShape, StepClock, measure_matmul_peak, peak_memory_bytes
+from megam3.encoders import EncoderShape
+from megam3.obs import clock as clock_module
+from megam3.obs.clock import StepClock, measure_matmul_peak, peak_memory_bytes
 
 
 @pytest.mark.parametrize("length", [5, 33])
@@ -73,3 +77,15 @@ def test_peak_and_memory_are_positive():
     before = peak_memory_bytes()
     block = torch.ones(2_000_000)
     assert peak_memory_bytes() >= before > block.numel()
+
+
+def test_a_pause_belongs_to_no_window(monkeypatch):
+    now = [10.0]
+    monkeypatch.setattr(clock_module, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    clock = StepClock()
+    now[0] += 2.0
+    clock.add(300)
+    with clock.paused():
+        now[0] += 40.0
+    now[0] += 1.0
+    assert clock.read().tokens_per_second == 100.0

@@ -37,3 +37,21 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss/dense")] == [(1, 0.25), (2, 0.125)]
+
+
+def test_bytes_that_are_no_text_spoil_their_line_only(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(
+        b'{"step": 1, "loss": 1.0}\n{"step": 2, \xff\x00 1.0}\n["step"]\n{"step": "x"}\n{"step": 3}\n'
+    )
+    assert [row["step"] for row in read_metrics(path)] == [1, 3]
+    with MetricsWriter(tmp_path, start_step=3):
+        pass
+    assert path.read_text() == '{"step": 1, "loss": 1.0}\n{"step": 3}\n'
+
+
+def test_off_the_main_rank_nothing_is_written(tmp_path):
+    with MetricsWriter(tmp_path / "run", active=False) as writer:
+        writer.write(1, {"loss": 2.5})
+        writer.flush()
+    assert not (tmp_path / "run").exists()

@@ -1,4 +1,5 @@
-"""`megam3 evaluate` on a tiny random model: the whole way from files to a table, and the errors a user can meet."""
+"""`megam3 evaluate` on a tiny random model: the whole way from files to a table, and the errors a user can
+meet."""
 
 import json
 from pathlib import Path

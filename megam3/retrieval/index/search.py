@@ -1,9 +1,9 @@
-"""Candidates of many queries from an index, found by dense or lexical scores, ranked by any head or their sum.
+"""Candidates of many queries from an index, found by dense or lexical scores, ranked by a head or their sum.
 
-    dense, lexical     the best of all passages
-    multi_vector       the best `depth` by dense, ranked by multi-vector scores
-    sum                the best `depth` by dense and by lexical, ranked by
-                       w_dense·dense + w_lexical·lexical + w_multi·multi_vector
+dense, lexical     the best of all passages
+multi_vector       the best `depth` by dense, ranked by multi-vector scores
+sum                the best `depth` by dense and by lexical, ranked by
+                   w_dense·dense + w_lexical·lexical + w_multi·multi_vector
 """
 
 from __future__ import annotations

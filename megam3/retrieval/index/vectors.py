@@ -103,7 +103,7 @@ def encode_vectors(
     token_ids = embedder.token_arrays(texts, max_tokens=max_tokens)
     dense_ND = np.zeros((len(texts), embedder.model.encoder.config.hidden_size), dtype=dense_dtype)
     multi_offsets = offsets_of([len(ids) - 1 for ids in token_ids])
-    width = embedder.model.multi_vector_head.out_features
+    width = 0 if embedder.model.multi_vector_head is None else embedder.model.multi_vector_head.out_features
     multi_KC = None if new_multi is None else new_multi((int(multi_offsets[-1]), width))
     owners, ids, weights = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
     for batch, encoded in embedder.represent_ids(token_ids, batch_tokens=batch_tokens):

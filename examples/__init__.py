@@ -1,0 +1,1 @@
+"""Worked examples; they import megam3, and megam3 never imports them."""
