@@ -4,7 +4,8 @@
     megam3 mine pairs.jsonl --model … --output … --candidates sum --ratio 0.95 --range 0-200 --negatives 7
 
 Candidates come from --corpus, or from the passages of the records themselves, ranked by one head or the sum.
-Of the ranks in --range, known positives of the query, the query itself and what comes too close to a positive are taken out; --negatives of the rest are drawn. Killed and started again, it continues. With several
+Of the ranks in --range, known positives of the query, the query itself and what comes too close to a positive
+are taken out; --negatives of the rest are drawn. Killed and started again, it continues. With several
 ranks (srun, torchrun) each encodes and mines its share: slurm/mine.sh.
 
 Coming from FlagEmbedding's hn_mine: input_file = FILE, output_file = --output, candidate_pool = --corpus,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,8 @@ import torch
 from megam3.dist import comm
 from megam3.dist.env import RankInfo, discover_ranks
 
+EXIT_LOST_PEER = 1
+"""Exit code of a rank that had to end because another one did."""
 _WAIT_SECONDS = 7 * 24 * 3600.0
 """Ranks wait at a barrier for the slowest one's whole share; a rank that dies ends the wait at once."""
 
@@ -26,6 +29,11 @@ def worker_ranks() -> Iterator[RankInfo]:
     comm.start(ranks, "gloo", _WAIT_SECONDS)
     try:
         yield ranks
+    except RuntimeError as error:
+        if not comm.is_lost_peer(error):
+            raise
+        print(f"megam3: rank {ranks.rank}: another rank has ended; its own message says why", file=sys.stderr)
+        raise SystemExit(EXIT_LOST_PEER) from None
     finally:
         comm.stop()
 

@@ -233,6 +233,12 @@ class PassageIndex:
             ) from error
         return Shard(start, vectors, postings)
 
+    def bytes_per_passage(self) -> int:
+        """Mean size of a passage's representations, from the first shard."""
+        vectors = self.shard(0).vectors
+        arrays = (vectors.dense_ND, vectors.lexical_ids_Z, vectors.lexical_weights_Z, vectors.multi_KC)
+        return sum(0 if array is None else array.nbytes for array in arrays) // max(vectors.num_texts, 1)
+
     def gather(self, rows: Sequence[int] | np.ndarray) -> TextVectors:
         """Representations of some passages, copied; `rows` ascend."""
         rows = np.asarray(rows, dtype=np.int64)

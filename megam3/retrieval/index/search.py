@@ -24,6 +24,8 @@ from megam3.retrieval.topk import NO_ROW, Hits, empty_hits, merge_hits, sort_by_
 from megam3.scoring.maxsim import maxsim_scores
 
 RankBy = Literal["dense", "lexical", "multi_vector", "sum"]
+GATHERED_BYTES = 256 << 20
+"""Representations of candidates held at a time, or of one query's candidates when these take more."""
 RANK_BY = ("dense", "lexical", "multi_vector", "sum")
 
 
@@ -64,11 +66,18 @@ def rank_again(
 ) -> Hits:
     """The best `depth` of each query's candidates by `options.by`; NO_ROW among them stands for none."""
     scores_QK = np.full(rows_QK.shape, -np.inf, dtype=np.float32)
-    for query, rows in enumerate(rows_QK):
-        columns = np.flatnonzero(rows != NO_ROW)
-        if len(columns):
-            columns = columns[np.argsort(rows[columns], kind="stable")]
-            scores_QK[query, columns] = score_passages(queries, query, index.gather(rows[columns]), options)
+    # one reading of every shard for several queries: their candidates lie all over the index
+    step = max(1, GATHERED_BYTES // max(rows_QK.shape[1] * index.bytes_per_passage(), 1))
+    for first in range(0, len(rows_QK), step):
+        part = rows_QK[first : first + step]
+        wanted = np.unique(part[part != NO_ROW])
+        if not len(wanted):
+            continue
+        passages = index.gather(wanted)
+        for query, rows in enumerate(part, first):
+            columns = np.flatnonzero(rows != NO_ROW)
+            own = passages.select(np.searchsorted(wanted, rows[columns]).tolist())
+            scores_QK[query, columns] = score_passages(queries, query, own, options)
     return sort_by_score(torch.from_numpy(scores_QK), torch.from_numpy(rows_QK), options.depth)
 
 
