@@ -24,7 +24,12 @@ def test_two_ranks_on_two_nodes(cluster: Cluster, tmp_path: Path) -> None:
     sentences = make_sentences(40, seed=3)
     records = [{"query": sentences[n][:30], "pos": [sentences[n + 1]]} for n in range(10)]
     pairs = write_jsonl(tmp_path / "pairs.jsonl", records)
-    environ = {**cluster.environ, "PYTHONPATH": str(ROOT), "MEGAM3_VENV": sys.prefix}
+    environ = {
+        **cluster.environ,
+        "PYTHONPATH": str(ROOT),
+        "MEGAM3_VENV": sys.prefix,
+        "MASTER_ADDR": "127.0.0.1",
+    }
     options = [
         "--chdir",
         str(ROOT),
