@@ -33,6 +33,7 @@ setup(
         # transformers loads weights partitioned under ZeRO-3 through accelerate's DeepSpeed config
         "accelerate>=1.1",
         "bm25s>=0.2",
+        "faiss-cpu>=1.9",
         "matplotlib>=3.8",
         "mpi4py>=4.0",
         "numpy>=1.26",
@@ -44,6 +45,7 @@ setup(
         "rich>=13",
         "ruamel.yaml>=0.18",
         "safetensors>=0.4.3",
+        "scipy>=1.11",
         "sentencepiece>=0.2",
         # torch.utils.tensorboard writes with its record types
         "tensorboard>=2.16",

@@ -41,6 +41,11 @@ GROUPS = {
         "extend-positions": Subcommand(
             "megam3.commands.extend_positions", "position rows for long texts in an encoder for short ones"
         ),
+        "mine": Subcommand("megam3.commands.mine", "hard negatives for training records, from any corpus"),
+        "add-teacher-scores": Subcommand(
+            "megam3.commands.add_teacher_scores",
+            "scores of a cross-encoder or bi-encoder for training records",
+        ),
         "prepare": Subcommand("megam3.commands.prepare", "tokenise a recipe's training data into its store"),
         "plan-epochs": Subcommand(
             "megam3.commands.plan_epochs", "steps, tokens, balance and languages of an epoch"
@@ -56,6 +61,7 @@ GROUPS = {
         ),
     },
     "After a run": {
+        "merge": Subcommand("megam3.commands.merge", "one model from the weights of several"),
         "evaluate": Subcommand(
             "megam3.commands.evaluate", "five retrieval modes and BM25 on test sets in BEIR format"
         ),

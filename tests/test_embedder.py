@@ -137,3 +137,106 @@ def test_a_model_in_training_is_borrowed_and_given_back(embedder):
     assert borrowed.model.training
     assert torch.is_grad_enabled()
     embedder.model.eval()
+
+
+def test_one_text_gives_its_single_entries(embedder):
+    one, many = embedder.encode(TEXTS[0]), embedder.encode(TEXTS[:1])
+    np.testing.assert_array_equal(one.dense_vecs, many.dense_vecs[0])
+    np.testing.assert_array_equal(one["colbert_vecs"], many["colbert_vecs"][0])
+    assert one.lexical_weights == many.lexical_weights[0]
+    with pytest.raises(KeyError, match="there are dense_vecs, lexical_weights and colbert_vecs"):
+        one["dense"]
+
+
+def test_one_pair_gives_single_numbers(embedder):
+    many = embedder.score([(TEXTS[0], TEXTS[1])])
+    for pair in ((TEXTS[0], TEXTS[1]), [TEXTS[0], TEXTS[1]]):
+        one = embedder.score(pair)
+        assert one == {name: float(values[0]) for name, values in many.items()}
+    assert isinstance(one["sum"], float)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ("ab", "pairs = 'ab': is one text, not a pair of texts; pass a list of"),
+        (["ab"], r"pairs\[0\] = 'ab': is not a pair of strings"),
+        (["a", "b", "c"], r"pairs\[0\] = 'a': is not a pair of strings"),
+        ([("a", "b"), ("a", "b", "c")], r"pairs\[1\] = .*: is not a pair of strings"),
+    ],
+)
+def test_what_is_no_pair_is_refused(embedder, pairs, message):
+    with pytest.raises(DataError, match=message):
+        embedder.score(pairs)
+
+
+def test_only_the_heads_asked_for_come_back(embedder):
+    encoded = embedder.encode(TEXTS, heads=["lexical"])
+    assert (encoded.dense_vecs, encoded.colbert_vecs) == (None, None)
+    assert encoded.lexical_weights == embedder.encode(TEXTS).lexical_weights
+    for heads in (["dense", "sparse"], "dense"):
+        with pytest.raises(ConfigError, match="must be a list of dense, lexical, multi_vector"):
+            embedder.encode(TEXTS, heads=heads)
+
+
+def test_dense_vectors_cut_to_a_matryoshka_dimension(embedder):
+    whole = embedder.encode(TEXTS).dense_vecs
+    cut = embedder.encode(TEXTS, dense_dim=8).dense_vecs
+    np.testing.assert_allclose(cut, whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1)[:, None], atol=1e-6)
+    np.testing.assert_array_equal(
+        embedder.encode(TEXTS, dense_dim=8, normalize=False).dense_vecs, whole[:, :8]
+    )
+    with pytest.raises(ConfigError, match="dense_dim = 33: must be between 1 and the model's 32"):
+        embedder.encode(TEXTS, dense_dim=33)
+
+
+def test_torch_output_is_the_same(embedder):
+    ours, theirs = embedder.encode(TEXTS), embedder.encode(TEXTS, output="torch")
+    assert torch.equal(theirs.dense_vecs, torch.from_numpy(ours.dense_vecs))
+    assert all(torch.equal(a, torch.from_numpy(b)) for a, b in zip(theirs.colbert_vecs, ours.colbert_vecs))
+    with pytest.raises(ConfigError, match="output = 'jax': must be numpy or torch"):
+        embedder.encode(TEXTS, output="jax")
+
+
+def test_tokens_are_those_of_the_transformers_tokenizer(folder, embedder):
+    texts = [*TEXTS, "", "Ünïcode ﬁ ２", " ".join(make_sentences(20))]
+    theirs = AutoTokenizer.from_pretrained(folder)(texts, truncation=True, max_length=64)["input_ids"]
+    assert embedder.token_ids(texts) == theirs
+
+
+def test_a_name_that_is_no_folder_fails_once(monkeypatch, folder):
+    asked = []
+
+    def offline(name, **options):
+        asked.append(name)
+        raise OSError("no route to the hub\nand a long story")
+
+    monkeypatch.setattr("megam3.model.folder.snapshot_download", offline)
+    with pytest.raises(CheckpointError, match="model = 'nope': is no folder on this machine; give the path"):
+        M3Embedder("nope")
+    assert asked == []
+    with pytest.raises(CheckpointError, match=r"the hub did not give it \(no route to the hub\); give"):
+        M3Embedder("owner/nope")
+    assert asked == ["owner/nope"]
+    with pytest.raises(CheckpointError, match="is a file; give the folder that holds it"):
+        M3Embedder(folder / "config.json")
+    monkeypatch.setattr("megam3.model.folder.snapshot_download", lambda name, **options: str(folder))
+    assert M3Embedder("owner/name", device="cpu").max_tokens == 64
+
+
+def test_a_device_that_is_not_there_is_refused(folder, embedder):
+    missing = torch.cuda.device_count()
+    with pytest.raises(
+        ConfigError, match=f"device = 'cuda:{missing}': this machine has {missing} CUDA devices"
+    ):
+        M3Embedder(folder, device=f"cuda:{missing}")
+    with pytest.raises(ConfigError, match="device = 'gpu': is no device that torch knows"):
+        embedder.encode(TEXTS, device="gpu")
+    assert embedder.encode(TEXTS[:1], device="cpu").dense_vecs.shape == (1, 32)
+
+
+def test_a_bar_is_drawn_on_stderr_when_asked(embedder, capsys):
+    embedder.encode(TEXTS, show_progress=True)
+    assert "encoding" in capsys.readouterr().err
+    embedder.encode(TEXTS)
+    assert capsys.readouterr().err == ""

@@ -37,6 +37,7 @@ ONLY_IN = {
     "tensorboard": {"obs/metrics.py"},
     "torch.utils.tensorboard": {"obs/metrics.py"},
     "triton": {"scoring/maxsim_triton.py"},
+    "faiss": {"retrieval/index/nearest.py"},
     # the engine, the activation offload it hands out, and its checkpoints: read without one, written into any
     "deepspeed": {
         "engine/deepspeed.py",

@@ -1,0 +1,75 @@
+"""What a teacher is, and which kind of model a folder holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from megam3.encoders import LEXICAL_FILE
+from megam3.errors import CheckpointError
+
+Pair = tuple[str, str]
+"""(query, passage)."""
+TeacherKind = Literal["cross-encoder", "megam3", "bi-encoder"]
+
+
+class Teacher(Protocol):
+    """Scores pairs."""
+
+    def score(self, pairs: Sequence[Pair]) -> np.ndarray:
+        """float32 [n], in the order given."""
+        ...
+
+
+def kind_of(folder: str) -> TeacherKind:
+    """What the model in `folder` is: by its heads, its architecture, its modules.json, in this order.
+
+    Raises:
+        CheckpointError: none of the three kinds.
+    """
+    path = Path(folder)
+    if (path / LEXICAL_FILE).exists():
+        return "megam3"
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        architectures = config.get("architectures") or []
+    except FileNotFoundError:
+        architectures = []
+    except (OSError, ValueError, AttributeError) as error:
+        rule = f"has a config.json that cannot be read ({error})"
+        raise CheckpointError("--model", folder, rule, "fetch the folder again") from error
+    if any(name.endswith("ForSequenceClassification") for name in architectures):
+        return "cross-encoder"
+    if (path / "modules.json").exists():
+        return "bi-encoder"
+    rule = f"is no teacher that is known: no {LEXICAL_FILE}, no …ForSequenceClassification, no modules.json"
+    remedy = "give a cross-encoder, a megam3 folder or a sentence-transformers folder"
+    raise CheckpointError("--model", folder, rule, remedy)
+
+
+def padded_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Positions of texts, longest first, in batches of at most `batch_tokens` once padded to their longest.
+
+    >>> list(padded_batches([2, 9, 3, 4], 8))
+    [[1], [3, 2], [0]]
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def score_unique(pairs: Sequence[Pair], score: Callable[[Sequence[Pair]], np.ndarray]) -> np.ndarray:
+    """Scores of pairs that may repeat, each scored once."""
+    unique = list(dict.fromkeys(pairs))
+    place = {pair: n for n, pair in enumerate(unique)}
+    scores = score(unique)
+    return scores[[place[pair] for pair in pairs]]
