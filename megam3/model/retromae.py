@@ -154,7 +154,10 @@ class RetroMAE(nn.Module):
             rows.append(decoded_RD.index_select(0, kept_R))
             targets.append(input_ids_T[index_R[kept_R]])
         scale_M = torch.cat(
-            [torch.full((len(t),), scale, device=t.device) for t, scale in zip(targets, scales)]
+            [
+                torch.full((len(t),), scale, dtype=torch.float64, device=t.device)
+                for t, scale in zip(targets, scales)
+            ]
         )
         rows_MD, bias_V = self.lm_head(torch.cat(rows))
         weight_VD = self.encoder.get_input_embeddings().weight

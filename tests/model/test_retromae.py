@@ -81,7 +81,7 @@ def test_loss_and_all_gradients_equal_the_naive_model(mask_share):
     decoded = (ids >= 5) & (texts.position_ids_T > 0)
     stream = (ids, masked, texts.position_ids_T, texts.cu_seqlens_N1, LENGTHS)
     loss, encoder, decoder = model(*stream, hidden, order, decoded, mask_share, scales)
-    torch.testing.assert_close(loss.item(), (0.3 * encoder + 0.2 * decoder).item(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss.item(), (0.3 * encoder + 0.2 * decoder).item(), rtol=1e-12, atol=0)
     loss.backward()
     fast = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -89,9 +89,9 @@ def test_loss_and_all_gradients_equal_the_naive_model(mask_share):
     orders = [(o - s).tolist() for o, s in zip(order.split(LENGTHS), starts)]
     expected = naive_loss(model, ids, masked, hidden.tolist(), orders, mask_share, scales)
     expected.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(fast[name], parameter.grad, rtol=1e-6, atol=1e-7, msg=name)
+        torch.testing.assert_close(fast[name], parameter.grad, rtol=1e-9, atol=1e-11, msg=name)
 
 
 def test_rows_and_keys_of_a_text_by_hand():
