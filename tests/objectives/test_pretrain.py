@@ -1,4 +1,4 @@
-"""RetroMAE and masked LM from a recipe: two ranks under ZeRO stages, chunks, resume, and the messages of bad input."""
+"""RetroMAE and masked LM from a recipe: two ranks under ZeRO stages, chunks, resume, bad input."""
 
 import pytest
 
