@@ -1,8 +1,10 @@
-"""Masked-language-model head with tied embeddings, and its cross-entropy in chunks of rows: no tensor [tokens, vocabulary].
+"""Masked-language-model head with tied embeddings, and its cross-entropy in chunks of rows: no tensor
+[tokens, vocabulary].
 
-The gradients of a chunk are formed while its logits are there, in the forward pass, and only scaled in the backward pass. The
-vocabulary's logits are thus computed once, and under ZeRO-3 the embedding matrix is not needed again in the backward pass. The
-price is one fp32 gradient of the embedding matrix between the two passes (1 GB at 250 002 x 1024).
+The gradients of a chunk are formed while its logits are there, in the forward pass, and only scaled in the
+backward pass. The vocabulary's logits are thus computed once, and under ZeRO-3 the embedding matrix is not
+needed again in the backward pass. The price is one fp32 gradient of the embedding matrix between the two
+passes (1 GB at 250 002 x 1024).
 """
 
 from typing import Any
@@ -17,7 +19,8 @@ CHUNK_ROWS = 1024
 
 
 class MaskedLMHead(nn.Module):
-    """RoBERTa's head under its published names: dense, gelu, layer norm; the projection is the embedding matrix and `bias`."""
+    """RoBERTa's head under its published names: dense, gelu, layer norm; the projection is the embedding
+    matrix and `bias`."""
 
     def __init__(self, hidden_size: int, vocab_size: int, layer_norm_eps: float):
         super().__init__()
@@ -81,5 +84,6 @@ def tied_cross_entropy(
     scale_M: Tensor,
     chunk_rows: int = CHUNK_ROWS,
 ) -> tuple[Tensor, Tensor]:
-    """Σ scale · cross-entropy(rows · weightᵀ + bias, targets), and each row's unscaled cross-entropy without a graph."""
+    """Σ scale · cross-entropy(rows · weightᵀ + bias, targets), and each row's unscaled cross-entropy without
+    a graph."""
     return _TiedCrossEntropy.apply(rows_MD, weight_VD, bias_V, targets_M, scale_M, chunk_rows)

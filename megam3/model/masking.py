@@ -1,10 +1,13 @@
-"""Which tokens are hidden from the encoder, as a pure function of (seed, step, row): a resumed run masks the same tokens.
+"""Which tokens are hidden from the encoder, as a pure function of (seed, step, row): a resumed run masks the
+same tokens.
 
-No generator is kept and nothing loops over texts: every token gets a number in [0, 1) by hashing its coordinates, the words of
-a text are ranked by the number of their first piece, and words are hidden in that order until the share is reached. With a
-share of 0.3, ten ordinary pieces and words of 2, 1, 3, … pieces in rank order, the first two words (3 pieces) are hidden.
+No generator is kept and nothing loops over texts: every token gets a number in [0, 1) by hashing its
+coordinates, the words of a text are ranked by the number of their first piece, and words are hidden in that
+order until the share is reached. With a share of 0.3, ten ordinary pieces and words of 2, 1, 3, … pieces in
+rank order, the first two words (3 pieces) are hidden.
 
-Counts follow the text's length without a cap (whole-word masking of transformers stops at 512 predictions a text).
+Counts follow the text's length without a cap (whole-word masking of transformers stops at 512 predictions a
+text).
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 
 _GOLDEN = -7046029254386353131
-# multipliers of splitmix64 (Steele et al. 2014), as signed 64-bit integers; torch's int64 products wrap around
+# splitmix64 (Steele et al. 2014); multipliers as signed 64-bit integers, whose products wrap around
 _MIX = (-4658895280553007687, -7723592293110705685)
 _WORDS, _KIND, _TOKEN, _HALVES = 1, 2, 3, 4
 
@@ -52,7 +55,8 @@ class MaskedTokens:
 
 
 def vocabulary_tables(pieces: Sequence[str], special_ids: Iterable[int], mask_id: int) -> VocabularyTables:
-    """Tables for a vocabulary whose id i is `pieces[i]`; where no piece carries `▁`, every piece is a word."""
+    """Tables for a vocabulary whose id i is `pieces[i]`; where no piece carries `▁`, every piece is a
+    word."""
     special_V = torch.zeros(len(pieces), dtype=torch.bool)
     special_V[torch.tensor([*special_ids, mask_id])] = True
     starts_word_V = torch.tensor([piece.startswith("▁") for piece in pieces])
@@ -94,7 +98,8 @@ def mask_tokens(
     seed: int,
     step: int,
 ) -> MaskedTokens:
-    """Hide whole words that hold `share` of each text's ordinary tokens, rounded up to the word that reaches it.
+    """Hide whole words that hold `share` of each text's ordinary tokens, rounded up to the word that reaches
+    it.
 
     Args:
         row_T: row of the document each token belongs to; with `position_T` it names the token for ever.
@@ -122,7 +127,8 @@ def mask_tokens(
 def _first_words(
     text_ids_T: Tensor, rank_T: Tensor, first_T: Tensor, ordinary_T: Tensor, share: float
 ) -> Tensor:
-    """Tokens of the words that come first by rank in each text, until `share` of its ordinary tokens is reached."""
+    """Tokens of the words that come first by rank in each text, until `share` of its ordinary tokens is
+    reached."""
     if not ordinary_T.any():
         return ordinary_T
     # stable sorts, last key first: by text, by rank within it, words together even where two ranks are equal
@@ -144,7 +150,8 @@ def _first_words(
 
 
 def order_in_halves(text_ids_T: Tensor, row_T: Tensor, position_T: Tensor, *, seed: int, step: int) -> Tensor:
-    """Token order that keeps each text's first token first and shuffles the others: the two halves of the decoder's rows."""
+    """Token order that keeps each text's first token first and shuffles the others: the two halves of the
+    decoder's rows."""
     rank_T = hashed_uniform(seed, step, _HALVES, row_T, position_T)
     order_T = torch.where(position_T == 0, -1.0, rank_T).argsort(stable=True)
     return order_T[text_ids_T[order_T].argsort(stable=True)]

@@ -1,11 +1,12 @@
 """More position rows for an encoder with learned absolute positions (XLM-R: 514 rows → 8194 for 8192 tokens).
 
-By default rows already there stay as they are, and new rows repeat them in a cycle: position p takes the row of position
-p mod (old number of positions). Other beginnings are a choice (`PositionMethod`).
-Local order thus keeps its meaning everywhere from the start, as is usual for long variants of BERT-like encoders. arXiv 2402.03216 does not
-say how its rows began, only that RetroMAE training on long texts follows.
+By default rows already there stay as they are, and new rows repeat them in a cycle: position p takes the row
+of position p mod (old number of positions). Other beginnings are a choice (`PositionMethod`).
+Local order thus keeps its meaning everywhere from the start, as is usual for long variants of BERT-like
+encoders. arXiv 2402.03216 does not say how its rows began, only that RetroMAE training on long texts follows.
 
-    offset 2, 3 old positions:  rows  – – a b c   →   – – a b c a b c a      (the first two rows belong to padding)
+    offset 2, 3 old positions:  rows  – – a b c   →   – – a b c a b c a
+    (the first two rows belong to padding)
 """
 
 import json
@@ -35,9 +36,10 @@ def extend_position_rows(
     """[offset + num_positions, D]; the first `offset` rows belong to padding and stay.
 
     Args:
-        method: `tile` keeps the old rows and repeats them in a cycle; `interpolate` stretches the old rows linearly over all
-            positions (first and last stay, every position between changes); `random` keeps the old rows and draws the new
-            ones from a normal distribution of the old rows' mean and deviation per dimension, from a fixed seed.
+        method: `tile` keeps the old rows and repeats them in a cycle; `interpolate` stretches the old rows
+            linearly over all positions (first and last stay, every position between changes); `random` keeps
+            the old rows and draws the new ones from a normal distribution of the old rows' mean and deviation
+            per dimension, from a fixed seed.
 
     Raises:
         ValueError: fewer positions than there are.
@@ -61,7 +63,8 @@ def extend_position_rows(
 def extend_folder(
     source: str | Path, out: str | Path, max_tokens: int, method: PositionMethod = "tile"
 ) -> tuple[int, int]:
-    """Copy the encoder folder `source` to `out` with positions for `max_tokens` tokens; tokenizer, heads and all other weights stay.
+    """Copy the encoder folder `source` to `out` with positions for `max_tokens` tokens; tokenizer, heads and
+    all other weights stay.
 
     Returns:
         Tokens the encoder took before and takes now.

@@ -1,14 +1,17 @@
-"""RetroMAE (arXiv 2205.12035): an encoder that reads masked text, and a one-layer decoder that must rebuild the text from `<s>`.
+"""RetroMAE (arXiv 2205.12035): an encoder that reads masked text, and a one-layer decoder that must rebuild
+the text from `<s>`.
 
-Enhanced decoding: row i asks with h_<s> + position i, and reads `<s>` and a sampled part of the other tokens, never itself. Here
-the tokens of a text (all but `<s>`) are shuffled into two halves; rows of one half read the other half and `<s>`:
+Enhanced decoding: row i asks with h_<s> + position i, and reads `<s>` and a sampled part of the other tokens,
+never itself. Here the tokens of a text (all but `<s>`) are shuffled into two halves; rows of one half read
+the other half and `<s>`:
 
     text   s a b c d e   shuffled  s | d a e | c b        rows d a e  read  s c b
-                                                          rows c b    read  s d a      (2 of the 5, as decoder_mask_share says)
+                                                          rows c b    read  s d a      (2 of the 5, as
+                                                          decoder_mask_share says)
 
-So a row's own column never exists: no mask is built, and the attention is two varlen texts of about L/2 rows and L/2 keys. The
-paper draws each row's columns independently; here the rows of one half share theirs. Each row still reads a uniformly drawn
-subset of the wanted share that leaves it out, anew every step.
+So a row's own column never exists: no mask is built, and the attention is two varlen texts of about L/2 rows
+and L/2 keys. The paper draws each row's columns independently; here the rows of one half share theirs. Each
+row still reads a uniformly drawn subset of the wanted share that leaves it out, anew every step.
 """
 
 from pathlib import Path
@@ -28,7 +31,8 @@ from megam3.model.masked_lm import MaskedLMHead, tied_cross_entropy
 
 
 def half_lengths(lengths: tuple[int, ...], mask_share: float) -> tuple[list[int], list[int]]:
-    """Rows and keys of the two halves of each text, from its length alone: the host needs no answer of the device.
+    """Rows and keys of the two halves of each text, from its length alone: the host needs no answer of the
+    device.
 
     >>> half_lengths((6,), 0.5)     # 5 tokens beside <s>: halves of 3 and 2; keys include <s>
     ([3, 2], [3, 3])
@@ -44,7 +48,8 @@ def half_lengths(lengths: tuple[int, ...], mask_share: float) -> tuple[list[int]
 
 
 def key_order(order_T: Tensor, lengths: tuple[int, ...], rows: list[int], keys: list[int]) -> Tensor:
-    """Stream index of every key, half after half; `order_T` holds each text as `<s>`, first half, second half."""
+    """Stream index of every key, half after half; `order_T` holds each text as `<s>`, first half, second
+    half."""
     device = order_T.device
     text_starts_N = torch.tensor(lengths, device=device).cumsum(0) - torch.tensor(lengths, device=device)
     first_half_N = torch.tensor(rows[0::2], device=device)
@@ -88,7 +93,8 @@ class EnhancedDecoder(nn.Module):
 def cross_attention(
     query_RHd: Tensor, key_KHd: Tensor, value_KHd: Tensor, rows: list[int], keys: list[int]
 ) -> Tensor:
-    """Rows of text s over the keys of text s; one kernel on CUDA in half precision, one call per text elsewhere."""
+    """Rows of text s over the keys of text s; one kernel on CUDA in half precision, one call per text
+    elsewhere."""
     if uses_varlen_kernel(query_RHd.device, query_RHd.dtype, query_RHd.shape[-1], 0.0):
         cu_rows, cu_keys = (
             torch.tensor([0, *x], device=query_RHd.device).cumsum(0).to(torch.int32) for x in (rows, keys)
@@ -195,7 +201,8 @@ def load_retromae(path: str, config: ModelConfig, *, has_decoder: bool, dtype: t
     """The encoder in folder `path`, its published `lm_head` where the folder has one, and a fresh decoder.
 
     Raises:
-        ConfigError, CheckpointError: see `load_backbone`; a decoder over an encoder without learned positions.
+        ConfigError, CheckpointError: see `load_backbone`; a decoder over an encoder without learned
+        positions.
     """
     encoder = load_backbone(
         path, hidden_dropout=config.hidden_dropout, attention_dropout=config.attention_dropout, dtype=dtype

@@ -1,7 +1,8 @@
 """Pretraining on documents: RetroMAE (arXiv 2205.12035), or plain masked LM where `decoder` is false.
 
-The loss of a batch is (Σ cross-entropy over masked tokens) / (their number on all ranks), for the encoder and the decoder each. The
-masks are chosen and counted over ranks before the first forward pass, so it splits into chunks of texts without a gradient cache.
+The loss of a batch is (Σ cross-entropy over masked tokens) / (their number on all ranks), for the encoder and
+the decoder each. The masks are chosen and counted over ranks before the first forward pass, so it splits into
+chunks of texts without a gradient cache.
 """
 
 from collections.abc import Iterable
@@ -52,7 +53,8 @@ class PretrainObjective(Objective[PretrainConfig]):
         return model
 
     def shape(self, model: nn.Module) -> EncoderShape:
-        """See `megam3.objectives.base.Objective`; the decoder and the vocabulary's products are not counted."""
+        """See `megam3.objectives.base.Objective`; the decoder and the vocabulary's products are not
+        counted."""
         assert isinstance(model, RetroMAE)
         config = model.encoder.config
         return EncoderShape(
@@ -98,7 +100,8 @@ class PretrainObjective(Objective[PretrainConfig]):
         return figures
 
     def _mask_chunks(self, batch: TextBatch, step: int) -> list[_MaskedTexts]:
-        """A sequence is named by its first document's row: the plan packs the same documents at every resume."""
+        """A sequence is named by its first document's row: the plan packs the same documents at every
+        resume."""
         texts = batch.texts
         budget = texts.num_tokens if self.chunk_tokens is None else self.chunk_tokens
         rows_N = batch.rows[batch.document_offsets_N1[:-1]].to(texts.input_ids_T.device)

@@ -1,4 +1,5 @@
-"""Masking: whole words, exact shares without a cap, nothing special, a function of seed, step and row alone."""
+"""Masking: whole words, exact shares without a cap, nothing special, a function of seed, step and row
+alone."""
 
 import pytest
 import torch
