@@ -191,6 +191,39 @@ class ObjectiveConfig(Section):
         return "auto"
 
 
+class PretrainConfig(ObjectiveConfig):
+    """RetroMAE on documents (arXiv 2205.12035), or plain masked LM without the decoder."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    """Which objective this section describes."""
+    data_kind: ClassVar[Literal["pair", "text"]] = "text"
+    can_evaluate: ClassVar[bool] = False
+    decoder: bool = True
+    """Rebuild the text from `<s>` by a one-layer decoder; false: masked LM alone."""
+    encoder_mask_share: float = Field(default=0.3, gt=0, lt=1)
+    """Share of each text's ordinary tokens hidden from the encoder, in whole words (the paper's 0.3)."""
+    decoder_mask_share: float = Field(default=0.5, ge=0.5, lt=1)
+    """Share of the other tokens that a row of the decoder does not read (the paper's 0.5)."""
+    decoder_weight: PositiveFloat = 1.0
+    """Weight of the decoder's loss beside the encoder's (the paper adds them)."""
+    mask_token_share: float = Field(default=0.8, ge=0, le=1)
+    """Share of hidden tokens that become `<mask>` (BERT, arXiv 1810.04805)."""
+    random_token_share: float = Field(default=0.1, ge=0, le=1)
+    """Share of hidden tokens that become a random one; the rest stays."""
+    mask_seed: NonNegativeInt = 0
+    """Selects the masks, together with step and row."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """The two shares of replaced tokens are parts of one whole."""
+        if self.mask_token_share + self.random_token_share > 1:
+            yield ConfigError(
+                "objective.random_token_share",
+                self.random_token_share,
+                f"must be at most 1 - mask_token_share = {1 - self.mask_token_share:g}",
+                "lower one of them",
+            )
+
+
 class UnifiedConfig(ObjectiveConfig):
     """InfoNCE on three heads and their sum, plus self-distillation (arXiv 2402.03216, section 3.3)."""
 

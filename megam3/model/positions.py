@@ -1,30 +1,45 @@
 """More position rows for an encoder with learned absolute positions (XLM-R: 514 rows → 8194 for 8192 tokens).
 
-Rows already there stay as they are. New rows repeat them in a cycle: position p takes the row of position p mod (old number of positions).
-Local order thus keeps its meaning everywhere from the start, as is usual for long variants of BERT-like encoders. arXiv 2402.03216 does not
-say how its rows began, only that RetroMAE training on long texts follows.
+By default rows already there stay as they are, and new rows repeat them in a cycle: position p takes the row
+of position p mod (old number of positions). Other beginnings are a choice (`PositionMethod`).
+Local order thus keeps its meaning everywhere from the start, as is usual for long variants of BERT-like
+encoders. arXiv 2402.03216 does not say how its rows began, only that RetroMAE training on long texts follows.
 
-    offset 2, 3 old positions:  rows  – – a b c   →   – – a b c a b c a      (the first two rows belong to padding)
+    offset 2, 3 old positions:  rows  – – a b c   →   – – a b c a b c a
+    (the first two rows belong to padding)
 """
 
 import json
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from megam3.errors import CheckpointError, ConfigError
 from megam3.model.backbone import first_position, load_encoder_config
+
+PositionMethod = Literal["tile", "interpolate", "random"]
+"""How new rows begin; see `extend_position_rows`."""
 
 _WEIGHTS = "model.safetensors"
 _ROWS_NAME = "embeddings.position_embeddings.weight"
 
 
-def extend_position_rows(rows_RD: Tensor, num_positions: int, offset: int) -> Tensor:
-    """[offset + num_positions, D]: `rows_RD` unchanged, then copies of rows offset… in a cycle.
+def extend_position_rows(
+    rows_RD: Tensor, num_positions: int, offset: int, method: PositionMethod = "tile"
+) -> Tensor:
+    """[offset + num_positions, D]; the first `offset` rows belong to padding and stay.
+
+    Args:
+        method: `tile` keeps the old rows and repeats them in a cycle; `interpolate` stretches the old rows
+            linearly over all positions (first and last stay, every position between changes); `random` keeps
+            the old rows and draws the new ones from a normal distribution of the old rows' mean and deviation
+            per dimension, from a fixed seed.
 
     Raises:
         ValueError: fewer positions than there are.
@@ -32,12 +47,24 @@ def extend_position_rows(rows_RD: Tensor, num_positions: int, offset: int) -> Te
     old = rows_RD.shape[0] - offset
     if num_positions < old:
         raise ValueError(f"{num_positions} positions are fewer than the {old} there are")
-    position = torch.arange(num_positions, device=rows_RD.device)
-    return torch.cat([rows_RD[:offset], rows_RD[offset + position % old]])
+    known = rows_RD[offset:]
+    if method == "tile":
+        position = torch.arange(num_positions, device=rows_RD.device)
+        return torch.cat([rows_RD[:offset], known[position % old]])
+    if method == "interpolate":
+        stretched = interpolate(known.T[None].float(), size=num_positions, mode="linear", align_corners=True)
+        return torch.cat([rows_RD[:offset], stretched[0].T.to(rows_RD.dtype)])
+    drawn = torch.randn(num_positions - old, rows_RD.shape[1], generator=torch.Generator().manual_seed(0))
+    deviation, mean = torch.std_mean(known.float(), dim=0)
+    drawn = mean + deviation * drawn.to(rows_RD.device)
+    return torch.cat([rows_RD, drawn.to(rows_RD.dtype)])
 
 
-def extend_folder(source: str | Path, out: str | Path, max_tokens: int) -> tuple[int, int]:
-    """Copy the encoder folder `source` to `out` with positions for `max_tokens` tokens; tokenizer, heads and all other weights stay.
+def extend_folder(
+    source: str | Path, out: str | Path, max_tokens: int, method: PositionMethod = "tile"
+) -> tuple[int, int]:
+    """Copy the encoder folder `source` to `out` with positions for `max_tokens` tokens; tokenizer, heads and
+    all other weights stay.
 
     Returns:
         Tokens the encoder took before and takes now.
@@ -72,7 +99,7 @@ def extend_folder(source: str | Path, out: str | Path, max_tokens: int) -> tuple
     weight_files = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
     shutil.copytree(source, aside, ignore=lambda _, names: [n for n in names if n.endswith(weight_files)])
     try:
-        weights[name] = extend_position_rows(weights[name], max_tokens, offset)
+        weights[name] = extend_position_rows(weights[name], max_tokens, offset, method)
         save_file(
             {key: tensor.contiguous() for key, tensor in weights.items()},
             aside / _WEIGHTS,

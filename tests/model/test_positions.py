@@ -31,6 +31,22 @@ def test_rows_are_kept_and_repeated():
         assert torch.equal(extended[2 + position], rows[2 + position % 512])
 
 
+def test_interpolated_rows_lie_on_the_lines_between_the_old_ones():
+    rows = torch.cat([torch.full((2, 1), 9.0), torch.tensor([[0.0], [4.0], [2.0]])])
+    extended = extend_position_rows(rows, 5, 2, "interpolate")
+    torch.testing.assert_close(extended[:, 0], torch.tensor([9.0, 9, 0, 2, 4, 3, 2]))
+
+
+def test_random_rows_have_the_old_ones_mean_and_deviation():
+    rows = 3 + 2 * torch.randn(514, 4, generator=torch.Generator().manual_seed(1))
+    extended = extend_position_rows(rows, 8192, 2, "random")
+    assert torch.equal(extended[:514], rows)
+    assert torch.equal(extended, extend_position_rows(rows, 8192, 2, "random"))
+    # a standard error of the mean of 7680 draws is 0.023
+    torch.testing.assert_close(extended[514:].mean(0), rows[2:].mean(0), rtol=0, atol=0.15)
+    torch.testing.assert_close(extended[514:].std(0), rows[2:].std(0), rtol=0.1, atol=0)
+
+
 def test_rows_are_never_removed():
     with pytest.raises(ValueError, match="10 positions are fewer than the 20 there are"):
         extend_position_rows(torch.zeros(22, 3), 10, 2)

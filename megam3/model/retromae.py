@@ -1,0 +1,230 @@
+"""RetroMAE (arXiv 2205.12035): an encoder that reads masked text, and a one-layer decoder that must rebuild
+the text from `<s>`.
+
+Enhanced decoding: row i asks with h_<s> + position i, and reads `<s>` and a sampled part of the other tokens,
+never itself. Here the tokens of a text (all but `<s>`) are shuffled into two halves; rows of one half read
+the other half and `<s>`:
+
+    text   s a b c d e   shuffled  s | d a e | c b        rows d a e  read  s c b
+                                                          rows c b    read  s d a      (2 of the 5, as
+                                                          decoder_mask_share says)
+
+So a row's own column never exists: no mask is built, and the attention is two varlen texts of about L/2 rows
+and L/2 keys. The paper draws each row's columns independently; here the rows of one half share theirs. Each
+row still reads a uniformly drawn subset of the wanted share that leaves it out, anew every step.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import gelu, scaled_dot_product_attention
+from transformers import PreTrainedModel
+
+from megam3.config.schema import ModelConfig
+from megam3.errors import ConfigError
+from megam3.model.attention import uses_varlen_kernel
+from megam3.model.backbone import encode_packed, first_position, load_backbone
+from megam3.model.masked_lm import MaskedLMHead, tied_cross_entropy
+
+
+def half_lengths(lengths: tuple[int, ...], mask_share: float) -> tuple[list[int], list[int]]:
+    """Rows and keys of the two halves of each text, from its length alone: the host needs no answer of the
+    device.
+
+    >>> half_lengths((6,), 0.5)     # 5 tokens beside <s>: halves of 3 and 2; keys include <s>
+    ([3, 2], [3, 3])
+    """
+    rows, keys = [], []
+    for length in lengths:
+        others = length - 1
+        halves = (others - others // 2, others // 2)
+        visible = round((1 - mask_share) * others)
+        rows += halves
+        keys += [1 + min(visible, halves[1]), 1 + min(visible, halves[0])]
+    return rows, keys
+
+
+def key_order(order_T: Tensor, lengths: tuple[int, ...], rows: list[int], keys: list[int]) -> Tensor:
+    """Stream index of every key, half after half; `order_T` holds each text as `<s>`, first half, second
+    half."""
+    device = order_T.device
+    text_starts_N = torch.tensor(lengths, device=device).cumsum(0) - torch.tensor(lengths, device=device)
+    first_half_N = torch.tensor(rows[0::2], device=device)
+    # rows of the first half read the second, which starts after <s> and the first half
+    starts_S = torch.stack([text_starts_N + first_half_N, text_starts_N], 1).flatten()
+    keys_S = torch.tensor(keys, device=device)
+    local_K = torch.arange(sum(keys), device=device) - (keys_S.cumsum(0) - keys_S).repeat_interleave(keys_S)
+    half_K = torch.arange(len(keys), device=device).repeat_interleave(keys_S)
+    return order_T[torch.where(local_K == 0, text_starts_N[half_K // 2], starts_S[half_K] + local_K)]
+
+
+class EnhancedDecoder(nn.Module):
+    """One transformer layer (post-norm, as BERT's) whose queries and keys are different streams."""
+
+    def __init__(self, hidden_size: int, num_heads: int, intermediate_size: int, layer_norm_eps: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key = nn.Linear(hidden_size, hidden_size)
+        self.value = nn.Linear(hidden_size, hidden_size)
+        self.output = nn.Linear(hidden_size, hidden_size)
+        self.attention_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.widen = nn.Linear(hidden_size, intermediate_size)
+        self.narrow = nn.Linear(intermediate_size, hidden_size)
+        self.output_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+
+    def forward(
+        self, query_RD: Tensor, memory_TD: Tensor, key_K: Tensor, rows: list[int], keys: list[int]
+    ) -> Tensor:
+        """[R, D]; rows and keys are lengths of the halves, `key_K` the stream index of each key."""
+        heads = (self.num_heads, -1)
+        query_RHd = self.query(query_RD).unflatten(1, heads)
+        # projected once per token, then picked: a token is a key of one half only (`<s>` of both)
+        key_KHd = self.key(memory_TD).unflatten(1, heads).index_select(0, key_K)
+        value_KHd = self.value(memory_TD).unflatten(1, heads).index_select(0, key_K)
+        attended = cross_attention(query_RHd, key_KHd, value_KHd, rows, keys).flatten(1)
+        hidden_RD = self.attention_norm(query_RD + self.output(attended))
+        return self.output_norm(hidden_RD + self.narrow(gelu(self.widen(hidden_RD))))
+
+
+def cross_attention(
+    query_RHd: Tensor, key_KHd: Tensor, value_KHd: Tensor, rows: list[int], keys: list[int]
+) -> Tensor:
+    """Rows of text s over the keys of text s; one kernel on CUDA in half precision, one call per text
+    elsewhere."""
+    if uses_varlen_kernel(query_RHd.device, query_RHd.dtype, query_RHd.shape[-1], 0.0):
+        cu_rows, cu_keys = (
+            torch.tensor([0, *x], device=query_RHd.device).cumsum(0).to(torch.int32) for x in (rows, keys)
+        )
+        return varlen_attn(query_RHd, key_KHd, value_KHd, cu_rows, cu_keys, max(rows), max(keys))
+    outputs = [
+        scaled_dot_product_attention(*(x.transpose(0, 1).unsqueeze(0) for x in parts))[0].transpose(0, 1)
+        for parts in zip(query_RHd.split(rows), key_KHd.split(keys), value_KHd.split(keys))
+    ]
+    return torch.cat(outputs)
+
+
+class RetroMAE(nn.Module):
+    """Encoder, masked-LM head, and the decoder unless `has_decoder` is false (plain masked LM)."""
+
+    def __init__(self, encoder: PreTrainedModel, *, has_decoder: bool):
+        super().__init__()
+        config = encoder.config
+        if has_decoder and not hasattr(getattr(encoder, "embeddings", None), "position_embeddings"):
+            raise ConfigError(
+                "objective.decoder",
+                True,
+                f"reads learned positions, which a {config.model_type} encoder does not have",
+                "set objective.decoder: false (plain masked LM)",
+            )
+        # xlm-roberta calls it layer_norm_eps, ModernBERT norm_eps
+        eps = getattr(config, "layer_norm_eps", getattr(config, "norm_eps", 1e-5))
+        self.encoder = encoder
+        self.lm_head = MaskedLMHead(config.hidden_size, config.vocab_size, eps)
+        self.decoder = None
+        if has_decoder:
+            self.decoder = EnhancedDecoder(
+                config.hidden_size, config.num_attention_heads, config.intermediate_size, eps
+            )
+
+    def forward(
+        self,
+        input_ids_T: Tensor,
+        masked_ids_T: Tensor,
+        position_ids_T: Tensor,
+        cu_seqlens_N1: Tensor,
+        lengths: tuple[int, ...],
+        hidden_M: Tensor,
+        order_T: Tensor,
+        decoded_T: Tensor,
+        mask_share: float,
+        scales: tuple[float, float],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, and the summed cross-entropies of encoder and decoder without a graph.
+
+        Args:
+            hidden_M: stream positions that the encoder must tell.
+            order_T: see `key_order`; decoded_T: bool, tokens the decoder must tell.
+            scales: factor of each summed cross-entropy of the encoder, of the decoder.
+        """
+        hidden_TD = encode_packed(self.encoder, masked_ids_T, position_ids_T, cu_seqlens_N1, lengths)
+        rows, targets = [hidden_TD.index_select(0, hidden_M)], [input_ids_T[hidden_M]]
+        if self.decoder is not None:
+            decoded_RD, index_R = self._decode(
+                hidden_TD, input_ids_T, position_ids_T, cu_seqlens_N1, lengths, order_T, mask_share
+            )
+            kept_R = decoded_T[index_R].nonzero().squeeze(1)
+            rows.append(decoded_RD.index_select(0, kept_R))
+            targets.append(input_ids_T[index_R[kept_R]])
+        scale_M = torch.cat(
+            [
+                torch.full((len(t),), scale, dtype=torch.float64, device=t.device)
+                for t, scale in zip(targets, scales)
+            ]
+        )
+        rows_MD, bias_V = self.lm_head(torch.cat(rows))
+        weight_VD = self.encoder.get_input_embeddings().weight
+        loss, losses_M = tied_cross_entropy(rows_MD, weight_VD, bias_V, torch.cat(targets), scale_M)
+        return loss, losses_M[: len(targets[0])].sum(), losses_M[len(targets[0]) :].sum()
+
+    def _decode(
+        self,
+        hidden_TD: Tensor,
+        input_ids_T: Tensor,
+        position_ids_T: Tensor,
+        cu_seqlens_N1: Tensor,
+        lengths: tuple[int, ...],
+        order_T: Tensor,
+        mask_share: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Decoder rows, and the stream position each of them stands for."""
+        assert self.decoder is not None
+        positions_T = position_ids_T + first_position(self.encoder.config)
+        first_N = cu_seqlens_N1[:-1].long()
+        embedded = self.encoder.embeddings(
+            input_ids=input_ids_T.unsqueeze(0), position_ids=positions_T.unsqueeze(0)
+        )
+        memory_TD = embedded.squeeze(0).index_copy(0, first_N, hidden_TD[first_N])
+        index_R = order_T[position_ids_T[order_T] > 0]
+        lengths_N = cu_seqlens_N1[1:].long() - first_N
+        bottleneck_RD = hidden_TD[first_N].repeat_interleave(lengths_N - 1, dim=0)
+        query_RD = bottleneck_RD + self.encoder.embeddings.position_embeddings(positions_T[index_R])
+        rows, keys = half_lengths(lengths, mask_share)
+        key_K = key_order(order_T, lengths, rows, keys)
+        return self.decoder(query_RD, memory_TD, key_K, rows, keys), index_R
+
+
+def load_retromae(path: str, config: ModelConfig, *, has_decoder: bool, dtype: torch.dtype) -> RetroMAE:
+    """The encoder in folder `path`, its published `lm_head` where the folder has one, and a fresh decoder.
+
+    Raises:
+        ConfigError, CheckpointError: see `load_backbone`; a decoder over an encoder without learned
+        positions.
+    """
+    encoder = load_backbone(
+        path, hidden_dropout=config.hidden_dropout, attention_dropout=config.attention_dropout, dtype=dtype
+    )
+    model = RetroMAE(encoder, has_decoder=has_decoder)
+    found = _read_lm_head(Path(path))
+    if found:
+        model.lm_head.load_state_dict(found)
+    return model.to(dtype)
+
+
+def _read_lm_head(folder: Path) -> dict[str, Tensor]:
+    """dense, layer_norm and bias under `lm_head.`; empty when the folder has none of them."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118
+                prefix, _, name = key.rpartition("lm_head.")
+                if (
+                    prefix in ("", "roberta.")
+                    and name.startswith(("dense.", "layer_norm.", "bias"))
+                    and name != key
+                ):
+                    found[name] = opened.get_tensor(key)
+    return found
