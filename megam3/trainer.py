@@ -247,7 +247,7 @@ def run_step(run: Run, batches: Sequence[Batch], progress: Progress, wishes: Wis
         int(wishes.save),
     ]
     row_F = torch.cat([means.cpu(), torch.tensor(counts, dtype=torch.float64)])
-    return join_ranks(names, comm.gather_rows(row_F))
+    return join_ranks(names, comm.all_gather_rows(row_F))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

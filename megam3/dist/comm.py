@@ -164,10 +164,10 @@ def all_gather_ints(values: Sequence[int]) -> list[list[int]]:
     """Every rank's list, in rank order. All ranks pass equally many numbers."""
     if not is_grouped():
         return [[int(v) for v in values]]
-    return gather_rows(torch.tensor(list(values), dtype=torch.int64)).tolist()
+    return all_gather_rows(torch.tensor(list(values), dtype=torch.int64)).tolist()
 
 
-def gather_rows(values_F: Tensor) -> Tensor:
+def all_gather_rows(values_F: Tensor) -> Tensor:
     """Every rank's vector as a row, rows_WF in rank order, without graph. All ranks pass equally many numbers of one dtype."""
     if not is_grouped():
         return values_F.detach()[None]
@@ -189,4 +189,4 @@ def gather_objects_json(obj: Any) -> list[Any]:
     counts = [row[0] for row in all_gather_ints([payload.numel()])]
     padded = payload.new_zeros(max(counts))
     padded[: payload.numel()] = payload
-    return [json.loads(bytes(row[:count].tolist())) for row, count in zip(gather_rows(padded).cpu(), counts)]
+    return [json.loads(bytes(row[:count].tolist())) for row, count in zip(all_gather_rows(padded).cpu(), counts)]

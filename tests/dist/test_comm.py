@@ -28,7 +28,7 @@ def _collectives():
     assert not comm.any_rank(False)
     assert comm.max_over_ranks(rank * 7) == 14
     assert comm.all_gather_ints([rank, 10 * rank]) == [[0, 0], [1, 10], [2, 20]]
-    assert comm.gather_rows(torch.tensor([rank / 4, 1.0], dtype=torch.float64)).tolist() == [[0.0, 1.0], [0.25, 1.0], [0.5, 1.0]]
+    assert comm.all_gather_rows(torch.tensor([rank / 4, 1.0], dtype=torch.float64)).tolist() == [[0.0, 1.0], [0.25, 1.0], [0.5, 1.0]]
     told = comm.gather_objects_json({"rank": rank, "text": "ü" * rank, "none": None})
     assert told == [{"rank": r, "text": "ü" * r, "none": None} for r in range(3)]
     assert comm.is_main() == (rank == 0)
@@ -75,7 +75,7 @@ def test_without_a_group():
     tensor = torch.tensor([1.0, 2.0])
     assert comm.all_reduce_sum(tensor).tolist() == comm.all_reduce_max(tensor).tolist() == [1.0, 2.0]
     assert comm.all_gather_ints([1, 2]) == [[1, 2]]
-    assert comm.gather_rows(tensor).tolist() == [[1.0, 2.0]]
+    assert comm.all_gather_rows(tensor).tolist() == [[1.0, 2.0]]
     assert comm.any_rank(True)
     assert comm.gather_objects_json({"a": [1]}) == [{"a": [1]}]
     with pytest.raises(TypeError):

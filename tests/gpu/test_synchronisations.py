@@ -45,7 +45,7 @@ def _measure(folder):
         with pytest.MonkeyPatch.context() as monkeypatch:
             varlen_stand_in.install(monkeypatch, any_dtype=True)
             plain = PlainEngine(load_m3(folder, ModelConfig(path=folder)).train())
-            UnifiedObjective(CONFIG, chunk_tokens).run(plain, batch_of(make_groups(4)), Progress(0))
+            UnifiedObjective(CONFIG, chunk_tokens).run(plain, batch_of(make_groups(4)), Progress(step=0))
         with pytest.MonkeyPatch.context() as monkeypatch:
             results[chunk_tokens or 0] = _on_device(folder, monkeypatch, chunk_tokens)
         results[chunk_tokens or 0]["expected"] = {n: p.grad for n, p in plain.model.named_parameters()}
@@ -71,7 +71,7 @@ def _on_device(folder, monkeypatch, chunk_tokens):
         batch = batch.to(device.device)
         device.syncs.clear()
         device.launches = 0
-        UnifiedObjective(CONFIG, chunk_tokens).run(engine, batch, Progress(0))
+        UnifiedObjective(CONFIG, chunk_tokens).run(engine, batch, Progress(step=0))
     return {
         "gradients": {n: p.grad.inner for n, p in engine.model.named_parameters()},
         "chunks": engine.num_chunks,
