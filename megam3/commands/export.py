@@ -35,9 +35,7 @@ def main(argv: Sequence[str]) -> int:
     state = consolidated_weights(options.checkpoint)
     source = options.model or source_of_checkpoint(options.checkpoint)
     facts = _facts(options.checkpoint)
-    differences = export(
-        state, source, options.out, format=options.format, int8=options.int8, facts=facts
-    )
+    differences = export(state, source, options.out, format=options.format, int8=options.int8, facts=facts)
     for head, value in differences.items():
         print(f"largest difference, {head} head: {value:.2e}")
     print(f"written: {options.out}")
@@ -64,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FORMAT",
         help=f"one of {', '.join(FORMATS)} (default: bge-m3)",
     )
-    parser.add_argument("--int8", action="store_true", help="with onnx: a quantised graph beside the exact one")
+    parser.add_argument(
+        "--int8", action="store_true", help="with onnx: a quantised graph beside the exact one"
+    )
     parser.add_argument(
         "--push", metavar="OWNER/NAME", help="upload OUT to this hub repository (private when new)"
     )
