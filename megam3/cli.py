@@ -38,6 +38,12 @@ GROUPS = {
         ),
     },
     "Before a run": {
+        "import": Subcommand(
+            "megam3.commands.import_model", "a model of others, by path or hub id, to continue from"
+        ),
+        "from-flagembedding": Subcommand(
+            "megam3.commands.from_flagembedding", "a FlagEmbedding command line or script as a recipe"
+        ),
         "extend-positions": Subcommand(
             "megam3.commands.extend_positions", "position rows for long texts in an encoder for short ones"
         ),
@@ -60,7 +66,7 @@ GROUPS = {
             "megam3.commands.evaluate", "five retrieval modes and BM25 on test sets in BEIR format"
         ),
         "export": Subcommand(
-            "megam3.commands.export", "a checkpoint as a Hugging Face folder, read back and compared"
+            "megam3.commands.export", "a checkpoint in the layout of another library, read back and compared"
         ),
     },
 }
