@@ -87,21 +87,24 @@ def find_command(script: str) -> list[str]:
         ConfigError: no such call, quotes that do not close, or a variable nobody sets.
     """
     variables: dict[str, str] = {}
-    for line in script.replace("\\\n", " ").splitlines():
-        line = line.strip()
-        is_call = any(module in line for module in MODULES)
+    for line in map(str.strip, script.replace("\\\n", " ").splitlines()):
         assignment = re.match(r"^(?:export\s+)?([A-Za-z_]\w*)=(.*)$", line)
+        is_call = any(module in line for module in MODULES)
         try:
-            if assignment and not is_call:
-                value = " ".join(shlex.split(assignment[2], comments=True))
-                variables[assignment[1]] = _expand(value, variables)
+            value = shlex.split(assignment[2], comments=True) if assignment else []
+            # several words after it: a variable set for one call (CUDA_VISIBLE_DEVICES=0 torchrun …)
+            if assignment and len(value) <= 1:
+                variables[assignment[1]] = _expand(" ".join(value), variables)
                 continue
             words = shlex.split(_expand(line, variables, is_call), comments=True)
+        except ConfigError:
+            raise
         except ValueError as error:
-            if not (is_call or assignment):
-                continue
-            raise ConfigError("command", line[:80], f"cannot be read ({error})", "close the quote") from None
-        # a script may collect the arguments and name the module last: "$cmd"
+            if is_call or assignment:
+                rule = f"cannot be read ({error})"
+                raise ConfigError("command", line[:80], rule, "close the quote") from None
+            continue
+        # a script may collect everything in a variable and run that: eval $cmd
         if any(module in words for module in MODULES):
             return words
     rule = f"holds no call of {MODULES[0]}"
@@ -114,7 +117,9 @@ def _expand(text: str, variables: Mapping[str, str], is_strict: bool = False) ->
         if name in variables:
             return variables[name]
         if is_strict:
-            raise ConfigError("command", f"${name}", "is not set in the script", f"write {name}=… above the call")
+            raise ConfigError(
+                "command", f"${name}", "is not set in the script", f"write {name}=… above the call"
+            )
         return match[0]
 
     return re.sub(r"\$(?:\{(\w+)\}|(\w+))", value, text)
@@ -138,7 +143,9 @@ def parse_arguments(words: list[str]) -> dict[str, list[str]]:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean --{near[0]}?" if near else "remove it"
-            raise ConfigError("command", f"--{name}", "is no argument known of FlagEmbedding's M3 training", hint)
+            raise ConfigError(
+                "command", f"--{name}", "is no argument known of FlagEmbedding's M3 training", hint
+            )
         values = found[name] = [value] if equals else []
     return found
 
@@ -226,7 +233,9 @@ def _datasets(arguments: _Arguments, notes: list[str]) -> list[dict[str, Any]]:
                 # megam3 puts one string before the text, so the format must end in it
                 before, _, after = form.rpartition("{}")
                 if after:
-                    notes.append(f"--{side}_instruction_format puts {after!r} behind the text; that is left out.")
+                    notes.append(
+                        f"--{side}_instruction_format puts {after!r} behind the text; that is left out."
+                    )
                 dataset[f"{side}_instruction"] = before.replace("{}", instruction, 1)
         if stem.endswith(_NEGATIVES):
             dataset["in_batch_negatives"] = False
@@ -242,7 +251,9 @@ def _batch(arguments: _Arguments, notes: list[str]) -> dict[str, Any]:
     processes = arguments.text("nproc_per_node") or "1"
     ranks = (int(processes) if processes.isdecimal() else 1) * arguments.integer("nnodes")
     if not processes.isdecimal():
-        notes.append(f"--nproc_per_node {processes} was counted as 1: multiply data.batch.global_queries by your GPUs.")
+        notes.append(
+            f"--nproc_per_node {processes} was counted as 1: multiply data.batch.global_queries by your GPUs."
+        )
     per_rank = arguments.integer("per_device_train_batch_size")
     batch: dict[str, Any] = {"global_queries": ranks * per_rank}
     notes.append(
@@ -271,7 +282,9 @@ def _objective(arguments: _Arguments, notes: list[str]) -> dict[str, Any]:
         start = arguments.integer("self_distill_start_step")
         objective["self_distill_start_step"] = max(0, start)
         if start > 0:
-            notes.append("self_distill_start_step counts optimizer steps and is resumed; theirs counts micro-batches.")
+            notes.append(
+                "self_distill_start_step counts optimizer steps and is resumed; theirs counts micro-batches."
+            )
     if arguments.flag("knowledge_distillation"):
         objective["teacher"] = arguments.text("kd_loss_type") or "kl_div"
     return objective
@@ -285,7 +298,12 @@ def _optim(arguments: _Arguments, notes: list[str]) -> dict[str, Any]:
         "clip_norm": arguments.number("max_grad_norm") or None,
     }
     kind = arguments.text("lr_scheduler_type") or "linear"
-    shapes = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
+    shapes = {
+        "linear": "linear",
+        "cosine": "cosine",
+        "constant": "constant",
+        "constant_with_warmup": "constant",
+    }
     optim["schedule"] = shapes.get(kind, "linear")
     if kind not in shapes:
         notes.append(f"--lr_scheduler_type {kind} has no counterpart; linear is used.")
@@ -299,7 +317,9 @@ def _optim(arguments: _Arguments, notes: list[str]) -> dict[str, Any]:
         if steps > 0:
             optim["warmup_ratio"] = min(1.0, arguments.number("warmup_steps") / steps)
         else:
-            notes.append("--warmup_steps needs the number of steps; set optim.warmup_ratio to their quotient.")
+            notes.append(
+                "--warmup_steps needs the number of steps; set optim.warmup_ratio to their quotient."
+            )
     return optim
 
 
@@ -307,7 +327,9 @@ def _engine(arguments: _Arguments, notes: list[str]) -> dict[str, Any]:
     stage = re.search(r"stage_?([0-3])", arguments.text("deepspeed") or "")
     template = f"zero{stage[1]}" if stage else "zero0"
     if arguments.text("deepspeed") and not stage:
-        notes.append("the stage of the --deepspeed file is not in its name; engine.template is zero0: check it.")
+        notes.append(
+            "the stage of the --deepspeed file is not in its name; engine.template is zero0: check it."
+        )
     precision = "bf16" if arguments.flag("bf16") else "auto"
     if arguments.flag("fp16"):
         notes.append("--fp16 became engine.precision auto: bf16 on GPUs (no loss scaling), fp32 on CPUs.")
