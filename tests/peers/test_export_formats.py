@@ -1,7 +1,7 @@
 """Exported folders in the real consumers, each in an environment of its own that a variable names.
 
 MEGAM3_PEER_PYTHON_ST6: sentence-transformers 6 with transformers 5, onnx, onnxscript, onnxruntime, pydantic and
-ruamel.yaml; MEGAM3_PEER_PYTHON_PYLATE: pylate. `-s` shows the largest difference of each.
+ruamel.yaml; MEGAM3_PEER_PYTHON_PYLATE: pylate; MEGAM3_PEER_PYTHON_MTEB: mteb with transformers 5. `-s` shows the largest difference of each.
 """
 
 import json
@@ -84,3 +84,12 @@ def test_splade_pooling_takes_a_logarithm_so_it_cannot_carry_the_head():
     )
     done = subprocess.run([python_of("ST6"), "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout.splitlines()[-1]) == pytest.approx(np.log1p(2.0))
+
+
+def test_mteb_evaluates_an_exported_folder(tmp_path):
+    python = python_of("MTEB")
+    source = make_tiny_model_folder(tmp_path / "source", max_tokens=256)
+    export(trained(source).state_dict(), str(source), tmp_path / "out")
+    printed = run_in(python, "run_mteb.py", tmp_path / "out")
+    print(f"mteb: nDCG@10 {printed.splitlines()[-1]}")
+    assert float(printed.splitlines()[-1]) == 1.0
