@@ -33,6 +33,7 @@ setup(
         # transformers loads weights partitioned under ZeRO-3 through accelerate's DeepSpeed config
         "accelerate>=1.1",
         "bm25s>=0.2",
+        "huggingface-hub>=0.34",
         "matplotlib>=3.8",
         "mpi4py>=4.0",
         "numpy>=1.26",
