@@ -2,8 +2,10 @@
 
     torchrun --nproc_per_node 2 -m FlagEmbedding.finetune.embedder.encoder_only.m3 --learning_rate 1e-5 …
 
-The arguments are those of FlagEmbedding 1.4 (its model, data and training classes) and the older names still found in
-scripts (`--normlized`, `--same_task_within_batch`, `--enable_sub_batch`). Nothing is dropped in silence: an argument is
+The arguments are those of FlagEmbedding 1.4 (its model, data and training classes) and the older names still
+found in
+scripts (`--normlized`, `--same_task_within_batch`, `--enable_sub_batch`). Nothing is dropped in silence: an
+argument is
 mapped, explained, known to have no meaning here, or an error.
 """
 

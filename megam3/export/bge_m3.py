@@ -1,8 +1,10 @@
-"""The published BGE-M3 layout: one folder for transformers, FlagEmbedding, sentence-transformers (dense) and M3Embedder.
+"""The published BGE-M3 layout: one folder for transformers, FlagEmbedding, sentence-transformers (dense) and
+M3Embedder.
 
     OUT/  config.json  model.safetensors                                   the encoder, keys without prefix
           tokenizer.json  tokenizer_config.json  special_tokens_map.json  sentencepiece.bpe.model
-          sparse_linear.pt  colbert_linear.pt                              the lexical and the multi-vector head
+          sparse_linear.pt  colbert_linear.pt                              the lexical and the multi-vector
+          head
           modules.json  1_Pooling/config.json  sentence_bert_config.json  config_sentence_transformers.json
           megam3_config.json  README.md
 
@@ -39,7 +41,8 @@ def export_bge_m3(
         The largest difference per head between the folder, read back, and the weights in memory.
 
     Raises:
-        CheckpointError: `out` exists, the weights are of another model, or the folder read back differs; no folder stays behind.
+        CheckpointError: `out` exists, the weights are of another model, or the folder read back differs; no
+        folder stays behind.
     """
     out = refuse_existing(out)
     model = model_from_state(state, source)
@@ -74,7 +77,8 @@ def write_bge_m3(out: Path, model: M3Model, source: Path, facts: CardFacts = NO_
 
 
 def read_pooler(source: Path) -> dict[str, Tensor]:
-    """`pooler.*` of the source's weights, if any: never trained here, but other readers start a missing one at random."""
+    """`pooler.*` of the source's weights, if any: never trained here, but other readers start a missing one
+    at random."""
     pattern = re.compile(r"^(?:[a-z_]+\.)?(pooler\..+)$")
     found: dict[str, Tensor] = {}
     for file in sorted(source.glob("*.safetensors")):
@@ -96,9 +100,11 @@ def _model_path(recipe: Path) -> str:
 
 
 def source_of_checkpoint(checkpoint: str | Path) -> str:
-    """The folder a run's model came from: `model.path` in the recipe of the run that `checkpoint` (RUN/checkpoints/STEP) belongs to.
+    """The folder a run's model came from: `model.path` in the recipe of the run that `checkpoint`
+    (RUN/checkpoints/STEP) belongs to.
 
-    When that folder is gone, or the checkpoint was moved out of its run, the checkpoint's own `model/`: config and tokenizer, no pooler.
+    When that folder is gone, or the checkpoint was moved out of its run, the checkpoint's own `model/`:
+    config and tokenizer, no pooler.
 
     Raises:
         CheckpointError: there is neither.

@@ -1,4 +1,5 @@
-"""What every exported folder holds: the encoder's weights and config, its tokenizer, and its pooler if it has one."""
+"""What every exported folder holds: the encoder's weights and config, its tokenizer, and its pooler if it has
+one."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ _PUBLISHED_FIELDS = {
 
 
 def write_encoder_files(out: Path, model: M3Model, source: Path, spare: dict[str, Tensor]) -> int:
-    """config.json, model.safetensors (keys without prefix, and `spare` beside them) and the tokenizer into `out`.
+    """config.json, model.safetensors (keys without prefix, and `spare` beside them) and the tokenizer into
+    `out`.
 
     Returns:
         The longest text, in tokens, special ones included.

@@ -1,7 +1,8 @@
 """A model of others → a folder that training continues from.
 
 Read are: folders of the published layout (fp16 heads become fp32), encoders alone, dense models of
-sentence-transformers (both styles of modules.json), and what FlagEmbedding's trainer wrote (checkpoint-N folders, whose
+sentence-transformers (both styles of modules.json), and what FlagEmbedding's trainer wrote (checkpoint-N
+folders, whose
 encoder keys carry the prefix `model.`).
 """
 
@@ -57,7 +58,8 @@ class Imported:
 
 
 def import_model(source: str, out: str | Path) -> Imported:
-    """Write the model in folder `source` as folder `out`, fp32, keys without prefix; it is loaded once to check it.
+    """Write the model in folder `source` as folder `out`, fp32, keys without prefix; it is loaded once to
+    check it.
 
     Raises:
         ConfigError: an encoder that cannot be served.

@@ -1,4 +1,5 @@
-"""A pretrained encoder with its language-model head, for AutoModelForMaskedLM: keys `roberta.*` and `lm_head.*`."""
+"""A pretrained encoder with its language-model head, for AutoModelForMaskedLM: keys `roberta.*` and
+`lm_head.*`."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from megam3.model.pretrained import load_tokenizer_of
 
 
 def export_mlm(state: Mapping[str, Tensor], source: str, out: str | Path) -> dict[str, float]:
-    """Write `encoder.*` and the language-model head of `state` (the stock names, `lm_head.*` for XLM-R) as `out`.
+    """Write `encoder.*` and the language-model head of `state` (the stock names, `lm_head.*` for XLM-R) as
+    `out`.
 
     Returns:
         {"mlm": largest difference of the logits between the folder read back and the weights in memory}.

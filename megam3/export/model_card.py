@@ -1,4 +1,5 @@
-"""README.md of an exported folder: usage in each consumer, what others would invent, and the run it came from."""
+"""README.md of an exported folder: usage in each consumer, what others would invent, and the run it came
+from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The multi-vector head for MultiVectorEncoder of sentence-transformers 6: Transformer, Dense, Normalize, mask.
+"""The multi-vector head for MultiVectorEncoder of sentence-transformers 6: Transformer, Dense, Normalize,
+mask.
 
 A folder of its own, since modules.json differs from the one that names the dense head.
 """

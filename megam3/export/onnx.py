@@ -2,7 +2,8 @@
 
     input_ids, attention_mask  int64 [N, L]
     dense          [N, D]     normalised
-    token_weights  [N, L]     relu of the lexical head, 0 for special and padding tokens; a text's weight of an id is
+    token_weights  [N, L]     relu of the lexical head, 0 for special and padding tokens; a text's weight of
+    an id is
                               the maximum over its occurrences
     multi_vectors  [N, L, C]  normalised rows; row 0 (`<s>`) and rows of padding are 0, leave them out
 
@@ -32,7 +33,8 @@ from megam3.model.m3 import M3Model, represent
 from megam3.model.pretrained import load_tokenizer_of
 
 ONNX_TOLERANCE = 1e-4
-"""Largest difference of any number in fp32; other kernels sum in another order. int8 is reported, not judged."""
+"""Largest difference of any number in fp32; other kernels sum in another order. int8 is reported, not
+judged."""
 OUTPUTS = ("dense", "token_weights", "multi_vectors")
 _OPSET = 18
 
@@ -70,7 +72,8 @@ def export_onnx(
     """Write model.onnx (and model.int8.onnx), the tokenizer and megam3_config.json as folder `out`.
 
     Returns:
-        Largest difference per output between onnxruntime and the packed model, `int8/NAME` for the quantised one.
+        Largest difference per output between onnxruntime and the packed model, `int8/NAME` for the quantised
+        one.
 
     Raises:
         ConfigError: a package is missing.

@@ -1,4 +1,5 @@
-"""The multi-vector head for pylate's ColBERT. It leaves skip-listed tokens out of passages only: `<s>` stays in queries."""
+"""The multi-vector head for pylate's ColBERT. It leaves skip-listed tokens out of passages only: `<s>` stays
+in queries."""
 
 from __future__ import annotations
 

@@ -1,8 +1,12 @@
-"""Why there is no folder for SparseEncoder of sentence-transformers: its own modules cannot compute the lexical head.
+"""Why there is no folder for SparseEncoder of sentence-transformers: its own modules cannot compute the
+lexical head.
 
-The head gives a token the weight relu(w·h + b) and a text the maximum over a token's occurrences. Of the modules in
-sentence-transformers 6.2, SpladePooling reads one score per vocabulary entry and takes log(1 + relu) of it, and
-SparseStaticEmbedding reads a table and no hidden state. A class of our own in the folder would have to be trusted
+The head gives a token the weight relu(w·h + b) and a text the maximum over a token's occurrences. Of the
+modules in
+sentence-transformers 6.2, SpladePooling reads one score per vocabulary entry and takes log(1 + relu) of it,
+and
+SparseStaticEmbedding reads a table and no hidden state. A class of our own in the folder would have to be
+trusted
 (`trust_remote_code`) by every reader, so that is refused rather than done silently.
 """
 

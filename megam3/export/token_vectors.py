@@ -20,7 +20,8 @@ from megam3.model.m3 import M3Model
 
 
 def write_token_vector_files(out: Path, model: M3Model, source: Path, dense_config: dict[str, object]) -> int:
-    """Encoder, tokenizer and head into `out`; `dense_config` adds keys of the consumer. Returns the longest text.
+    """Encoder, tokenizer and head into `out`; `dense_config` adds keys of the consumer. Returns the longest
+    text.
 
     Raises:
         CheckpointError: the model has no multi-vector head.

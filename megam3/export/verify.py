@@ -39,7 +39,8 @@ def refuse_existing(out: str | Path) -> Path:
 
 
 def model_from_state(state: Mapping[str, Tensor], source: str) -> M3Model:
-    """The model in memory: the config of folder `source` around the weights `state` (keys of an M3Model), fp32, in eval mode.
+    """The model in memory: the config of folder `source` around the weights `state` (keys of an M3Model),
+    fp32, in eval mode.
 
     Raises:
         CheckpointError: weights of another model.

@@ -1,4 +1,5 @@
-"""A model by path or by Hugging Face id: folders are used as they stand, ids are downloaded at one fixed revision.
+"""A model by path or by Hugging Face id: folders are used as they stand, ids are downloaded at one fixed
+revision.
 
     resolve_model("models/encoder")             the folder, no revision
     resolve_model("BAAI/bge-m3")                the hub's main branch, whatever commit that is now
@@ -38,7 +39,8 @@ class ResolvedModel:
 
 
 def resolve_model(path_or_id: str) -> ResolvedModel:
-    """The local folder of `path_or_id`, downloaded when it is a hub id (`owner/name` or `owner/name@revision`).
+    """The local folder of `path_or_id`, downloaded when it is a hub id (`owner/name` or
+    `owner/name@revision`).
 
     Raises:
         ConfigError: neither a folder nor an id, an id the hub does not have, or no network and no copy.

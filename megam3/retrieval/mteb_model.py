@@ -1,6 +1,7 @@
 """An exported folder as a model of MTEB (2 or later): `mteb.evaluate(MtebModel("runs/demo/export"), tasks)`.
 
-The dense head only: MTEB compares one vector a text. The package mteb is not imported before an object is made.
+The dense head only: MTEB compares one vector a text. The package mteb is not imported before an object is
+made.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class MtebModel:
         )
 
     def encode(self, inputs: Iterable[dict[str, Any]], **_: Any) -> np.ndarray:
-        """float32 [n, D] of the texts in MTEB's batches; task and prompt type change nothing, M3 has no prompts."""
+        """float32 [n, D] of the texts in MTEB's batches; task and prompt type change nothing, M3 has no
+        prompts."""
         texts = [text for batch in inputs for text in batch["text"]]
         return self.embedder.encode(texts, batch_tokens=self.batch_tokens).dense_vecs
 

@@ -1,4 +1,5 @@
-"""TREC run files: `query-id Q0 passage-id rank score tag`, one line a result, for trec_eval and its relatives."""
+"""TREC run files: `query-id Q0 passage-id rank score tag`, one line a result, for trec_eval and its
+relatives."""
 
 from __future__ import annotations
 

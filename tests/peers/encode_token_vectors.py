@@ -1,4 +1,5 @@
-"""LIBRARY FOLDER TEXTS.json OUT.npz: token vectors of texts by MultiVectorEncoder or ColBERT, in the peer's environment."""
+"""LIBRARY FOLDER TEXTS.json OUT.npz: token vectors of texts by MultiVectorEncoder or ColBERT, in the peer's
+environment."""
 
 import json
 import sys

@@ -1,4 +1,5 @@
-"""STATE.pt SOURCE OUT: export to ONNX with int8 and print the differences, where onnx and onnxruntime are installed."""
+"""STATE.pt SOURCE OUT: export to ONNX with int8 and print the differences, where onnx and onnxruntime are
+installed."""
 
 import json
 import sys

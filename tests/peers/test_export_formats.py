@@ -1,7 +1,9 @@
 """Exported folders in the real consumers, each in an environment of its own that a variable names.
 
-MEGAM3_PEER_PYTHON_ST6: sentence-transformers 6 with transformers 5, onnx, onnxscript, onnxruntime, pydantic and
-ruamel.yaml; MEGAM3_PEER_PYTHON_PYLATE: pylate; MEGAM3_PEER_PYTHON_MTEB: mteb with transformers 5. `-s` shows the largest difference of each.
+MEGAM3_PEER_PYTHON_ST6: sentence-transformers 6 with transformers 5, onnx, onnxscript, onnxruntime, pydantic
+and
+ruamel.yaml; MEGAM3_PEER_PYTHON_PYLATE: pylate; MEGAM3_PEER_PYTHON_MTEB: mteb with transformers 5. `-s` shows
+the largest difference of each.
 """
 
 import json
