@@ -38,12 +38,6 @@ GROUPS = {
         ),
     },
     "Before a run": {
-        "import": Subcommand(
-            "megam3.commands.import_model", "a model of others, by path or hub id, to continue from"
-        ),
-        "from-flagembedding": Subcommand(
-            "megam3.commands.from_flagembedding", "a FlagEmbedding command line or script as a recipe"
-        ),
         "extend-positions": Subcommand(
             "megam3.commands.extend_positions", "position rows for long texts in an encoder for short ones"
         ),
@@ -54,6 +48,12 @@ GROUPS = {
         "inspect-batch": Subcommand("megam3.commands.inspect_batch", "the batches of any step as text"),
         "plan-memory": Subcommand(
             "megam3.commands.plan_memory", "memory of one rank, counted; the chunk that fits"
+        ),
+        "import": Subcommand(
+            "megam3.commands.import_model", "a model of others, by path or hub id, to continue from"
+        ),
+        "from-flagembedding": Subcommand(
+            "megam3.commands.from_flagembedding", "a FlagEmbedding command line or script as a recipe"
         ),
     },
     "Run": {
