@@ -34,6 +34,7 @@ setup(
         "accelerate>=1.1",
         "bm25s>=0.2",
         "faiss-cpu>=1.9",
+        "huggingface-hub>=0.34",
         "matplotlib>=3.8",
         "mpi4py>=4.0",
         "numpy>=1.26",

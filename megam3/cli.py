@@ -54,6 +54,12 @@ GROUPS = {
         "plan-memory": Subcommand(
             "megam3.commands.plan_memory", "memory of one rank, counted; the chunk that fits"
         ),
+        "import": Subcommand(
+            "megam3.commands.import_model", "a model of others, by path or hub id, to continue from"
+        ),
+        "from-flagembedding": Subcommand(
+            "megam3.commands.from_flagembedding", "a FlagEmbedding command line or script as a recipe"
+        ),
     },
     "Run": {
         "train": Subcommand(
@@ -66,7 +72,7 @@ GROUPS = {
             "megam3.commands.evaluate", "five retrieval modes and BM25 on test sets in BEIR format"
         ),
         "export": Subcommand(
-            "megam3.commands.export", "a checkpoint as a Hugging Face folder, read back and compared"
+            "megam3.commands.export", "a checkpoint in the layout of another library, read back and compared"
         ),
     },
 }

@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 DISTRIBUTIONS = {
+    "huggingface_hub": "huggingface-hub",
+    "faiss": "faiss-cpu",
     "pytrec_eval": "pytrec-eval-terrier",
     "ruamel": "ruamel.yaml",
     # pydantic pins the one version of its core that it works with; a range of ours could only contradict it
@@ -34,7 +36,7 @@ NOT_DECLARED = {
 TOOLS = {"mypy", "ruff"}
 """Of the dev extra: programs."""
 
-PEERS = {"FlagEmbedding", "sentence_transformers"}
+PEERS = {"FlagEmbedding", "datasets", "mteb", "pylate", "sentence_transformers"}
 """Imported only by scripts that run in a peer's own environment (benchmarks/environments.py, tests/peers)."""
 
 

@@ -46,7 +46,7 @@ from megam3.config.schema import RunConfig
 from megam3.dist.env import free_port
 from megam3.embedder import M3Embedder
 from megam3.errors import TrainingError
-from megam3.export.hf_folder import export_hf_folder
+from megam3.export.bge_m3 import export_bge_m3
 from megam3.model.m3 import represent
 from megam3.obs.log import setup_logging
 from megam3.retrieval.beir import BeirDataset, read_beir
@@ -129,7 +129,7 @@ def export_newest(run_dir: Path, prepared: Prepared) -> Path:
     assert checkpoint is not None, "training ended well, so it saved"
     export = run_dir / "export"
     shutil.rmtree(export, ignore_errors=True)
-    differences = export_hf_folder(consolidated_weights(checkpoint), str(prepared.encoder_folder), export)
+    differences = export_bge_m3(consolidated_weights(checkpoint), str(prepared.encoder_folder), export)
     logger.info("exported %s; read back, it differs by at most %.1e", export, max(differences.values()))
     return export
 

@@ -1,6 +1,6 @@
-"""A training checkpoint of any ZeRO stage and world size → a Hugging Face folder, without GPUs or ranks.
+"""A training checkpoint of any ZeRO stage and world size → a folder other software reads, without GPUs or ranks.
 
-megam3 export runs/NAME/checkpoints/step-000500 OUT [--model FOLDER]
+megam3 export runs/NAME/checkpoints/step-000500 OUT [--format bge-m3] [--model FOLDER]
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from megam3.dist.env import prepare_environment
 
@@ -16,7 +17,11 @@ from megam3.dist.env import prepare_environment
 prepare_environment(os.environ)
 
 from megam3.checkpoint import consolidated_weights
-from megam3.export.hf_folder import export_hf_folder, source_of_checkpoint
+from megam3.config import recipe_yaml
+from megam3.export.bge_m3 import source_of_checkpoint
+from megam3.export.formats import FORMATS, export
+from megam3.export.model_card import NO_FACTS, CardFacts, facts_of_checkpoint
+from megam3.model.hub import push_folder
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,7 +29,22 @@ def main(argv: Sequence[str]) -> int:
 
     Raises:
         CheckpointError: no complete checkpoint, no source folder, an export that differs, or OUT exists.
+        ConfigError: an impossible format, or the hub refuses or cannot be reached.
     """
+    options = _parser().parse_args(argv)
+    state = consolidated_weights(options.checkpoint)
+    source = options.model or source_of_checkpoint(options.checkpoint)
+    facts = _facts(options.checkpoint)
+    differences = export(state, source, options.out, format=options.format, int8=options.int8, facts=facts)
+    for head, value in differences.items():
+        print(f"largest difference, {head} head: {value:.2e}")
+    print(f"written: {options.out}")
+    if options.push:
+        print(f"pushed: {push_folder(options.out, options.push)}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megam3 export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -36,12 +56,24 @@ def main(argv: Sequence[str]) -> int:
         help="folder the training started from (default: model.path of the run's recipe, else the "
         "checkpoint's model/)",
     )
-    options = parser.parse_args(argv)
-    state = consolidated_weights(options.checkpoint)
-    differences = export_hf_folder(
-        state, options.model or source_of_checkpoint(options.checkpoint), options.out
+    parser.add_argument(
+        "--format",
+        default="bge-m3",
+        metavar="FORMAT",
+        help=f"one of {', '.join(FORMATS)} (default: bge-m3)",
     )
-    for head, value in differences.items():
-        print(f"largest difference, {head} head: {value:.2e}")
-    print(f"written: {options.out}")
-    return 0
+    parser.add_argument(
+        "--int8", action="store_true", help="with onnx: a quantised graph beside the exact one"
+    )
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="upload OUT to this hub repository (private when new)"
+    )
+    return parser
+
+
+def _facts(checkpoint: str) -> CardFacts:
+    file = Path(checkpoint).resolve().parent.parent / "recipe.yaml"
+    if not file.is_file():
+        return NO_FACTS
+    text = file.read_text(encoding="utf-8")
+    return facts_of_checkpoint(checkpoint, recipe_yaml.parse(text, str(file)).data, text)

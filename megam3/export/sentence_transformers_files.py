@@ -1,6 +1,7 @@
 """The files by which sentence-transformers reads the dense head of an exported folder.
 
-These are the classic class paths and keys: versions 5 and 6 read them, while files saved by 5.7 and later name classes older ones lack.
+These are the classic class paths and keys: versions 5 and 6 read them, while files saved by 5.7 and later
+name classes older ones lack.
 """
 
 import json
@@ -10,7 +11,8 @@ _CLASSES = "sentence_transformers.models"
 
 
 def write_sentence_transformers_files(out: Path, hidden_size: int, max_tokens: int) -> None:
-    """modules.json, 1_Pooling/config.json and both config files into `out`: encoder, first-token pooling, normalisation."""
+    """modules.json, 1_Pooling/config.json and both config files into `out`: encoder, first-token pooling,
+    normalisation."""
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     pooling = {
         "word_embedding_dimension": hidden_size,

@@ -1,6 +1,7 @@
 """Tokenizer files that both transformers 4 and 5 read.
 
-transformers 5 writes keys into tokenizer_config.json that 4.x stumbles over (`extra_special_tokens` as a list is an AttributeError there).
+transformers 5 writes keys into tokenizer_config.json that 4.x stumbles over (`extra_special_tokens` as a list
+is an AttributeError there).
 So files are copied from the source and cleaned, never re-saved.
 """
 

@@ -76,6 +76,11 @@ def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
 
 
+def fits_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the varlen kernel takes rows of this dtype and width on this device, dropout aside."""
+    return is_flash_device(device) and dtype in VARLEN_DTYPES and head_dim % 8 == 0 and head_dim <= 256
+
+
 def choose_attention(
     config: PretrainedConfig, device: torch.device, dtype: torch.dtype, is_training: bool
 ) -> AttentionChoice:

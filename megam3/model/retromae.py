@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from megam3.config.schema import ModelConfig
 from megam3.errors import ConfigError
-from megam3.model.attention import uses_varlen_kernel
+from megam3.model.attention import fits_varlen
 from megam3.model.backbone import encode_packed, first_position, load_backbone
 from megam3.model.masked_lm import MaskedLMHead, tied_cross_entropy
 
@@ -95,7 +95,7 @@ def cross_attention(
 ) -> Tensor:
     """Rows of text s over the keys of text s; one kernel on CUDA in half precision, one call per text
     elsewhere."""
-    if uses_varlen_kernel(query_RHd.device, query_RHd.dtype, query_RHd.shape[-1], 0.0):
+    if fits_varlen(query_RHd.device, query_RHd.dtype, query_RHd.shape[-1]):
         cu_rows, cu_keys = (
             torch.tensor([0, *x], device=query_RHd.device).cumsum(0).to(torch.int32) for x in (rows, keys)
         )

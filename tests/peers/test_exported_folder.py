@@ -13,7 +13,7 @@ import pytest
 
 from megam3.config.schema import ModelConfig
 from megam3.embedder import M3Embedder
-from megam3.export.hf_folder import export_hf_folder
+from megam3.export.bge_m3 import export_bge_m3
 from megam3.model.pretrained import load_m3
 from tests.factory import make_sentences, make_tiny_model_folder
 
@@ -29,7 +29,7 @@ pytestmark = [
 def test_flagembedding_and_sentence_transformers_read_what_megam3_wrote(tmp_path, width):
     source = make_tiny_model_folder(tmp_path / "source", max_tokens=256, multi_vector_dim=width)
     model = load_m3(str(source), ModelConfig(path=str(source)))
-    export_hf_folder(model.state_dict(), str(source), tmp_path / "out")
+    export_bge_m3(model.state_dict(), str(source), tmp_path / "out")
     texts = [*make_sentences(7, seed=9), "x", " ".join(make_sentences(60, seed=5))]
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     script = Path(__file__).with_name("encode_with_peers.py")

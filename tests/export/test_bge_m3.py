@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
-import megam3.export.hf_folder as hf_folder
+import megam3.export.bge_m3 as bge_m3
 from megam3.batch import pack_texts
 from megam3.config.schema import ModelConfig
 from megam3.embedder import M3Embedder
 from megam3.errors import CheckpointError
-from megam3.export.hf_folder import export_hf_folder, read_pooler, source_of_checkpoint
+from megam3.export.bge_m3 import export_bge_m3, read_pooler, source_of_checkpoint
 from megam3.export.verify import verify_folder
 from megam3.model.m3 import represent
 from megam3.model.pretrained import load_m3
@@ -56,7 +56,7 @@ def source(tmp_path_factory):
 def exported(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("exported") / "model"
     model = trained(source)
-    return model, out, export_hf_folder(model.state_dict(), str(source), out)
+    return model, out, export_bge_m3(model.state_dict(), str(source), out)
 
 
 def test_the_layout_is_complete_and_nothing_else_stays(exported):
@@ -115,7 +115,7 @@ def test_a_tokenizer_saved_by_transformers_5_becomes_readable_for_4(tmp_path):
     (source / "tokenizer_config.json").write_text(
         json.dumps({**saved, "extra_special_tokens": ["<s>", "</s>"], "backend": "tokenizers"})
     )
-    export_hf_folder(trained(source).state_dict(), str(source), tmp_path / "out")
+    export_bge_m3(trained(source).state_dict(), str(source), tmp_path / "out")
     written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert not {"extra_special_tokens", "backend", "is_local"} & written.keys()
     assert (written["tokenizer_class"], written["model_max_length"]) == ("XLMRobertaTokenizer", 128)
@@ -127,7 +127,7 @@ def test_a_tokenizer_saved_by_transformers_5_becomes_readable_for_4(tmp_path):
 
 def test_a_narrow_head_is_announced(tmp_path):
     source = make_tiny_model_folder(tmp_path / "source", multi_vector_dim=12)
-    export_hf_folder(trained(source).state_dict(), str(source), tmp_path / "out")
+    export_bge_m3(trained(source).state_dict(), str(source), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "megam3_config.json").read_text())["multi_vector_dim"] == 12
     assert "colbert_dim=12" in (tmp_path / "out" / "README.md").read_text()
 
@@ -145,19 +145,19 @@ def test_the_pooler_is_found_under_a_prefix_and_in_bin_files(tmp_path):
 
 
 def test_a_difference_fails_and_leaves_no_folder(source, tmp_path, monkeypatch):
-    def write_something_else(out, model, folder):
+    def write_something_else(out, model, folder, facts):
         with torch.no_grad():
             model.multi_vector_head.weight.add_(1e-3)
-        original(out, model, folder)
+        original(out, model, folder, facts)
         with torch.no_grad():
             model.multi_vector_head.weight.sub_(1e-3)
 
-    original = hf_folder.write_hf_folder
-    monkeypatch.setattr(hf_folder, "write_hf_folder", write_something_else)
+    original = bge_m3.write_bge_m3
+    monkeypatch.setattr(bge_m3, "write_bge_m3", write_something_else)
     with pytest.raises(
         CheckpointError, match="largest difference of the multi_vector head must be at most 1e-05"
     ):
-        export_hf_folder(trained(source).state_dict(), str(source), tmp_path / "out")
+        export_bge_m3(trained(source).state_dict(), str(source), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -173,7 +173,7 @@ def test_another_tokenizer_fails(source, exported, tmp_path):
 def test_an_existing_folder_is_not_overwritten(source, exported):
     model, out, _ = exported
     with pytest.raises(CheckpointError, match="exists already; remove it or choose another name"):
-        export_hf_folder(model.state_dict(), str(source), out)
+        export_bge_m3(model.state_dict(), str(source), out)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_weights_of_another_model_are_refused(source, tmp_path, change, rule):
     state = dict(trained(source).state_dict())
     change(state)
     with pytest.raises(CheckpointError, match=rf"{rule}.*; name the folder this checkpoint was trained from"):
-        export_hf_folder(state, str(source), tmp_path / "out")
+        export_bge_m3(state, str(source), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

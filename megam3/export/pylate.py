@@ -1,0 +1,44 @@
+"""The multi-vector head for pylate's ColBERT. It leaves skip-listed tokens out of passages only: `<s>` stays
+in queries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megam3.export.model_card import CardFacts, multi_vector_card
+from megam3.export.token_vectors import write_token_vector_files
+from megam3.files import write_json
+from megam3.model.m3 import M3Model
+from megam3.model.pretrained import load_tokenizer_of
+
+QUERY_TOKENS = 512
+"""Longer queries are cut by pylate; the paper's limit (arXiv 2402.03216, table 8)."""
+
+
+def write_pylate(out: Path, model: M3Model, source: Path, facts: CardFacts) -> None:
+    """All files into the empty folder `out`, unchecked.
+
+    Raises:
+        CheckpointError: the model has no multi-vector head.
+    """
+    max_tokens = write_token_vector_files(out, model, source, {"use_residual": False})
+    kinds = {"": "sentence_transformers.models.Transformer", "1_Dense": "pylate.models.Dense.Dense"}
+    modules = [
+        {"idx": idx, "name": str(idx), "path": path, "type": kind}
+        for idx, (path, kind) in enumerate(kinds.items())
+    ]
+    write_json(out / "modules.json", modules)
+    settings = {
+        "query_prefix": "",
+        "document_prefix": "",
+        "query_length": min(QUERY_TOKENS, max_tokens),
+        "document_length": max_tokens,
+        "attend_to_expansion_tokens": False,
+        "do_query_expansion": False,
+        "skiplist_words": [load_tokenizer_of(str(source)).cls_token],
+        "similarity_fn_name": "MaxSim",
+        "prompts": {},
+        "default_prompt_name": None,
+    }
+    write_json(out / "config_sentence_transformers.json", settings)
+    (out / "README.md").write_text(multi_vector_card("PyLate", max_tokens, facts), encoding="utf-8")
