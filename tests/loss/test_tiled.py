@@ -75,6 +75,7 @@ CONFIGS = [
     ),
     UnifiedConfig(temperature=0.3, teacher="m3_kd_loss"),
     UnifiedConfig(temperature=0.3, mask_false_negatives=False),
+    UnifiedConfig(temperature=0.3, maxsim="sum"),
     DENSE_ONLY,
 ]
 
@@ -87,9 +88,9 @@ def _both(rank, config, in_batch, distill, tile, only_tiled=False):
     negatives = replace(negatives, mask_false_negatives=config.mask_false_negatives)
     teacher = _teacher(negatives, taught, config)
     leaves = [*queries.floats(), *passages.floats()]
-    scores = score_global(queries, passages, settings.sum_weights, heads=settings.heads, counts=counts)
+    scores = score_global(queries, passages, settings.sum_weights, settings.maxsim, settings.heads, counts)
     if not in_batch:
-        scores = score_heads(queries, passages, settings.sum_weights, heads=settings.heads)
+        scores = score_heads(queries, passages, settings.sum_weights, settings.maxsim, settings.heads)
     scale = comm.world_size() / sum(counts.queries)
     plain = unified_loss(
         scores.by_name(),
