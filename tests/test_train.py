@@ -160,7 +160,7 @@ def test_a_refused_run_changes_nothing_of_the_one_it_would_have_continued(
     assert (recipe.model.path, recipe.train.seed, recipe.engine.template) == (
         str(place.folder / "poisoned"),
         42,
-        "zero1",
+        "zero2",
     )
     assert (run / "model" / "config.json").read_bytes() == (
         place.folder / "model" / "config.json"

@@ -1,10 +1,12 @@
 """The command: what it prints, recommends, and refuses."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from megam3.cli import main
+from megam3.config.batch_size import queries_in_buckets
 from megam3.config.load import load_config
 from megam3.planning.memory import plan_memory
 from megam3.planning.memory_report import heaviest_step, read_model_shape, read_strategy
@@ -119,3 +121,32 @@ def test_the_plan_of_two_ranks_is_within_15_percent_of_the_measured_peak():
     for case in cases:
         result = probe(case, world_size=2)
         assert result["planned"] == pytest.approx(result["measured"], rel=0.15), (case, result)
+
+
+def test_the_memory_plan_counts_the_queries_that_the_data_plan_serves(encoder):
+    # a token budget, groups of 2, and one dataset with groups of 16, which serves fewer queries of more passages
+    config = load_config(
+        "unified",
+        [
+            encoder(),
+            'data.train=[{"name": "two", "paths": ["x"]}, {"name": "many", "paths": ["y"], "passages_per_query": 16}]',
+            "data.passages_per_query=2",
+            "data.batch.buckets=null",
+            "data.batch.global_tokens=1000000",
+            "data.query_max_tokens=512",
+            "data.passage_max_tokens=512",
+            "data.length_buckets=[512]",
+        ],
+    )
+    served = {
+        (step.queries, step.passages) for group in (2, 16) for step in queries_in_buckets(config.data, group)
+    }
+    model, strategy = read_model_shape(config), read_strategy(config, 1, on_gpu=True)
+    _, step = heaviest_step(config, model, strategy)
+    assert served == {(651, 1302), (114, 1824)}
+    assert (step.num_queries, step.num_passages) in served
+    plans = {
+        passages: plan_memory(model, strategy, replace(step, num_queries=queries, num_passages=passages))
+        for queries, passages in served
+    }
+    assert plan_memory(model, strategy, step).total_bytes == max(plan.total_bytes for plan in plans.values())

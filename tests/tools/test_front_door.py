@@ -72,7 +72,20 @@ FILE_NAMES = re.compile(
 
 
 @pytest.mark.parametrize(
-    "folder", ["tools", "megam3", "examples", "slurm", "ds_configs", "README.md", "Makefile"]
+    "folder",
+    [
+        "tools",
+        "megam3",
+        "examples",
+        "slurm",
+        "ds_configs",
+        "README.md",
+        "Makefile",
+        "docs/architecture.md",
+        "docs/memory.md",
+        "docs/cluster.md",
+        "docs/gpu.md",
+    ],
 )
 def test_files_that_are_named_exist(folder: str) -> None:
     place = ROOT / folder
