@@ -3,13 +3,13 @@ import torch
 from torch import nn
 
 from megam3.batch import Representations, join_representations, pack_texts
-from megam3.config.schema import HeadWeights, UnifiedConfig
+from megam3.config.schema import HEADS, HeadWeights, UnifiedConfig
 from megam3.cost import plan_chunks
 from megam3.dist import comm
 from megam3.gradcache import cached_step
 from megam3.loss.settings import NAMES, resolve_settings
 from megam3.loss.unified import unified_loss
-from megam3.scoring.combine import HEADS, count_over_ranks, score_global
+from megam3.scoring.combine import count_over_ranks, score_global
 from tests.ranks import run_ranks
 
 WEIGHTS = HeadWeights(dense=1.0, lexical=0.3, multi_vector=1.0)

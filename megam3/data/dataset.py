@@ -40,7 +40,7 @@ HEARTBEAT_SECONDS = 5.0
 """The longest that ranks wait in one collective call while the main rank prepares the store."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingData:
     """Opened data and its plan."""
 
@@ -171,7 +171,14 @@ def open_training_data(
         tokenizer.prefix, tokenizer.suffix, tuple(max(0, len(ids) - framed) for ids in instructions)
     )
     plan = build_plan(config, describe(config, opened), seed)
-    return TrainingData(config, str(store_dir), opened, plan, frame, tokenizer.fingerprint)
+    return TrainingData(
+        config=config,
+        store_dir=str(store_dir),
+        datasets=opened,
+        plan=plan,
+        frame=frame,
+        tokenizer=tokenizer.fingerprint,
+    )
 
 
 def open_on_every_rank(

@@ -21,7 +21,7 @@ RECORDS_PER_CALL = 256
 """Texts go to the tokenizer in groups: one call per text would cost as much as the tokenizing."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Rejects:
     """Records refused so far, up to a limit."""
 
@@ -73,7 +73,7 @@ def build_shard(job: ShardJob, tokenizer: Tokenizer) -> ShardSummary:
     Raises:
         DataError: a bad record beyond the limit, an unreadable input, or a disk that does not take the shard.
     """
-    rejects = Rejects(job.unit, job.max_rejected)
+    rejects = Rejects(unit=job.unit, limit=job.max_rejected)
     rows = list(_encode_rows(job, tokenizer, rejects))
     rows.sort(key=lambda row: (row.language, row.longest, row.line))
     payload = to_arrow(rows)

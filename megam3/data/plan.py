@@ -24,7 +24,7 @@ from megam3.data.permute import key_of, permute
 from megam3.data.strata import Cell, DatasetRows, Stratum, build_cells, build_strata
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlannedBatch:
     """Rows of one batch over all ranks."""
 
@@ -40,7 +40,7 @@ class PlannedBatch:
     """int64: stratum of each row, which knows its dataset and language."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """All batches of all epochs."""
 
@@ -84,7 +84,8 @@ class Plan:
         place = int(permute(np.array([index]), self.num_batches, key_of(self.seed, epoch, "order"))[0])
         cell = int(np.searchsorted(self._cell_ends, place, side="right"))
         start, stop = self.cells[cell].span(place - int(self._cell_ends[cell] - self.cells[cell].num_batches))
-        return PlannedBatch(epoch, index, cell, *self._resolve(cell, epoch, np.arange(start, stop)))
+        rows, passes, strata = self._resolve(cell, epoch, np.arange(start, stop))
+        return PlannedBatch(epoch=epoch, index=index, cell=cell, rows=rows, passes=passes, strata=strata)
 
     def _resolve(
         self, number: int, epoch: int, positions: np.ndarray
@@ -152,11 +153,11 @@ def build_plan(config: DataConfig, datasets: Sequence[DatasetRows], seed: int) -
     strata = build_strata(config, datasets)
     cells = build_cells(config, datasets, strata)
     return Plan(
-        seed,
-        tuple(datasets),
-        tuple(strata),
-        tuple(cells),
-        _fingerprint(config, datasets, strata, cells, seed),
+        seed=seed,
+        datasets=tuple(datasets),
+        strata=tuple(strata),
+        cells=tuple(cells),
+        fingerprint=_fingerprint(config, datasets, strata, cells, seed),
     )
 
 

@@ -36,7 +36,7 @@ class BadRecord(Exception):  # noqa: N818 - becomes a DataError once file and li
         return DataError(f"{place} {self.field}", short(self.value), self.rule, remedy)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """A checked record. A text for pretraining has `query` None and one passage, its text."""
 
@@ -82,7 +82,13 @@ def parse_record(parsed: object) -> Record:
         raise BadRecord("record", parsed, "must be a JSON object")
     language, record_id = _text_or_none(parsed, "lang"), _id_or_none(parsed)
     if "text" in parsed and "query" not in parsed:
-        return Record(None, (_required_text(parsed, "text"),), 0, language=language, record_id=record_id)
+        return Record(
+            query=None,
+            passages=(_required_text(parsed, "text"),),
+            num_positives=0,
+            language=language,
+            record_id=record_id,
+        )
     if "query" not in parsed:
         raise BadRecord("keys", sorted(str(key) for key in parsed), "must hold `query` and `pos`, or `text`")
     query = _required_text(parsed, "query")
@@ -99,7 +105,15 @@ def parse_record(parsed: object) -> Record:
     passages = positives + negatives
     symmetric = kind in ("symmetric_sts", "symmetric_clustering")
     return Record(
-        query, passages, len(positives), scores, prompt, kind == "only_1neg", symmetric, language, record_id
+        query=query,
+        passages=passages,
+        num_positives=len(positives),
+        scores=scores,
+        prompt=prompt,
+        only_one_negative=kind == "only_1neg",
+        passages_are_queries=symmetric,
+        language=language,
+        record_id=record_id,
     )
 
 

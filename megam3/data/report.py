@@ -62,7 +62,7 @@ def draw_histogram(manifests: Sequence[Manifest], path: Path) -> None:
     figure.savefig(path)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlanEstimate:
     """Means over a sample of an epoch's batches."""
 
@@ -93,10 +93,10 @@ def estimate_plan(plan: Plan, assembler: Assembler, world_size: int, max_batches
         loads = np.array([costs[share].sum() for share in shares])
         imbalances.append(loads.max() / loads.mean() - 1)
     return PlanEstimate(
-        len(numbers),
-        float(np.mean(tokens)),
-        1 - float(np.sum(tokens) / np.sum(padded)),
-        float(np.mean(imbalances)),
+        num_sampled=len(numbers),
+        tokens_per_batch=float(np.mean(tokens)),
+        padding_avoided=1 - float(np.sum(tokens) / np.sum(padded)),
+        imbalance=float(np.mean(imbalances)),
     )
 
 

@@ -140,7 +140,7 @@ class Placed:
     tails: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GroupBucket:
     """The rows of a group in one of its buckets, before they are placed."""
 
@@ -256,7 +256,14 @@ def _buckets(
     for bucket in sorted({strata[index].bucket for index in members}):
         own = tuple(index for index in members if strata[index].bucket == bucket)
         num_served = sum(strata[index].num_served for index in own)
-        found.append(GroupBucket(own, steps[bucket].max_tokens, num_served, steps[bucket].queries))
+        found.append(
+            GroupBucket(
+                strata=own,
+                max_tokens=steps[bucket].max_tokens,
+                num_served=num_served,
+                batch_queries=steps[bucket].queries,
+            )
+        )
     return found
 
 

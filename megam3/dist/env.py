@@ -25,7 +25,7 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 LAUNCHER_VARIABLES = (*RANK_VARIABLES, "MASTER_ADDR", "MASTER_PORT")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankInfo:
     """This process among the processes of the run."""
 
@@ -57,7 +57,7 @@ def discover_ranks(environ: Mapping[str, str]) -> RankInfo:
         return _from_slurm(environ)
     if any(name.startswith(("OMPI_", "PMI_", "PMIX_")) for name in environ):
         return _from_mpi(environ)
-    return _checked(RankInfo(0, 0, 1, environ.get("MASTER_ADDR", "127.0.0.1"), _port(environ, DEFAULT_PORT), "single"))
+    return _checked(RankInfo(rank=0, local_rank=0, world_size=1, master_addr=environ.get("MASTER_ADDR", "127.0.0.1"), master_port=_port(environ, DEFAULT_PORT), source="single"))
 
 
 def _from_launcher(environ: Mapping[str, str]) -> RankInfo:
@@ -68,7 +68,7 @@ def _from_launcher(environ: Mapping[str, str]) -> RankInfo:
         remedy = "start with `deepspeed` or `torchrun`, or unset RANK, WORLD_SIZE and LOCAL_RANK for one process"
         raise ConfigError("environment", given, rule, remedy)
     rank, world_size, local_rank = (_number(environ, name) for name in RANK_VARIABLES)
-    return _checked(RankInfo(rank, local_rank, world_size, environ["MASTER_ADDR"], _port(environ, DEFAULT_PORT), "launcher"))
+    return _checked(RankInfo(rank=rank, local_rank=local_rank, world_size=world_size, master_addr=environ["MASTER_ADDR"], master_port=_port(environ, DEFAULT_PORT), source="launcher"))
 
 
 def _is_batch_script(environ: Mapping[str, str]) -> bool:
@@ -87,7 +87,7 @@ def _from_slurm(environ: Mapping[str, str]) -> RankInfo:
         raise ConfigError("environment", {"SLURM_PROCID": environ["SLURM_PROCID"]}, rule, "start with `srun`, or unset SLURM_PROCID")
     master = environ.get("MASTER_ADDR") or first_host(environ[str(nodes)])
     rank, local_rank, world_size = (_number(environ, name) for name in ("SLURM_PROCID", "SLURM_LOCALID", tasks))
-    return _checked(RankInfo(rank, local_rank, world_size, master, _port(environ, slurm_port(environ)), "slurm"))
+    return _checked(RankInfo(rank=rank, local_rank=local_rank, world_size=world_size, master_addr=master, master_port=_port(environ, slurm_port(environ)), source="slurm"))
 
 
 def slurm_port(environ: Mapping[str, str]) -> int:
@@ -143,7 +143,7 @@ def _from_mpi(environ: Mapping[str, str]) -> RankInfo:
     world = MPI.COMM_WORLD
     local_rank = world.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
     master = environ.get("MASTER_ADDR") or world.bcast(MPI.Get_processor_name(), root=0)
-    return _checked(RankInfo(world.Get_rank(), local_rank, world.Get_size(), master, _port(environ, DEFAULT_PORT), "mpi"))
+    return _checked(RankInfo(rank=world.Get_rank(), local_rank=local_rank, world_size=world.Get_size(), master_addr=master, master_port=_port(environ, DEFAULT_PORT), source="mpi"))
 
 
 def _checked(info: RankInfo) -> RankInfo:

@@ -55,7 +55,7 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
     return int(peak) if sys.platform == "darwin" else int(peak) * 1024  # macOS counts bytes, Linux KiB
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Speed:
     """What a window of steps amounted to."""
 
@@ -107,6 +107,11 @@ class StepClock:
         now = time.perf_counter()
         seconds = max(now - self._started, 1e-9)
         share = self._flops / seconds / self._peak if self._peak else None
-        speed = Speed(seconds, self._tokens / seconds, share, self._waited / seconds)
+        speed = Speed(
+            seconds=seconds,
+            tokens_per_second=self._tokens / seconds,
+            peak_share=share,
+            data_wait_share=self._waited / seconds,
+        )
         self._tokens, self._flops, self._waited, self._started = 0, 0, 0.0, now
         return speed

@@ -19,7 +19,7 @@ from megam3.errors import DataError
 _LAYOUT = "a BEIR folder holds corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BeirDataset:
     """One test set in memory."""
 

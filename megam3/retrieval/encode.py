@@ -23,7 +23,7 @@ MULTI_VECTOR_BYTES = 4 << 30
 """Multi-vector rows of a rank's passages are kept in memory up to this size."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EncodedTexts:
     """N texts on the host, in the order given."""
 
@@ -105,11 +105,11 @@ def encode_texts(
     counts = torch.tensor([0, *[len(part) for part in ids]], dtype=torch.int64)
     empty = not num_texts
     return EncodedTexts(
-        torch.zeros(0, 0) if empty else torch.stack(dense),
-        nothing if empty else torch.cat(weights),
-        torch.zeros(0, dtype=torch.int64) if empty else torch.cat(ids),
-        counts.cumsum(0),
-        rows,
+        dense_ND=torch.zeros(0, 0) if empty else torch.stack(dense),
+        lexical_weights_Z=nothing if empty else torch.cat(weights),
+        lexical_ids_Z=torch.zeros(0, dtype=torch.int64) if empty else torch.cat(ids),
+        lexical_offsets_N1=counts.cumsum(0),
+        multi_rows=rows,
     )
 
 

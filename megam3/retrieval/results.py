@@ -22,7 +22,7 @@ class ModeResult:
     by_length: dict[str, dict[str, float]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
     """One test set."""
 

@@ -21,7 +21,7 @@ CHUNK_ELEMENTS = 1 << 24
 """Scores held at a time: 64 MB in fp32."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Candidates:
     """Passages to re-rank: dense hits first, in their order, then the lexical hits that are not among them."""
 
@@ -161,4 +161,11 @@ def score_candidates(
         multi_QK,
     ]
     dense_QK, lexical_QK, multi_QK = (comm.all_reduce_sum(score) for score in scores)
-    return Candidates(rows_QK, dense.rows_QK.shape[1], both_QK, dense_QK, lexical_QK, multi_QK)
+    return Candidates(
+        rows_QK=rows_QK,
+        num_dense=dense.rows_QK.shape[1],
+        also_lexical_QK=both_QK,
+        dense_QK=dense_QK,
+        lexical_QK=lexical_QK,
+        multi_vector_QK=multi_QK,
+    )

@@ -15,18 +15,15 @@ import torch
 from torch import Tensor
 
 from megam3.batch import Representations
-from megam3.config.schema import HeadWeights
+from megam3.config.schema import HEADS, HeadWeights
 from megam3.dist import comm
 from megam3.dist.gather import exchange_columns, gather_offsets, gather_rows
 from megam3.scoring.dense import dense_scores
 from megam3.scoring.lexical import lexical_scores
 from megam3.scoring.maxsim import maxsim_scores
 
-HEADS = ("dense", "lexical", "multi_vector")
-"""Names of the heads, in the order of every table."""
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scores:
     """One matrix per head that was asked for, before any temperature; columns are passages."""
 
@@ -71,7 +68,12 @@ def _with_sum(heads: dict[str, Tensor], weights: HeadWeights | None) -> Scores:
         assert not missing, f"the sum gives weight to heads that were not scored: {missing}"
         parts = [getattr(weights, name) * scores for name, scores in heads.items() if getattr(weights, name)]
         total = torch.stack(parts).sum(0) if parts else torch.zeros_like(next(iter(heads.values())))
-    return Scores(heads.get("dense"), heads.get("lexical"), heads.get("multi_vector"), total)
+    return Scores(
+        dense_QP=heads.get("dense"),
+        lexical_QP=heads.get("lexical"),
+        multi_vector_QP=heads.get("multi_vector"),
+        sum_QP=total,
+    )
 
 
 def score_heads(
@@ -98,7 +100,7 @@ def score_heads(
     return _with_sum(scored, weights)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankCounts:
     """Per rank: queries, passages, the queries' lexical pairs and multi-vector rows."""
 
@@ -116,7 +118,8 @@ class RankCounts:
 def count_over_ranks(queries: Representations, passages: Representations) -> RankCounts:
     """One round of integers; every later transfer of a step is sized by it."""
     own = [queries.num_texts, passages.num_texts, queries.lexical_ids_Z.shape[0], queries.multi_KC.shape[0]]
-    return RankCounts(*(tuple(column) for column in zip(*comm.all_gather_ints(own))))
+    queries_W, passages_W, pairs_W, rows_W = (tuple(column) for column in zip(*comm.all_gather_ints(own)))
+    return RankCounts(queries=queries_W, passages=passages_W, query_pairs=pairs_W, query_rows=rows_W)
 
 
 def gather_queries(queries: Representations, counts: RankCounts, heads: Collection[str]) -> Representations:
@@ -160,9 +163,9 @@ def score_global(
         scored["dense"] = dense_scores(queries.dense_ND, gather_rows(passages.dense_ND, counts.passages))
     travelling = [name for name in HEADS[1:] if name in heads]
     if travelling:
-        everyones = gather_queries(queries, counts, travelling)
+        of_all_ranks = gather_queries(queries, counts, travelling)
         blocks = [
-            _lexical(everyones, passages) if name == "lexical" else _multi(everyones, passages, maxsim)
+            _lexical(of_all_ranks, passages) if name == "lexical" else _multi(of_all_ranks, passages, maxsim)
             for name in travelling
         ]
         scored.update(zip(travelling, exchange_columns(torch.stack(blocks), counts.queries, counts.passages)))

@@ -40,7 +40,7 @@ class _Pairs:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Block:
     """Queries first … stop-1 as a dense [U, n] side, and the passages' pairs with those U ids as a sparse [P, U] side."""
 
@@ -92,14 +92,14 @@ def _block(
     counts = torch.cat([known_Z.new_zeros(1, dtype=torch.int64), known_Z.cumsum(0)])
     crow = counts[passages.offsets_N1].to(torch.int32)
     return _Block(
-        texts,
-        pairs,
-        (column_z, query_z),
-        dense_Un,
-        crow,
-        place_Z[kept].to(torch.int32),
-        passage_Z[kept],
-        kept,
+        queries=texts,
+        pairs=pairs,
+        query_places=(column_z, query_z),
+        dense_Un=dense_Un,
+        crow=crow,
+        columns=place_Z[kept].to(torch.int32),
+        rows=passage_Z[kept],
+        kept=kept,
     )
 
 

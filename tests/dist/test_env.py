@@ -16,16 +16,16 @@ STEP = {**SLURM, "SLURM_STEP_ID": "0"}
 
 
 def test_launcher_comes_first() -> None:
-    assert discover_ranks({**SLURM, **LAUNCHER, "OMPI_COMM_WORLD_RANK": "0"}) == RankInfo(3, 1, 4, "a", 1234, "launcher")
+    assert discover_ranks({**SLURM, **LAUNCHER, "OMPI_COMM_WORLD_RANK": "0"}) == RankInfo(rank=3, local_rank=1, world_size=4, master_addr="a", master_port=1234, source="launcher")
 
 
 def test_slurm_comes_second() -> None:
-    assert discover_ranks({**STEP, "PMI_RANK": "0"}) == RankInfo(5, 1, 8, "n02", 12_410, "slurm")
+    assert discover_ranks({**STEP, "PMI_RANK": "0"}) == RankInfo(rank=5, local_rank=1, world_size=8, master_addr="n02", master_port=12_410, source="slurm")
 
 
 def test_a_step_can_be_smaller_than_its_job() -> None:
     step = {**STEP, "SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_NODELIST": "n7"}
-    assert discover_ranks(step) == RankInfo(5, 1, 6, "n7", 12_410, "slurm")
+    assert discover_ranks(step) == RankInfo(rank=5, local_rank=1, world_size=6, master_addr="n7", master_port=12_410, source="slurm")
 
 
 def test_site_settings_win_over_slurms_guess() -> None:
@@ -39,14 +39,14 @@ def test_a_batch_script_is_one_process() -> None:
 
 
 def test_alone() -> None:
-    assert discover_ranks({"HOME": "/"}) == RankInfo(0, 0, 1, "127.0.0.1", 29500, "single")
+    assert discover_ranks({"HOME": "/"}) == RankInfo(rank=0, local_rank=0, world_size=1, master_addr="127.0.0.1", master_port=29500, source="single")
 
 
 def test_export_is_read_back() -> None:
     info = discover_ranks(STEP)
     environ: dict[str, str] = {}
     info.export(environ)
-    assert discover_ranks(environ) == RankInfo(5, 1, 8, "n02", 12_410, "launcher")
+    assert discover_ranks(environ) == RankInfo(rank=5, local_rank=1, world_size=8, master_addr="n02", master_port=12_410, source="launcher")
 
 
 def test_mpi_is_asked_last(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +77,7 @@ def test_mpi_is_asked_last(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "mpi4py", type(sys)("mpi4py"))
     monkeypatch.setattr(sys.modules["mpi4py"], "MPI", Fake, raising=False)
-    assert discover_ranks({"OMPI_COMM_WORLD_SIZE": "4"}) == RankInfo(2, 1, 4, "first", 29500, "mpi")
+    assert discover_ranks({"OMPI_COMM_WORLD_SIZE": "4"}) == RankInfo(rank=2, local_rank=1, world_size=4, master_addr="first", master_port=29500, source="mpi")
     assert discover_ranks({"PMI_SIZE": "4", "MASTER_ADDR": "m"}).master_addr == "m"
 
 

@@ -50,4 +50,12 @@ def toy_dataset(num_passages=70, num_queries=9, seed=0):
     passage_ids, query_ids = [f"d{i}" for i in range(num_passages)], [f"q{i}" for i in range(num_queries)]
     qrels = {query: {f"d{generator.integers(num_passages)}": 1} for query in query_ids}
     languages = [("en", "de", "fi")[i % 3] for i in range(num_queries)]
-    return BeirDataset("toy", passage_ids, passages, query_ids, queries, languages, qrels)
+    return BeirDataset(
+        name="toy",
+        passage_ids=passage_ids,
+        passages=passages,
+        query_ids=query_ids,
+        queries=queries,
+        languages=languages,
+        qrels=qrels,
+    )

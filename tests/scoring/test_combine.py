@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from megam3.batch import join_representations
-from megam3.config.schema import HeadWeights
+from megam3.config.schema import HEADS, HeadWeights
 from megam3.dist import comm
 from megam3.scoring import combine
-from megam3.scoring.combine import HEADS, count_over_ranks, score_global, score_heads
+from megam3.scoring.combine import count_over_ranks, score_global, score_heads
 from tests.ranks import run_ranks
 from tests.representations import naive_scores, random_representations
 

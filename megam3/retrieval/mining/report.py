@@ -16,7 +16,7 @@ MAX_EXAMPLES = 3
 """Of a part; the report keeps as many of all parts."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Counts:
     """Of some queries; parts write it as JSON, and the report adds them up."""
 
