@@ -149,7 +149,7 @@ def _disturbed(call: Mapping[str, Any]) -> Iterator[None]:
         if (rank, step) == (trainer.comm.rank(), progress.step):
             os.kill(os.getpid(), signal.Signals[name])
             # Python runs the handler a moment later, the loop would see it at the next step
-            wishes = trainer.Wishes(requeue=name == "SIGUSR1", stop=name == "SIGTERM")
+            wishes = trainer.Wishes(requeue=name == "SIGUSR1", stop=name in ("SIGTERM", "SIGINT"))
         return original(run, batches, progress, wishes)
 
     with mock.patch.object(trainer, "run_step", run_step):
