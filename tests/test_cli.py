@@ -97,7 +97,7 @@ def test_an_unknown_subcommand_is_told_the_nearest(capsys: pytest.CaptureFixture
     assert "there is no subcommand 'exprot'; did you mean export?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["zzz"])
-    assert "use one of: quickstart, show-config, extend-positions" in capsys.readouterr().err
+    assert "use one of: quickstart, show-config, explain, extend-positions" in capsys.readouterr().err
 
 
 def test_python_m_megam3_is_the_command() -> None:

@@ -1,5 +1,5 @@
-"""`megam3 explain FIELD`: what a field of the recipe means: type, default, section, description; or the fields of a
-section.
+"""`megam3 explain FIELD`: a field of the recipe by type, default, section and meaning; or a section by its
+fields.
 
     megam3 explain optim.head_lr
     megam3 explain optim

@@ -64,7 +64,7 @@ def describe(config: RunConfig, world_size: int, *, has_gpu: bool) -> str:
 
 
 def loss_lines(config: RunConfig) -> list[str]:
-    """The weights that training uses, presets resolved and heads left out at 0; none for a stage without them."""
+    """The weights that training uses, presets resolved, absent heads at 0; no line for a stage without any."""
     if not isinstance(config.objective, UnifiedConfig):
         return []
     settings = resolve_settings(config.objective)

@@ -31,9 +31,10 @@ def section_names() -> list[str]:
 
 
 def describe_field(name: str) -> str:
-    """Type, default, section and description of a field given as in an override; a section also lists its fields.
+    """Type, default, section and description of a field given as in an override; a section lists its fields.
 
-    Indices of lists may be left out (`data.train.weight`). A field that several stages have is told once for each.
+    Indices of lists may be left out (`data.train.weight`). A field that several stages have is told once for
+    each.
 
     Raises:
         ConfigError: there is no such field; names the nearest.

@@ -165,9 +165,11 @@ class LossWeights(HeadWeights):
 
 
 M3_SUM = HeadWeights(dense=1.0, lexical=0.3, multi_vector=1.0)
-"""w1, w2, w3 of the combined score: arXiv 2402.03216v4, section 3.3, and FlagEmbedding 1.4.2 (`ensemble_score`)."""
+"""w1, w2, w3 of the combined score: arXiv 2402.03216v4, section 3.3, and FlagEmbedding 1.4.2
+(`ensemble_score`)."""
 M3_LOSS = LossWeights(dense=1.0, lexical=0.1, multi_vector=1.0, sum=1.0)
-"""λ1, λ2, λ3 and 1: arXiv 2402.03216v4, section 3.3, and FlagEmbedding 1.4.2 (`EncoderOnlyEmbedderM3Model.forward`)."""
+"""λ1, λ2, λ3 and 1: arXiv 2402.03216v4, section 3.3, and FlagEmbedding 1.4.2
+(`EncoderOnlyEmbedderM3Model.forward`)."""
 M3_DISTILL = HeadWeights(dense=1.0, lexical=0.1, multi_vector=1.0)
 """The same λ on the distillation losses."""
 ONES = HeadWeights(dense=1.0, lexical=1.0, multi_vector=1.0)
@@ -211,7 +213,7 @@ class ObjectiveConfig(Section):
         return "auto"
 
     def needs_scores(self) -> str | None:
-        """Field of this section that is idle without teacher scores in the records; None: they are not asked for."""
+        """Field of this section that is idle without teacher scores in the records; None: not asked for."""
         return None
 
 

@@ -1,5 +1,5 @@
-"""What a user should know of the prepared data before the first step: cut texts, keys that nobody reads, how many
-passages a query has, whether there are scores. From the manifests alone, so free of cost at any size.
+"""What a user should know of the prepared data before the first step: cut texts, keys that are not read, how
+many passages a query has, whether there are scores. From the manifests alone, so free of cost at any size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from megam3.data.manifest import Manifest
 from megam3.data.record import PAIR_KEYS, TEXT_KEYS
 
 NEAR = 0.5
-"""Least similarity (difflib's ratio) of a key to the known one it may be meant for: `negatives` is 0.5 from `neg`."""
+"""Least similarity (difflib's ratio) to the known key that may be meant: `negatives` has 0.5 with `neg`."""
 MAX_KEYS_SHOWN = 5
 
 
@@ -29,11 +29,11 @@ def data_notes(manifest: Manifest) -> Iterator[Note]:
     if manifest.kind == "pair":
         passages = (totals.texts - totals.rows) / totals.rows
         scored = 100.0 * totals.with_scores / totals.rows
-        text = f"{totals.rows} records, {passages:.2f} passages per query on average, teacher scores in {scored:.0f} %"
-        yield Note(False, f"{manifest.name}: {text}")
+        means = f"{passages:.2f} passages per query on average, teacher scores in {scored:.0f} %"
+        yield Note(False, f"{manifest.name}: {totals.rows} records, {means}")
         if totals.texts == 2 * totals.rows:
-            rule = "each query has one passage and no negative of its own; it learns from the batch's others alone"
-            yield Note(True, f"{manifest.name}: {rule}")
+            alone = "each query has one passage and no negative of its own; it learns from the batch's others"
+            yield Note(True, f"{manifest.name}: {alone} alone")
     by_count = sorted(totals.unknown_keys.items(), key=lambda item: (-item[1], item[0]))
     for key, count in by_count[:MAX_KEYS_SHOWN]:
         near = difflib.get_close_matches(key, PAIR_KEYS if manifest.kind == "pair" else TEXT_KEYS, 1, NEAR)

@@ -11,12 +11,20 @@ from megam3.dist.env import RankInfo, discover_ranks, first_host, prepare_enviro
 from megam3.errors import ConfigError
 
 LAUNCHER = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1234"}
-SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_NODELIST": "n[02-03,7]", "SLURM_JOB_ID": "41"}
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_NODELIST": "n[02-03,7]",
+    "SLURM_JOB_ID": "41",
+}
 STEP = {**SLURM, "SLURM_STEP_ID": "0"}
 
 
 def test_launcher_comes_first() -> None:
-    assert discover_ranks({**SLURM, **LAUNCHER, "OMPI_COMM_WORLD_RANK": "0"}) == RankInfo(3, 1, 4, "a", 1234, "launcher")
+    assert discover_ranks({**SLURM, **LAUNCHER, "OMPI_COMM_WORLD_RANK": "0"}) == RankInfo(
+        3, 1, 4, "a", 1234, "launcher"
+    )
 
 
 def test_slurm_comes_second() -> None:
@@ -84,7 +92,8 @@ def test_mpi_is_asked_last(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mpi_variables_without_an_mpi_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(
-        ConfigError, match="MPI's variables are set but MPI cannot be loaded .*; load the cluster's MPI module, or start with"
+        ConfigError,
+        match="MPI's variables are set but MPI cannot be loaded .*; load the cluster's MPI module, or start with",
     ):
         discover_ranks({"OMPI_COMM_WORLD_SIZE": "4"})
 
@@ -120,9 +129,15 @@ def test_partial_slurm_variables_name_what_is_missing() -> None:
     ("changes", "expected"),
     [
         ({"RANK": "x"}, "RANK = 'x': must be a whole number; correct or unset RANK"),
-        ({"RANK": "4"}, "rank = 4: must be at least 0 and below the world size 4 (launcher); correct the launcher's variables"),
+        (
+            {"RANK": "4"},
+            "rank = 4: must be at least 0 and below the world size 4 (launcher); correct the launcher's variables",
+        ),
         ({"RANK": "-1"}, "rank = -1: must be at least 0"),
-        ({"RANK": "0"}, "local rank = 1: must be at least 0 and not above the rank 0 (launcher); correct the launcher's variables"),
+        (
+            {"RANK": "0"},
+            "local rank = 1: must be at least 0 and not above the rank 0 (launcher); correct the launcher's variables",
+        ),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT = 70000: is no port number; use one from 1024 to 65535"),
     ],
 )
@@ -149,7 +164,9 @@ def test_first_host(nodelist: str, host: str) -> None:
 
 def test_unreadable_node_list(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(ConfigError, match="cannot be read as a Slurm node list; set MASTER_ADDR to the host of rank 0"):
+    with pytest.raises(
+        ConfigError, match="cannot be read as a Slurm node list; set MASTER_ADDR to the host of rank 0"
+    ):
         first_host("n[[")
 
 
@@ -162,7 +179,11 @@ def test_scontrol_reads_what_we_cannot(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_ports_differ_between_steps_and_stay_below_the_ephemeral_range() -> None:
-    ports = {slurm_port({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}) for job in range(1500, 1600) for step in range(3)}
+    ports = {
+        slurm_port({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
+        for job in range(1500, 1600)
+        for step in range(3)
+    }
     assert len(ports) == 300
     assert min(ports) > 1024
     assert max(ports) < 32_768
@@ -188,7 +209,9 @@ def test_a_writable_home_is_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("home", ["/dev/null", "/proc/1", None])
-def test_caches_move_when_home_cannot_be_written(home: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_move_when_home_cannot_be_written(
+    home: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     environ = {"TRITON_CACHE_DIR": "/mine"} | ({"HOME": home} if home else {"HOME": "/dev/null/none"})
     prepare_environment(environ, has_gpu=False)
@@ -201,7 +224,9 @@ def test_caches_move_when_home_cannot_be_written(home: str | None, tmp_path: Pat
     assert again["TORCH_EXTENSIONS_DIR"] == environ["TORCH_EXTENSIONS_DIR"]
 
 
-def test_a_cache_folder_open_to_others_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_folder_open_to_others_is_not_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / f"megam3-{os.getuid()}").mkdir(mode=0o777)
     (tmp_path / f"megam3-{os.getuid()}").chmod(0o777)
