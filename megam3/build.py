@@ -31,12 +31,13 @@ from megam3.config.difference import recipe_changes
 from megam3.config.load import dump_config
 from megam3.config.schema import RunConfig
 from megam3.data.dataset import TrainingData, open_on_every_rank
+from megam3.data.notes import data_notes
 from megam3.data.tokenizer import Tokenizer, load_tokenizer
 from megam3.dist import comm
 from megam3.encoders import read_encoder_config
 from megam3.engine.activations import ActivationMemory
 from megam3.engine.deepspeed import Engine, join, model_construction
-from megam3.errors import DataError
+from megam3.errors import ConfigError, DataError
 from megam3.model.attention import report_attention
 from megam3.objectives.base import Objective, find_objective
 from megam3.obs.clock import measure_matmul_peak
@@ -99,15 +100,17 @@ def build(config: RunConfig, device: torch.device, guard: RunGuard) -> Run:
         layout=state_layout(ds_config),
         recipe=config.model_dump(mode="json"),
     )
-    state = _start_state(config, run_dir, engine, data, state)
+    state = _start_state(config, run_dir, engine, data, state, total_steps)
     if comm.is_main():
-        describe_run_folder(
-            run_dir,
-            recipe_text=dump_config(config),
-            ds_config=ds_config,
-            environment=describe_environment(device),
-            model_path=config.model.path,
-        )
+        # a finished run keeps the record of what it trained with
+        if state.progress.step < total_steps:
+            describe_run_folder(
+                run_dir,
+                recipe_text=dump_config(config),
+                ds_config=ds_config,
+                environment=describe_environment(device),
+                model_path=config.model.path,
+            )
         _report_start(config, state, total_steps, data)
         rounding = bf16_sums_warning(config, ds_config)
         if rounding:
@@ -144,7 +147,8 @@ def check_data_kind(config: RunConfig, data: TrainingData) -> None:
     """Refuse records that the stage cannot train on.
 
     Raises:
-        DataError: texts where the stage wants pairs, or the reverse; names the dataset.
+        DataError: texts where the stage wants pairs, or the reverse (names the dataset); no teacher scores
+            anywhere for a stage that reads them.
     """
     wanted = config.objective.data_kind
     records = {"pair": '{"query", "pos"} records', "text": '{"text"} records'}
@@ -156,6 +160,11 @@ def check_data_kind(config: RunConfig, data: TrainingData) -> None:
             )
             remedy = "name other files in data.train, or another objective"
             raise DataError(f"dataset {dataset.name}", kind, rule, remedy)
+    idle = config.objective.needs_scores()
+    if idle is not None and not any(stored.manifest.totals.with_scores for stored in data.datasets):
+        rule = "reads teacher scores, and no record of data.train holds any (pos_scores, neg_scores)"
+        remedy = f"add them with `megam3 add-teacher-scores`, or set objective.{idle}=null"
+        raise DataError(f"objective.{idle}", getattr(config.objective, idle), rule, remedy)
 
 
 def model_signature(module: nn.Module) -> str:
@@ -216,7 +225,12 @@ def _choose_checkpoint(config: RunConfig, run_dir: str) -> str | None:
 
 
 def _start_state(
-    config: RunConfig, run_dir: str, engine: Engine, data: TrainingData, state: RunState
+    config: RunConfig,
+    run_dir: str,
+    engine: Engine,
+    data: TrainingData,
+    state: RunState,
+    total_steps: int,
 ) -> RunState:
     """`state`, or with the progress of the checkpoint that was loaded."""
     folder = _choose_checkpoint(config, run_dir)
@@ -230,8 +244,15 @@ def _start_state(
         logger.warning(
             "continuing at step %d on other data, as train.resume_with_other_data asks", saved.progress.step
         )
-    for line in recipe_changes(saved.recipe, state.recipe):
+    check_not_past(config, folder, saved.progress.step, total_steps)
+    changes = recipe_changes(saved.recipe, state.recipe)
+    for line in changes:
         logger.info("changed since the checkpoint: %s", line)
+    if changes and saved.progress.step == total_steps:
+        logger.warning(
+            "none of these changes is trained: the run is finished, and its recipe.yaml stays as it is; "
+            "choose another name, more train.steps, or train.resume=never to begin anew"
+        )
     if has_same_layout(saved, state):
         engine.load(folder)
     else:
@@ -242,6 +263,19 @@ def _start_state(
         engine.load_elastic(folder)
     logger.info("resumed from %s", folder)
     return replace(state, progress=saved.progress)
+
+
+def check_not_past(config: RunConfig, folder: str, step: int, total_steps: int) -> None:
+    """Refuse a run whose end lies before the checkpoint it would continue from.
+
+    Raises:
+        ConfigError: naming train.steps or train.epochs, and the checkpoint.
+    """
+    if step > total_steps:
+        field = "steps" if config.train.steps is not None else "epochs"
+        rule = f"ends at step {total_steps}, and the run is at step {step} already ({folder})"
+        remedy = f"raise train.{field}, go back with train.resume_step, or begin anew with train.resume=never"
+        raise ConfigError(f"train.{field}", getattr(config.train, field), rule, remedy)
 
 
 def describe_environment(device: torch.device) -> dict[str, object]:
@@ -268,17 +302,13 @@ def _report_start(config: RunConfig, state: RunState, total_steps: int, data: Tr
         data.num_steps_per_epoch,
         state.progress.step,
     )
-    for dataset, stored in zip(config.data.train, data.datasets, strict=True):
-        totals = stored.manifest.totals
-        cut, texts, rejected = totals.truncated, totals.texts, totals.rejected
-        if cut:
-            logger.warning(
-                "%s: %d of %d texts were longer than their limit and are cut", dataset.name, cut, texts
-            )
-        if rejected:
+    for stored in data.datasets:
+        for note in data_notes(stored.manifest):
+            logger.log(logging.WARNING if note.is_warning else logging.INFO, note.text)
+        if rejected := stored.manifest.totals.rejected:
             logger.warning(
                 "%s: %d bad records are left out; see %s",
-                dataset.name,
+                stored.manifest.name,
                 rejected,
                 stored.folder / "rejected.jsonl",
             )

@@ -36,6 +36,7 @@ GROUPS = {
         "show-config": Subcommand(
             "megam3.commands.show_config", "a recipe resolved: every field, batch sizes, DeepSpeed dictionary"
         ),
+        "explain": Subcommand("megam3.commands.explain", "a field of the recipe: type, default, meaning"),
     },
     "Before a run": {
         "extend-positions": Subcommand(

@@ -148,7 +148,8 @@ def train(run: Run, stop: StopSignal) -> int:
                 break
             run.guard.at(step, "data")
     where = (progress.step, run.total_steps, saves.step)
-    logger.info("stopped at step %d of %d; newest checkpoint: step %d", *where)
+    said = "already finished:" if first_step == run.total_steps else "stopped at"
+    logger.info("%s step %d of %d; newest checkpoint: step %d", said, *where)
     if not is_stopped:
         return 0
     return EXIT_STOPPED if report.wishes.stop else EXIT_REQUEUE

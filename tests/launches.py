@@ -115,7 +115,8 @@ def train_calls(calls: Sequence[Mapping[str, Any]]) -> dict[str, dict]:
     `code` and all it `said`.
 
     A call may name a `signal` = (rank, step, signal name) that the rank sends itself before it takes the
-    step, and a file to `damage` beforehand.
+    step, a file to `damage` beforehand, and a run folder to `record`: [time of writing, contents] of its
+    descriptions before and after, as `records`.
     """
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # never used: the group is there already
     from megam3 import train  # a fresh process picks its accelerator while this is imported
@@ -129,13 +130,20 @@ def _call(main: Any, call: Mapping[str, Any]) -> dict:
     said = io.StringIO()
     if call.get("damage"):
         Path(call["damage"]).write_bytes(b"damaged")
+    before = _descriptions(call.get("record", ""))
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), _disturbed(call):
         try:
             code = main([str(argument) for argument in call["arguments"]])
         except Exception:
             code = 1
             traceback.print_exc()
-    return {"code": code, "said": said.getvalue()}
+    records = (before, _descriptions(call.get("record", "")))
+    return {"code": code, "said": said.getvalue(), "records": records}
+
+
+def _descriptions(run: str) -> dict[str, list]:
+    paths = [Path(run) / name for name in ("recipe.yaml", "ds_config.json", "env.json")] if run else []
+    return {path.name: [path.stat().st_mtime_ns, path.read_text()] for path in paths}
 
 
 @contextlib.contextmanager
@@ -149,7 +157,7 @@ def _disturbed(call: Mapping[str, Any]) -> Iterator[None]:
         if (rank, step) == (trainer.comm.rank(), progress.step):
             os.kill(os.getpid(), signal.Signals[name])
             # Python runs the handler a moment later, the loop would see it at the next step
-            wishes = trainer.Wishes(requeue=name == "SIGUSR1", stop=name == "SIGTERM")
+            wishes = trainer.Wishes(requeue=name == "SIGUSR1", stop=name in ("SIGTERM", "SIGINT"))
         return original(run, batches, progress, wishes)
 
     with mock.patch.object(trainer, "run_step", run_step):

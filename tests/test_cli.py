@@ -33,6 +33,18 @@ def test_show_config_prints_a_recipe_that_loads_again(
     assert '#   "train_batch_size": 8,' in text
 
 
+def test_show_config_prints_the_weights_that_training_uses(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["show-config", "unified", "--no-files", "objective.preset=m3"]
+    assert main([*argv, "objective.loss_weights.dense=1"]) == 0
+    overridden = capsys.readouterr().out
+    assert "#   losses             dense 1  lexical 0.1  multi_vector 1  sum 1\n" in overridden
+    assert "#   combined score     dense 1  lexical 0.3  multi_vector 1\n" in overridden
+    assert main([*argv, "objective.preset=joint", "objective.heads=[dense]"]) == 0
+    alone = capsys.readouterr().out
+    assert "#   losses             dense 1  lexical 0  multi_vector 0  sum 0\n" in alone
+    assert "#   self-distillation  off\n" in alone
+
+
 def test_a_user_error_is_one_message_and_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show-config", "unified", "optim.learning_rate=1"]) == 2
     captured = capsys.readouterr()
@@ -85,7 +97,7 @@ def test_an_unknown_subcommand_is_told_the_nearest(capsys: pytest.CaptureFixture
     assert "there is no subcommand 'exprot'; did you mean export?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["zzz"])
-    assert "use one of: quickstart, show-config, extend-positions" in capsys.readouterr().err
+    assert "use one of: quickstart, show-config, explain, extend-positions" in capsys.readouterr().err
 
 
 def test_python_m_megam3_is_the_command() -> None:

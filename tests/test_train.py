@@ -10,6 +10,7 @@ import torch
 
 from megam3.checkpoint import consolidated_weights
 from megam3.config.load import load_config
+from megam3.obs.stop import EXIT_STOPPED
 from tests.factory import make_tiny_model_folder
 from tests.launches import Workplace, make_workplace, train_calls, write_jsonl
 from tests.ranks import run_ranks
@@ -72,6 +73,8 @@ def calls(place: Workplace) -> dict[str, dict]:
     folder = place.folder
     poison = [f"model.path={poisoned(folder / 'model', folder / 'poisoned', float('nan'), 'bias')}"]
     dead = [f"model.path={poisoned(folder / 'model', folder / 'dead', -100.0, 'bias')}"]
+    pairs = [{"query": f"a {i}", "pos": [f"b {i}"], "negs": ["c"]} for i in range(16)]
+    mistyped = write_jsonl(folder / "mistyped" / "pairs.jsonl", [{**pairs[0], "zzz": 1}, *pairs[1:]])
     arguments = {
         "healthy": ["train.steps=4", "train.save_every_steps=2"],
         "unknown key": ["optim.lrr=1"],
@@ -84,6 +87,21 @@ def calls(place: Workplace) -> dict[str, dict]:
         "hopeless": ["name=dead", *dead],
         "fallback": ["name=healthy", "train.steps=5"],
         "nothing to do": ["name=healthy", "train.steps=5"],
+        "sweep": ["name=sweep", "train.steps=2"],
+        "other lr": ["name=sweep", "train.steps=2", "optim.lr=5e-3"],
+        "longer": ["name=sweep", "train.steps=3", "objective.temperature=0.05"],
+        "past": ["name=sweep", "train.steps=1"],
+        "no scores": ["objective.teacher=kl_div"],
+        "no scores margin": [
+            "objective.false_negative_margin=0.1",
+            "objective.false_negative_margin_source=teacher",
+        ],
+        "ctrl-c": ["train.steps=4"],
+        "negs": [
+            f"data.train.0.paths=[{mistyped}]",
+            f"data.store_dir={folder}/mistyped/store",
+            "train.steps=1",
+        ],
         "anew": ["name=healthy", "train.steps=1", "train.resume=never"],
     }
     damage = {
@@ -95,6 +113,8 @@ def calls(place: Workplace) -> dict[str, dict]:
             "name": name,
             "arguments": [place.recipe, f"name={name.replace(' ', '-')}", *given],
             "damage": str(damage.get(name, "")),
+            "record": str(place.run("sweep")) if name == "other lr" else "",
+            **({"signal": (0, 1, "SIGINT")} if name == "ctrl-c" else {}),
         }
         for name, given in arguments.items()
     ]
@@ -138,6 +158,16 @@ MESSAGES = {
         "not finite",
         "engine.on_nonfinite=skip",
     ],
+    "past": [
+        "train.steps = 1: ends at step 1, and the run is at step 3 already",
+        "step-000003",
+        "train.resume=never",
+    ],
+    "no scores": [
+        "objective.teacher = 'kl_div': reads teacher scores, and no record of data.train holds any",
+        "megam3 add-teacher-scores",
+    ],
+    "no scores margin": ["objective.false_negative_margin = 0.1", "objective.false_negative_margin=null"],
     "hopeless": ["must hold at least one complete checkpoint", "train.resume=never"],
 }
 
@@ -218,7 +248,47 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
 
 def test_a_finished_run_started_again_does_nothing(calls: dict[str, dict]) -> None:
     assert calls["nothing to do"]["code"] == 0, calls["nothing to do"]["said"]
-    assert "stopped at step 5 of 5; newest checkpoint: step 5" in calls["nothing to do"]["said"]
+    assert "already finished: step 5 of 5; newest checkpoint: step 5" in calls["nothing to do"]["said"]
+
+
+def test_a_second_run_under_a_finished_name_says_so_and_keeps_its_record(calls: dict[str, dict]) -> None:
+    said = calls["other lr"]["said"]
+    assert calls["other lr"]["code"] == 0, said
+    assert "changed since the checkpoint: optim.lr: 0.001 -> 0.005" in said
+    assert "none of these changes is trained: the run is finished" in said
+    assert "already finished: step 2 of 2; newest checkpoint: step 2" in said
+    before, after = calls["other lr"]["records"]
+    assert sorted(before) == ["ds_config.json", "env.json", "recipe.yaml"]
+    assert before == after
+
+
+def test_a_resumed_run_says_what_changed(place: Workplace, calls: dict[str, dict]) -> None:
+    said = calls["longer"]["said"]
+    assert calls["longer"]["code"] == 0, said
+    assert "changed since the checkpoint: train.steps: 2 -> 3" in said
+    assert "changed since the checkpoint: objective.temperature: 0.02 -> 0.05" in said
+    assert "none of these changes" not in said
+    assert "objective.temperature" not in calls["sweep"]["said"]
+    assert load_config(place.run("sweep") / "recipe.yaml").objective.temperature == 0.05
+
+
+def test_ctrl_c_saves_and_says_where(place: Workplace, calls: dict[str, dict]) -> None:
+    assert calls["ctrl-c"]["code"] == EXIT_STOPPED, calls["ctrl-c"]["said"]
+    assert f"saved {place.run('ctrl-c')}/checkpoints/step-000002" in calls["ctrl-c"]["said"]
+    assert "stopped at step 2 of 4; newest checkpoint: step 2" in calls["ctrl-c"]["said"]
+
+
+def test_mistyped_keys_are_said_at_the_start(calls: dict[str, dict]) -> None:
+    assert calls["negs"]["code"] == 0, calls["negs"]["said"]
+    assert [line for line in calls["negs"]["said"].splitlines() if line.startswith("pairs: ")] == [
+        "pairs: 16 records, 1.00 passages per query on average, teacher scores in 0 %",
+        "pairs: each query has one passage and no negative of its own; "
+        "it learns from the batch's others alone",
+        "pairs: 16 of 16 records hold the key 'negs', which is not read; did you mean 'neg'?",
+        "pairs: 1 of 16 records hold the key 'zzz', which is not read",
+    ]
+    assert "pairs: 40 records, 1.98 passages per query on average" in calls["healthy"]["said"]
+    assert "is not read" not in calls["healthy"]["said"]
 
 
 def test_starting_anew_sets_the_earlier_checkpoints_aside(place: Workplace, calls: dict[str, dict]) -> None:

@@ -12,7 +12,8 @@ from megam3.config.batch_size import BatchRow, batch_arithmetic
 from megam3.config.check import check_config
 from megam3.config.deepspeed import build_deepspeed_config
 from megam3.config.load import dump_config, recipe_names
-from megam3.config.schema import RunConfig
+from megam3.config.schema import RunConfig, UnifiedConfig
+from megam3.loss.settings import resolve_settings
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,8 +53,31 @@ def describe(config: RunConfig, world_size: int, *, has_gpu: bool) -> str:
     deepspeed = json.dumps(build_deepspeed_config(config, world_size, has_gpu=has_gpu), indent=2)
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
     table = [f"One step on {ranks}:", *batch_table(batch_arithmetic(config.data, world_size))]
-    comments = [*table, "", f"DeepSpeed ({config.engine.template}):", *deepspeed.splitlines()]
+    comments = [
+        *table,
+        "",
+        *loss_lines(config),
+        f"DeepSpeed ({config.engine.template}):",
+        *deepspeed.splitlines(),
+    ]
     return dump_config(config) + "\n" + "\n".join(f"# {line}".rstrip() for line in comments)
+
+
+def loss_lines(config: RunConfig) -> list[str]:
+    """The weights that training uses, presets resolved, absent heads at 0; no line for a stage without any."""
+    if not isinstance(config.objective, UnifiedConfig):
+        return []
+    settings = resolve_settings(config.objective)
+    tables = {
+        "losses": settings.loss_weights,
+        "combined score": settings.sum_weights,
+        "self-distillation": settings.distill_weights,
+    }
+    lines = [f"Weights (preset {config.objective.preset}):"]
+    for name, table in tables.items():
+        numbers = "off" if table is None else "  ".join(f"{k} {v:g}" for k, v in table.model_dump().items())
+        lines.append(f"  {name:<17}  {numbers}")
+    return [*lines, ""]
 
 
 def batch_table(rows: Sequence[BatchRow]) -> list[str]:

@@ -126,7 +126,8 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models_in(argument)
 
 
-def _sections_at(path: Path) -> list[type[BaseModel]]:
+def sections_at(path: Path) -> list[type[BaseModel]]:
+    """Sections that a path leads to: one, none, or one per stage below `objective`."""
     sections: list[type[BaseModel]] = [RunConfig]
     for part in path:
         if isinstance(part, str):
@@ -138,7 +139,7 @@ def _sections_at(path: Path) -> list[type[BaseModel]]:
 def _description(path: Path) -> str:
     # the docstring below the field in schema.py; an index belongs to the list above it
     names = [part for part in path if isinstance(part, str)]
-    for section in _sections_at(tuple(names[:-1])) if names else []:
+    for section in sections_at(tuple(names[:-1])) if names else []:
         field = section.model_fields.get(names[-1])
         if field is not None and field.description:
             # its first sentence, whichever way the lines are broken
@@ -146,23 +147,24 @@ def _description(path: Path) -> str:
     return ""
 
 
-def _all_fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+def all_fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every field of the schema, as in an override; below a list with index 0."""
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}"
         is_list = getattr(field.annotation, "__origin__", None) is list
         for model in _models_in(field.annotation):
-            yield from _all_fields(model, f"{prefix}{name}.{'0.' if is_list else ''}")
+            yield from all_fields(model, f"{prefix}{name}.{'0.' if is_list else ''}")
 
 
 def _nearest(path: Path) -> str:
     """The remedy for an unknown key: the nearest name here, the same name elsewhere, or all names here."""
     name, prefix = str(path[-1]), dotted(path[:-1])
-    names = [field for section in _sections_at(path[:-1]) for field in section.model_fields]
+    names = [field for section in sections_at(path[:-1]) for field in section.model_fields]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if near:
         return f"did you mean {prefix}.{near[0]}?" if prefix else f"did you mean {near[0]}?"
     elsewhere = FOREIGN_NAMES.get(name) or next(
-        (field for field in _all_fields() if field.rsplit(".", 1)[-1] == name), None
+        (field for field in all_fields() if field.rsplit(".", 1)[-1] == name), None
     )
     if elsewhere:
         return f"did you mean {elsewhere}?"

@@ -19,6 +19,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     SerializeAsAny,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -163,6 +164,27 @@ class LossWeights(HeadWeights):
     """Weight of the combined score's own loss; 0 leaves it out."""
 
 
+M3_SUM = HeadWeights(dense=1.0, lexical=0.3, multi_vector=1.0)
+"""w1, w2, w3 of the combined score: arXiv 2402.03216v4, section 3.3, and FlagEmbedding 1.4.2
+(`ensemble_score`)."""
+M3_LOSS = LossWeights(dense=1.0, lexical=0.1, multi_vector=1.0, sum=1.0)
+"""λ1, λ2, λ3 and 1: arXiv 2402.03216v4, section 3.3, and FlagEmbedding 1.4.2
+(`EncoderOnlyEmbedderM3Model.forward`)."""
+M3_DISTILL = HeadWeights(dense=1.0, lexical=0.1, multi_vector=1.0)
+"""The same λ on the distillation losses."""
+ONES = HeadWeights(dense=1.0, lexical=1.0, multi_vector=1.0)
+"""arXiv 2402.03216v1, section 3.3: every weight 1."""
+ONES_AND_SUM = LossWeights(dense=1.0, lexical=1.0, multi_vector=1.0, sum=1.0)
+"""The same, with the combined score."""
+
+
+def preset_weights(preset: str) -> dict[str, HeadWeights]:
+    """The weight tables of a preset, by their field in `UnifiedConfig`."""
+    if preset == "m3":
+        return {"sum_weights": M3_SUM, "loss_weights": M3_LOSS, "distill_weights": M3_DISTILL}
+    return {"sum_weights": ONES, "loss_weights": ONES_AND_SUM, "distill_weights": ONES}
+
+
 class ObjectiveConfig(Section):
     """Base of the `objective` sections: what the checks and the memory plan ask of any stage. `kind` tells
     them apart.
@@ -189,6 +211,10 @@ class ObjectiveConfig(Section):
     def tiling(self) -> Literal["auto", "always", "never"]:
         """Whether those scores are formed in tiles."""
         return "auto"
+
+    def needs_scores(self) -> str | None:
+        """Field of this section that is idle without teacher scores in the records; None: not asked for."""
+        return None
 
 
 class PretrainConfig(ObjectiveConfig):
@@ -237,11 +263,11 @@ class UnifiedConfig(ObjectiveConfig):
     temperature: PositiveFloat = 0.02
     """Divides every score before the softmax."""
     sum_weights: HeadWeights | None = None
-    """Weights of the heads in the combined score; None: the preset's."""
+    """Weights of the heads in the combined score; what is not given: the preset's."""
     loss_weights: LossWeights | None = None
-    """Weights of the InfoNCE losses; None: the preset's."""
+    """Weights of the InfoNCE losses; what is not given: the preset's."""
     distill_weights: HeadWeights | None = None
-    """Weights of the self-distillation losses; None: the preset's."""
+    """Weights of the self-distillation losses; what is not given: the preset's."""
     self_distill: bool = True
     """Let the combined score teach each head."""
     self_distill_start_step: NonNegativeInt = 0
@@ -261,6 +287,24 @@ class UnifiedConfig(ObjectiveConfig):
     """Which score the margin rule compares: the heads' combined score, or the teacher's (of the own group
     only)."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_weights(cls, given: Any) -> Any:
+        """Put a table's missing weights from the preset, so that one override changes one weight.
+
+        Here, not where the tables are used: recipe.yaml then holds the numbers that were trained with.
+        """
+        if not isinstance(given, dict):
+            return given
+        completed = dict(given)
+        for name, preset in preset_weights(given.get("preset", "m3")).items():
+            table = given.get(name)
+            if isinstance(table, HeadWeights):
+                completed[name] = preset.model_copy(update=table.model_dump(exclude_unset=True))
+            elif isinstance(table, dict):
+                completed[name] = {**preset.model_dump(), **table}
+        return completed
+
     def problems(self) -> Iterator[ConfigError]:
         """Something must be trained, and each head once."""
         if len(set(self.heads)) < len(self.heads):
@@ -279,6 +323,13 @@ class UnifiedConfig(ObjectiveConfig):
     def tiling(self) -> Literal["auto", "always", "never"]:
         """`loss_tiles`."""
         return self.loss_tiles
+
+    def needs_scores(self) -> str | None:
+        """`teacher`, or the margin rule that compares the teacher's scores."""
+        if self.teacher is not None:
+            return "teacher"
+        has_margin = self.false_negative_margin is not None and self.false_negative_margin_source == "teacher"
+        return "false_negative_margin" if has_margin else None
 
 
 def _section_of_kind(value: Any) -> Any:

@@ -17,6 +17,8 @@ from megam3.data.shard import EncodedRow, text_hash, to_arrow, write_checked
 from megam3.data.source import HugeLine, Unit, place, read_unit
 from megam3.data.tokenizer import Tokenizer
 
+MAX_UNKNOWN_KEYS = 100
+"""Different ones that are counted in a unit: keys that are data would fill the manifest."""
 RECORDS_PER_CALL = 256
 """Texts go to the tokenizer in groups: one call per text would cost as much as the tokenizing."""
 
@@ -184,10 +186,16 @@ def _summarise(rows: Sequence[EncodedRow], rejects: Rejects, payload: memoryview
         input_digest=rejects.input_digest.hexdigest(),
         rejected=len(rejects.lines),
         reasons=dict(sorted(rejects.reasons.items())),
+        unknown_keys=_unknown_keys(rows),
         runs=[RowRun(language, longest, *counts) for (language, longest), counts in runs.items()],
         bytes=len(payload),
         checksum=hashlib.blake2b(payload, digest_size=16).hexdigest(),
     )
+
+
+def _unknown_keys(rows: Sequence[EncodedRow]) -> dict[str, int]:
+    counts = Counter(key for row in rows for key in row.record.unknown_keys)
+    return dict(sorted(counts.most_common(MAX_UNKNOWN_KEYS)))
 
 
 def _first_place(unit: Unit, lines: Sequence[int]) -> str | None:

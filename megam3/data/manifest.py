@@ -133,6 +133,8 @@ class ShardSummary(Document):
     input_digest: str
     rejected: int
     reasons: dict[str, int]
+    unknown_keys: dict[str, int] = {}
+    """Rows that hold a key that is not read, by key."""
     runs: list[RowRun]
     bytes: int
     checksum: str
@@ -160,6 +162,8 @@ class Totals(Document):
     with_scores: int
     bytes: int
     reasons: dict[str, int]
+    unknown_keys: dict[str, int] = {}
+    """Rows that hold a key that is not read, by key; empty too in stores from before they were counted."""
 
 
 class LanguageTotals(Document):
@@ -324,10 +328,15 @@ def _merge_rejects(folder: Path, num_units: int) -> None:
 
 
 def _totals(summaries: Sequence[ShardSummary]) -> Totals:
-    names = [name for name in Totals.model_fields if name != "reasons"]
-    reasons = sum((Counter(summary.reasons) for summary in summaries), Counter[str]())
+    tables = ("reasons", "unknown_keys")
+    names = [name for name in Totals.model_fields if name not in tables]
     sums = {name: sum(getattr(summary, name) for summary in summaries) for name in names}
-    return Totals(reasons=dict(sorted(reasons.items())), **sums)
+    joined = {name: _joined([getattr(summary, name) for summary in summaries]) for name in tables}
+    return Totals(**sums, **joined)
+
+
+def _joined(counts: Sequence[dict[str, int]]) -> dict[str, int]:
+    return dict(sorted(sum((Counter(count) for count in counts), Counter[str]()).items()))
 
 
 def _per_language(runs: np.ndarray, languages: list[str]) -> dict[str, LanguageTotals]:

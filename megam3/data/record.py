@@ -19,6 +19,9 @@ RECORD_TYPES = ("normal", "only_1neg", "symmetric_sts", "symmetric_clustering", 
 """FlagEmbedding's values of `type`: `only_1neg` limits a group to one negative; passages of
 `symmetric_sts` and `symmetric_clustering` are queries too and get the query's instruction; the others are
 labels."""
+PAIR_KEYS = ("query", "pos", "neg", "pos_scores", "neg_scores", "prompt", "type", "lang", "id")
+TEXT_KEYS = ("text", "lang", "id")
+"""Keys that are read; any other is counted and said, since it may be a mistyped one of these."""
 MAX_SCORE = 3.4e38
 MAX_PASSAGES = 65535
 
@@ -52,6 +55,8 @@ class Record:
     passages_are_queries: bool = False
     language: str | None = None
     record_id: str | None = None
+    unknown_keys: tuple[str, ...] = ()
+    """Keys of the record that hold something and are not read."""
 
 
 def parse_line(line: bytes) -> Record:
@@ -82,12 +87,14 @@ def parse_record(parsed: object) -> Record:
         raise BadRecord("record", parsed, "must be a JSON object")
     language, record_id = _text_or_none(parsed, "lang"), _id_or_none(parsed)
     if "text" in parsed and "query" not in parsed:
+        text, unknown = _required_text(parsed, "text"), _unknown_keys(parsed, TEXT_KEYS)
         return Record(
             query=None,
-            passages=(_required_text(parsed, "text"),),
+            passages=(text,),
             num_positives=0,
             language=language,
             record_id=record_id,
+            unknown_keys=unknown,
         )
     if "query" not in parsed:
         raise BadRecord("keys", sorted(str(key) for key in parsed), "must hold `query` and `pos`, or `text`")
@@ -114,7 +121,13 @@ def parse_record(parsed: object) -> Record:
         passages_are_queries=symmetric,
         language=language,
         record_id=record_id,
+        unknown_keys=_unknown_keys(parsed, PAIR_KEYS),
     )
+
+
+def _unknown_keys(parsed: dict, known: Sequence[str]) -> tuple[str, ...]:
+    # a table has every column in every row: what holds nothing was not meant
+    return tuple(str(key) for key, value in parsed.items() if key not in known and value is not None)
 
 
 def _required_text(parsed: dict, key: str) -> str:

@@ -41,7 +41,11 @@ class RankInfo:
 
     def export(self, environ: MutableMapping[str, str]) -> None:
         """Write the five launcher variables, so that torch and DeepSpeed see these ranks and do no discovery of their own."""
-        environ["RANK"], environ["LOCAL_RANK"], environ["WORLD_SIZE"] = str(self.rank), str(self.local_rank), str(self.world_size)
+        environ["RANK"], environ["LOCAL_RANK"], environ["WORLD_SIZE"] = (
+            str(self.rank),
+            str(self.local_rank),
+            str(self.world_size),
+        )
         environ["MASTER_ADDR"], environ["MASTER_PORT"] = self.master_addr, str(self.master_port)
 
 
@@ -57,7 +61,16 @@ def discover_ranks(environ: Mapping[str, str]) -> RankInfo:
         return _from_slurm(environ)
     if any(name.startswith(("OMPI_", "PMI_", "PMIX_")) for name in environ):
         return _from_mpi(environ)
-    return _checked(RankInfo(rank=0, local_rank=0, world_size=1, master_addr=environ.get("MASTER_ADDR", "127.0.0.1"), master_port=_port(environ, DEFAULT_PORT), source="single"))
+    return _checked(
+        RankInfo(
+            rank=0,
+            local_rank=0,
+            world_size=1,
+            master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
+            master_port=_port(environ, DEFAULT_PORT),
+            source="single",
+        )
+    )
 
 
 def _from_launcher(environ: Mapping[str, str]) -> RankInfo:
@@ -65,10 +78,21 @@ def _from_launcher(environ: Mapping[str, str]) -> RankInfo:
     if missing:
         given = {name: environ[name] for name in LAUNCHER_VARIABLES if name in environ}
         rule = f"the launcher's variables come together, and {', '.join(missing)} is not set"
-        remedy = "start with `deepspeed` or `torchrun`, or unset RANK, WORLD_SIZE and LOCAL_RANK for one process"
+        remedy = (
+            "start with `deepspeed` or `torchrun`, or unset RANK, WORLD_SIZE and LOCAL_RANK for one process"
+        )
         raise ConfigError("environment", given, rule, remedy)
     rank, world_size, local_rank = (_number(environ, name) for name in RANK_VARIABLES)
-    return _checked(RankInfo(rank=rank, local_rank=local_rank, world_size=world_size, master_addr=environ["MASTER_ADDR"], master_port=_port(environ, DEFAULT_PORT), source="launcher"))
+    return _checked(
+        RankInfo(
+            rank=rank,
+            local_rank=local_rank,
+            world_size=world_size,
+            master_addr=environ["MASTER_ADDR"],
+            master_port=_port(environ, DEFAULT_PORT),
+            source="launcher",
+        )
+    )
 
 
 def _is_batch_script(environ: Mapping[str, str]) -> bool:
@@ -78,21 +102,43 @@ def _is_batch_script(environ: Mapping[str, str]) -> bool:
 
 def _from_slurm(environ: Mapping[str, str]) -> RankInfo:
     tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
-    nodes = next((name for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST") if name in environ), None)
+    nodes = next(
+        (name for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST") if name in environ),
+        None,
+    )
     missing = [name for name in (tasks, "SLURM_LOCALID") if name not in environ]
     if nodes is None and "MASTER_ADDR" not in environ:
         missing.append("SLURM_JOB_NODELIST")
     if missing:
         rule = f"a Slurm task has more variables than this, and {', '.join(missing)} is not set"
-        raise ConfigError("environment", {"SLURM_PROCID": environ["SLURM_PROCID"]}, rule, "start with `srun`, or unset SLURM_PROCID")
+        raise ConfigError(
+            "environment",
+            {"SLURM_PROCID": environ["SLURM_PROCID"]},
+            rule,
+            "start with `srun`, or unset SLURM_PROCID",
+        )
     master = environ.get("MASTER_ADDR") or first_host(environ[str(nodes)])
-    rank, local_rank, world_size = (_number(environ, name) for name in ("SLURM_PROCID", "SLURM_LOCALID", tasks))
-    return _checked(RankInfo(rank=rank, local_rank=local_rank, world_size=world_size, master_addr=master, master_port=_port(environ, slurm_port(environ)), source="slurm"))
+    rank, local_rank, world_size = (
+        _number(environ, name) for name in ("SLURM_PROCID", "SLURM_LOCALID", tasks)
+    )
+    return _checked(
+        RankInfo(
+            rank=rank,
+            local_rank=local_rank,
+            world_size=world_size,
+            master_addr=master,
+            master_port=_port(environ, slurm_port(environ)),
+            source="slurm",
+        )
+    )
 
 
 def slurm_port(environ: Mapping[str, str]) -> int:
     """A port that all tasks of a step agree on and that other steps on the node avoid; below the ephemeral range of Linux (32768)."""
-    job, step = (int(value) if (value := environ.get(name, "0")).isdigit() else 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    job, step = (
+        int(value) if (value := environ.get(name, "0")).isdigit() else 0
+        for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")
+    )
     return 12_000 + (job * 10 + step) % 20_000
 
 
@@ -126,7 +172,13 @@ def first_host(nodelist: str) -> str:
 
 def _first_host_by_scontrol(nodelist: str) -> str:
     try:
-        listing = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True, timeout=60).stdout
+        listing = subprocess.run(
+            ["scontrol", "show", "hostnames", nodelist],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout
         return listing.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         rule, remedy = "cannot be read as a Slurm node list", "set MASTER_ADDR to the host of rank 0"
@@ -139,20 +191,44 @@ def _from_mpi(environ: Mapping[str, str]) -> RankInfo:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         remedy = "load the cluster's MPI module, or start with `deepspeed`, `torchrun` or `srun`"
-        raise ConfigError("environment", "OMPI_*/PMI_*", f"MPI's variables are set but MPI cannot be loaded ({error})", remedy) from None
+        raise ConfigError(
+            "environment",
+            "OMPI_*/PMI_*",
+            f"MPI's variables are set but MPI cannot be loaded ({error})",
+            remedy,
+        ) from None
     world = MPI.COMM_WORLD
     local_rank = world.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
     master = environ.get("MASTER_ADDR") or world.bcast(MPI.Get_processor_name(), root=0)
-    return _checked(RankInfo(rank=world.Get_rank(), local_rank=local_rank, world_size=world.Get_size(), master_addr=master, master_port=_port(environ, DEFAULT_PORT), source="mpi"))
+    return _checked(
+        RankInfo(
+            rank=world.Get_rank(),
+            local_rank=local_rank,
+            world_size=world.Get_size(),
+            master_addr=master,
+            master_port=_port(environ, DEFAULT_PORT),
+            source="mpi",
+        )
+    )
 
 
 def _checked(info: RankInfo) -> RankInfo:
     if not 0 <= info.rank < info.world_size:
         remedy = "correct the launcher's variables"
-        raise ConfigError("rank", info.rank, f"must be at least 0 and below the world size {info.world_size} ({info.source})", remedy)
+        raise ConfigError(
+            "rank",
+            info.rank,
+            f"must be at least 0 and below the world size {info.world_size} ({info.source})",
+            remedy,
+        )
     if not 0 <= info.local_rank <= info.rank:
         remedy = "correct the launcher's variables"
-        raise ConfigError("local rank", info.local_rank, f"must be at least 0 and not above the rank {info.rank} ({info.source})", remedy)
+        raise ConfigError(
+            "local rank",
+            info.local_rank,
+            f"must be at least 0 and not above the rank {info.rank} ({info.source})",
+            remedy,
+        )
     return info
 
 
@@ -183,7 +259,12 @@ def prepare_environment(environ: MutableMapping[str, str], *, has_gpu: bool | No
         environ.setdefault("DS_ACCELERATOR", "cpu")
     if not _is_writable(_home(environ) / ".cache"):
         folder = _private_folder()
-        for name, part in (("TORCH_EXTENSIONS_DIR", "torch"), ("TRITON_CACHE_DIR", "triton"), ("HF_HOME", "hf"), ("MPLCONFIGDIR", "plot")):
+        for name, part in (
+            ("TORCH_EXTENSIONS_DIR", "torch"),
+            ("TRITON_CACHE_DIR", "triton"),
+            ("HF_HOME", "hf"),
+            ("MPLCONFIGDIR", "plot"),
+        ):
             environ.setdefault(name, str(folder / part))
     scripts, path = str(Path(sys.executable).parent), environ.get("PATH", "")
     if scripts not in path.split(os.pathsep):

@@ -1,27 +1,16 @@
 """Every number of the unified loss, resolved from the recipe: a preset, and what the recipe says over it.
 
-The presets name their sources. A head that `objective.heads` leaves out has no weight anywhere, and the averages are taken
+Presets and their sources stand in the schema. A head that `objective.heads` leaves out has no weight anywhere, and the averages are taken
 over the losses that remain.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from megam3.config.schema import HEADS, HeadWeights, LossWeights, UnifiedConfig
+from megam3.config.schema import HEADS, HeadWeights, LossWeights, UnifiedConfig, preset_weights
 
 NAMES = (*HEADS, "sum")
 """Scores that have a loss, in the order of every table."""
-
-M3_SUM = HeadWeights(dense=1.0, lexical=0.3, multi_vector=1.0)
-"""w1, w2, w3 of the combined score: arXiv 2402.03216v4, section 3.3, and FlagEmbedding 1.4.2 (`ensemble_score`)."""
-M3_LOSS = LossWeights(dense=1.0, lexical=0.1, multi_vector=1.0, sum=1.0)
-"""λ1, λ2, λ3 and 1: arXiv 2402.03216v4, section 3.3, and FlagEmbedding 1.4.2 (`EncoderOnlyEmbedderM3Model.forward`)."""
-M3_DISTILL = HeadWeights(dense=1.0, lexical=0.1, multi_vector=1.0)
-"""The same λ on the distillation losses."""
-ONES = HeadWeights(dense=1.0, lexical=1.0, multi_vector=1.0)
-"""arXiv 2402.03216v1, section 3.3: every weight 1."""
-ONES_AND_SUM = LossWeights(dense=1.0, lexical=1.0, multi_vector=1.0, sum=1.0)
-"""The same, with the combined score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +68,10 @@ def resolve_settings(config: UnifiedConfig) -> LossSettings:
     `joint`, and a single head, have neither sum nor distillation, whatever else is set: the sum of one head is that head.
     """
     alone = config.preset == "joint" or len(config.heads) == 1
-    is_m3 = config.preset == "m3"
-    losses = config.loss_weights or (M3_LOSS if is_m3 else ONES_AND_SUM)
-    sums = config.sum_weights or (M3_SUM if is_m3 else ONES)
-    distills = config.distill_weights or (M3_DISTILL if is_m3 else ONES)
+    preset = preset_weights(config.preset)
+    losses = config.loss_weights or preset["loss_weights"]
+    sums = config.sum_weights or preset["sum_weights"]
+    distills = config.distill_weights or preset["distill_weights"]
     absent = {name: 0.0 for name in HEADS if name not in config.heads}
     losses, sums, distills = (table.model_copy(update=absent) for table in (losses, sums, distills))
     if alone:

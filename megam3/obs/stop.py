@@ -3,6 +3,7 @@ repeated.
 
     SIGUSR1           the time limit or a pre-emption is near: save, leave with EXIT_REQUEUE, be started again
     SIGTERM           somebody cancels: save, leave with EXIT_STOPPED, stay away
+    SIGINT            Ctrl-C: as SIGTERM
     SIGTERM again     leave now, without saving (also while the main thread is stuck in a collective)
     SIGUSR2           write the stacks of all threads to standard error and go on
 
@@ -29,8 +30,17 @@ EXIT_STOPPED = 143
 
 REPEAT_SECONDS = 3.0
 """A second SIGTERM counts from here on: launchers and process groups deliver one and the same request twice
-at once.
+at once, and a launcher that got a Ctrl-C sends its ranks SIGTERM.
 """
+
+REPEAT_INTERRUPT_SECONDS = 0.3
+"""A second Ctrl-C counts from here on: a person presses it, and no launcher passes it on as such."""
+
+INTERRUPTED = (
+    b"megam3: Ctrl-C: saving after the step in progress; Ctrl-C again leaves at once, without saving\n"
+)
+
+LEAVING = b"leaving without saving\n"
 
 
 class StopSignal:
@@ -42,7 +52,7 @@ class StopSignal:
         self.wants_requeue = False
         """SIGUSR1 came."""
         self.wants_stop = False
-        """SIGTERM came; it outweighs SIGUSR1."""
+        """SIGTERM or SIGINT came; it outweighs SIGUSR1."""
         self._before: dict[signal.Signals, object] = {}
         self._pipe = (-1, -1)
         self._wakeup_before = -1
@@ -58,7 +68,7 @@ class StopSignal:
         # written by the C handler, so that the thread below learns of a signal that Python's main thread
         # cannot take
         self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._remember)
         faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
         threading.Thread(
@@ -74,7 +84,7 @@ class StopSignal:
         os.close(self._pipe[1])  # ends the thread, which closes its own end
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGTERM:
+        if number in (signal.SIGTERM, signal.SIGINT):
             self.wants_stop = True
         else:
             self.wants_requeue = True
@@ -82,12 +92,16 @@ class StopSignal:
     def _watch(self, descriptor: int) -> None:
         first: float | None = None
         while data := os.read(descriptor, 1):
-            if data[0] != signal.SIGTERM:
+            if data[0] not in (signal.SIGTERM, signal.SIGINT):
                 continue
+            is_interrupt = data[0] == signal.SIGINT
             now = time.monotonic()
             if first is None:
                 first = now
-            elif now - first >= REPEAT_SECONDS:
-                os.write(2, b"megam3: second SIGTERM, leaving without saving\n")
+                # one rank speaks: a terminal's Ctrl-C reaches all of them
+                if is_interrupt and os.environ.get("RANK", "0") == "0":
+                    os.write(2, INTERRUPTED)
+            elif now - first >= (REPEAT_INTERRUPT_SECONDS if is_interrupt else REPEAT_SECONDS):
+                os.write(2, f"megam3: second {'Ctrl-C' if is_interrupt else 'SIGTERM'}, ".encode() + LEAVING)
                 os._exit(EXIT_STOPPED)
         os.close(descriptor)

@@ -11,21 +11,33 @@ from megam3.dist.env import RankInfo, discover_ranks, first_host, prepare_enviro
 from megam3.errors import ConfigError
 
 LAUNCHER = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1234"}
-SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_NODELIST": "n[02-03,7]", "SLURM_JOB_ID": "41"}
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_NODELIST": "n[02-03,7]",
+    "SLURM_JOB_ID": "41",
+}
 STEP = {**SLURM, "SLURM_STEP_ID": "0"}
 
 
 def test_launcher_comes_first() -> None:
-    assert discover_ranks({**SLURM, **LAUNCHER, "OMPI_COMM_WORLD_RANK": "0"}) == RankInfo(rank=3, local_rank=1, world_size=4, master_addr="a", master_port=1234, source="launcher")
+    assert discover_ranks({**SLURM, **LAUNCHER, "OMPI_COMM_WORLD_RANK": "0"}) == RankInfo(
+        rank=3, local_rank=1, world_size=4, master_addr="a", master_port=1234, source="launcher"
+    )
 
 
 def test_slurm_comes_second() -> None:
-    assert discover_ranks({**STEP, "PMI_RANK": "0"}) == RankInfo(rank=5, local_rank=1, world_size=8, master_addr="n02", master_port=12_410, source="slurm")
+    assert discover_ranks({**STEP, "PMI_RANK": "0"}) == RankInfo(
+        rank=5, local_rank=1, world_size=8, master_addr="n02", master_port=12_410, source="slurm"
+    )
 
 
 def test_a_step_can_be_smaller_than_its_job() -> None:
     step = {**STEP, "SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_NODELIST": "n7"}
-    assert discover_ranks(step) == RankInfo(rank=5, local_rank=1, world_size=6, master_addr="n7", master_port=12_410, source="slurm")
+    assert discover_ranks(step) == RankInfo(
+        rank=5, local_rank=1, world_size=6, master_addr="n7", master_port=12_410, source="slurm"
+    )
 
 
 def test_site_settings_win_over_slurms_guess() -> None:
@@ -39,14 +51,18 @@ def test_a_batch_script_is_one_process() -> None:
 
 
 def test_alone() -> None:
-    assert discover_ranks({"HOME": "/"}) == RankInfo(rank=0, local_rank=0, world_size=1, master_addr="127.0.0.1", master_port=29500, source="single")
+    assert discover_ranks({"HOME": "/"}) == RankInfo(
+        rank=0, local_rank=0, world_size=1, master_addr="127.0.0.1", master_port=29500, source="single"
+    )
 
 
 def test_export_is_read_back() -> None:
     info = discover_ranks(STEP)
     environ: dict[str, str] = {}
     info.export(environ)
-    assert discover_ranks(environ) == RankInfo(rank=5, local_rank=1, world_size=8, master_addr="n02", master_port=12_410, source="launcher")
+    assert discover_ranks(environ) == RankInfo(
+        rank=5, local_rank=1, world_size=8, master_addr="n02", master_port=12_410, source="launcher"
+    )
 
 
 def test_mpi_is_asked_last(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,14 +93,17 @@ def test_mpi_is_asked_last(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "mpi4py", type(sys)("mpi4py"))
     monkeypatch.setattr(sys.modules["mpi4py"], "MPI", Fake, raising=False)
-    assert discover_ranks({"OMPI_COMM_WORLD_SIZE": "4"}) == RankInfo(rank=2, local_rank=1, world_size=4, master_addr="first", master_port=29500, source="mpi")
+    assert discover_ranks({"OMPI_COMM_WORLD_SIZE": "4"}) == RankInfo(
+        rank=2, local_rank=1, world_size=4, master_addr="first", master_port=29500, source="mpi"
+    )
     assert discover_ranks({"PMI_SIZE": "4", "MASTER_ADDR": "m"}).master_addr == "m"
 
 
 def test_mpi_variables_without_an_mpi_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(
-        ConfigError, match="MPI's variables are set but MPI cannot be loaded .*; load the cluster's MPI module, or start with"
+        ConfigError,
+        match="MPI's variables are set but MPI cannot be loaded .*; load the cluster's MPI module, or start with",
     ):
         discover_ranks({"OMPI_COMM_WORLD_SIZE": "4"})
 
@@ -120,9 +139,15 @@ def test_partial_slurm_variables_name_what_is_missing() -> None:
     ("changes", "expected"),
     [
         ({"RANK": "x"}, "RANK = 'x': must be a whole number; correct or unset RANK"),
-        ({"RANK": "4"}, "rank = 4: must be at least 0 and below the world size 4 (launcher); correct the launcher's variables"),
+        (
+            {"RANK": "4"},
+            "rank = 4: must be at least 0 and below the world size 4 (launcher); correct the launcher's variables",
+        ),
         ({"RANK": "-1"}, "rank = -1: must be at least 0"),
-        ({"RANK": "0"}, "local rank = 1: must be at least 0 and not above the rank 0 (launcher); correct the launcher's variables"),
+        (
+            {"RANK": "0"},
+            "local rank = 1: must be at least 0 and not above the rank 0 (launcher); correct the launcher's variables",
+        ),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT = 70000: is no port number; use one from 1024 to 65535"),
     ],
 )
@@ -149,7 +174,9 @@ def test_first_host(nodelist: str, host: str) -> None:
 
 def test_unreadable_node_list(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(ConfigError, match="cannot be read as a Slurm node list; set MASTER_ADDR to the host of rank 0"):
+    with pytest.raises(
+        ConfigError, match="cannot be read as a Slurm node list; set MASTER_ADDR to the host of rank 0"
+    ):
         first_host("n[[")
 
 
@@ -162,7 +189,11 @@ def test_scontrol_reads_what_we_cannot(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_ports_differ_between_steps_and_stay_below_the_ephemeral_range() -> None:
-    ports = {slurm_port({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}) for job in range(1500, 1600) for step in range(3)}
+    ports = {
+        slurm_port({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
+        for job in range(1500, 1600)
+        for step in range(3)
+    }
     assert len(ports) == 300
     assert min(ports) > 1024
     assert max(ports) < 32_768
@@ -188,7 +219,9 @@ def test_a_writable_home_is_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("home", ["/dev/null", "/proc/1", None])
-def test_caches_move_when_home_cannot_be_written(home: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_move_when_home_cannot_be_written(
+    home: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     environ = {"TRITON_CACHE_DIR": "/mine"} | ({"HOME": home} if home else {"HOME": "/dev/null/none"})
     prepare_environment(environ, has_gpu=False)
@@ -201,7 +234,9 @@ def test_caches_move_when_home_cannot_be_written(home: str | None, tmp_path: Pat
     assert again["TORCH_EXTENSIONS_DIR"] == environ["TORCH_EXTENSIONS_DIR"]
 
 
-def test_a_cache_folder_open_to_others_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_folder_open_to_others_is_not_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / f"megam3-{os.getuid()}").mkdir(mode=0o777)
     (tmp_path / f"megam3-{os.getuid()}").chmod(0o777)

@@ -254,7 +254,7 @@ def test_the_recipes_own_weights_win():
     settings = resolve_settings(config)
     assert (settings.sum_weights.lexical, settings.loss_weights.lexical, settings.distill_weights.dense) == (
         2.0,
-        1.0,
+        0.1,  # not given: the preset's
         0.0,
     )
     assert [settings.distills(step) for step in (0, 6, 7)] == [False, False, True]
@@ -266,6 +266,26 @@ def test_the_recipes_own_weights_win():
         UnifiedConfig(preset="joint", false_negative_margin=1.0, loss_weights=LossWeights(lexical=0.0))
     )
     assert margin_only.sum_weights == HeadWeights(dense=1, lexical=0, multi_vector=1)
+
+
+@pytest.mark.parametrize(
+    ("preset", "lexical", "distilled"), [("m3", 0.1, 0.1), ("m3_v1", 1.0, 1.0), ("joint", 1.0, None)]
+)
+def test_one_overridden_weight_leaves_the_others_to_the_preset(
+    preset: str, lexical: float, distilled: float | None
+) -> None:
+    section = {"preset": preset, "loss_weights": {"dense": 3.0}, "distill_weights": {"dense": 0.5}}
+    for config in (
+        UnifiedConfig.model_validate(section),
+        UnifiedConfig(
+            preset=preset, loss_weights=LossWeights(dense=3.0), distill_weights=HeadWeights(dense=0.5)
+        ),
+    ):
+        settings = resolve_settings(config)
+        assert (settings.loss_weights.dense, settings.loss_weights.lexical) == (3.0, lexical)
+        assert (settings.distill_weights and settings.distill_weights.lexical) == distilled
+        # what a run folder records reads back as the same numbers
+        assert resolve_settings(UnifiedConfig.model_validate(config.model_dump())) == settings
 
 
 def test_a_rank_without_queries_adds_zero():

@@ -36,7 +36,9 @@ def start(*arguments: str) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize(("sent", "requeue", "stop"), [("USR1", True, False), ("TERM", False, True)])
+@pytest.mark.parametrize(
+    ("sent", "requeue", "stop"), [("USR1", True, False), ("TERM", False, True), ("INT", False, True)]
+)
 def test_the_warning_asks_for_a_requeue_and_term_for_an_end(sent: str, requeue: bool, stop: bool) -> None:
     with StopSignal() as asked:
         assert not asked.requested
@@ -45,10 +47,11 @@ def test_the_warning_asks_for_a_requeue_and_term_for_an_end(sent: str, requeue: 
 
 
 def test_the_old_handlers_come_back() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
     with StopSignal():
         assert signal.getsignal(signal.SIGTERM) != before[0]
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_a_second_term_ends_at_once_and_the_same_one_delivered_twice_does_not() -> None:
@@ -62,6 +65,23 @@ def test_a_second_term_ends_at_once_and_the_same_one_delivered_twice_does_not() 
     _, said = process.communicate(timeout=20)
     assert process.returncode == EXIT_STOPPED
     assert "second SIGTERM, leaving without saving" in said
+
+
+def test_a_second_ctrl_c_ends_at_once_and_the_first_says_so() -> None:
+    process = start("60.0", "")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    # what a launcher makes of the same Ctrl-C is no second request
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.6)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == EXIT_STOPPED
+    assert said == (
+        "megam3: Ctrl-C: saving after the step in progress; Ctrl-C again leaves at once, without saving\n"
+        "megam3: second Ctrl-C, leaving without saving\n"
+    )
 
 
 def test_usr2_shows_the_stacks_and_the_process_goes_on() -> None:
