@@ -143,9 +143,10 @@ def _grid(axes: _Axes) -> list[str]:
         y = axes.y(value)
         parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}"/>')
         parts.append(f'<text x="{_LEFT - 4}" y="{y + 4:.1f}" text-anchor="end">{figure(value)}</text>')
-    for step, anchor in ((axes.first, "start"), ((axes.first + axes.last) / 2, "middle"), (axes.last, "end")):
-        shown = f"{round(step):,}"
-        parts.append(f'<text x="{axes.x(step):.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{shown}</text>')
+    middle = round((axes.first + axes.last) / 2)
+    for step, anchor in ((axes.first, "start"), (middle, "middle"), (axes.last, "end")):
+        x = axes.x(step)
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{step:,.0f}</text>')
     return parts
 
 

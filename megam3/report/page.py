@@ -36,12 +36,12 @@ def page(runs: Sequence[RunRecord]) -> str:
     title = safe(", ".join(run.name for run in runs))
     sections = [
         ("Runs", _overview(runs)),
+        ("Retrieval modes against BM25", _mode_tables(runs)),
+        ("Modes by language", _heat_maps(runs)),
+        ("Evaluation over time", _evaluation_curves(runs)),
         *_curves(runs),
         ("Memory planned and measured", _memory(runs)),
         ("Languages and lengths of the data", _mixes(runs)),
-        ("Evaluation over time", _evaluation_curves(runs)),
-        ("Retrieval modes against BM25", _mode_tables(runs)),
-        ("Modes by language", _heat_maps(runs)),
         ("Recipe fields that differ", _differences(runs)),
         ("Recipe and environment", _recipes(runs)),
     ]
@@ -73,7 +73,7 @@ def _overview(runs: Sequence[RunRecord]) -> str:
     ]
     notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
     notes += [
-        f"{run.name}: {run.num_nonfinite} figures were no finite number and are left out"
+        f"{run.name}: figures left out because they are no finite numbers: {run.num_nonfinite}"
         for run in runs
         if run.num_nonfinite
     ]
