@@ -6,13 +6,13 @@ the page, since only a viewBox is given.
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from megam3.report.record import Point
+from megam3.report.text import figure, safe
 
 NUM_COLOURS = 6
 """The page's style has as many; further lines repeat them with another dash."""
@@ -52,20 +52,6 @@ class _Axes:
             else (self.low, self.high, value)
         )
         return HEIGHT - _BOTTOM - (value - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM)
-
-
-def safe(value: object) -> str:
-    """`value` as text for HTML, also inside an attribute; what is no UTF-8 in a file name becomes `?`."""
-    return html.escape(str(value).encode("utf-8", "replace").decode("utf-8"))
-
-
-def figure(value: float) -> str:
-    """A number as short as a reader needs it.
-
-    >>> [figure(value) for value in (0.0, 12345.6, 3.14159, 0.00012345)]
-    ['0', '12,346', '3.142', '0.0001234']
-    """
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def line_chart(

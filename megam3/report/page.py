@@ -1,19 +1,20 @@
 """The page of one or several runs: what is the same figure of each stands in one chart, one line a run.
 
 Nothing is loaded from anywhere, and the page's own security policy says so; every text from a run folder goes
-through `chart.safe`.
+through `text.safe`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from megam3.data.manifest import Manifest
-from megam3.report.chart import NUM_COLOURS, Line, figure, line_chart, safe
-from megam3.report.record import Evaluation, Point, RunRecord, flatten
+from megam3.report.chart import NUM_COLOURS, Line, line_chart
+from megam3.report.evaluations import evaluation_curves, heat_maps, mode_tables
+from megam3.report.record import Point, RunRecord, flatten
 from megam3.report.style import STYLE
-from megam3.retrieval.metrics import METRICS
+from megam3.report.text import figure, safe, table
 
 _SECTIONS = {
     "loss": "Losses",
@@ -36,9 +37,9 @@ def page(runs: Sequence[RunRecord]) -> str:
     title = safe(", ".join(run.name for run in runs))
     sections = [
         ("Runs", _overview(runs)),
-        ("Retrieval modes against BM25", _mode_tables(runs)),
-        ("Modes by language", _heat_maps(runs)),
-        ("Evaluation over time", _evaluation_curves(runs)),
+        ("Retrieval modes against BM25", mode_tables(runs)),
+        ("Modes by language", heat_maps(runs)),
+        ("Evaluation over time", evaluation_curves(runs)),
         *_curves(runs),
         ("Memory planned and measured", _memory(runs)),
         ("Languages and lengths of the data", _mixes(runs)),
@@ -77,7 +78,7 @@ def _overview(runs: Sequence[RunRecord]) -> str:
         for run in runs
         if run.num_nonfinite
     ]
-    return _table(head, rows) + "".join(f'<p class="note">{safe(note)}</p>' for note in notes)
+    return table(head, rows) + "".join(f'<p class="note">{safe(note)}</p>' for note in notes)
 
 
 def _last(run: RunRecord, name: str) -> str:
@@ -138,7 +139,7 @@ def _memory(runs: Sequence[RunRecord]) -> str:
     for part in dict.fromkeys(part for _, memory in known for part in memory.parts):
         cells = [f"{memory.parts[part]:.2f}" if part in memory.parts else "–" for _, memory in known]
         rows.append([f"planned: {safe(part)}", *cells])
-    return _table(["GiB of one rank", *(safe(run.name) for run, _ in known)], rows)
+    return table(["GiB of one rank", *(safe(run.name) for run, _ in known)], rows)
 
 
 def _mixes(runs: Sequence[RunRecord]) -> str:
@@ -167,98 +168,7 @@ def _bars(what: str, counts: Sequence[tuple[str, int]]) -> str:
         [safe(name), f"{count:,}", f'<span class="bar" style="width:{100 * count / most:.1f}%"></span>']
         for name, count in counts
     ]
-    return _table([what, "records", ""], rows, kind="mix")
-
-
-def _evaluation_curves(runs: Sequence[RunRecord]) -> str:
-    """One chart a run and test set, a line a mode, where there are two steps or more."""
-    charts = []
-    for run in runs:
-        for dataset, found in _by_dataset(run).items():
-            timed = [(e.step, e.result) for e in found if e.step is not None]
-            if len(timed) < 2:
-                continue
-            modes = dict.fromkeys(mode for _, result in timed for mode in result.modes)
-            lines = [
-                Line(
-                    mode,
-                    index,
-                    [
-                        Point(step, value)
-                        for step, result in timed
-                        if mode in result.modes
-                        and (value := result.modes[mode].overall.get(METRICS[0])) is not None
-                    ],
-                )
-                for index, mode in enumerate(modes)
-            ]
-            charts.append(line_chart(f"{run.name}, {dataset}: {METRICS[0]}", lines))
-    return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
-
-
-def _by_dataset(run: RunRecord) -> dict[str, list[Evaluation]]:
-    found: dict[str, list[Evaluation]] = {}
-    for evaluation in run.evaluations:
-        found.setdefault(evaluation.result.dataset, []).append(evaluation)
-    return found
-
-
-def _mode_tables(runs: Sequence[RunRecord]) -> str:
-    return _of_newest(runs, _mode_table)
-
-
-def _heat_maps(runs: Sequence[RunRecord]) -> str:
-    return _of_newest(runs, _heat_map)
-
-
-def _of_newest(runs: Sequence[RunRecord], draw: Callable[[Evaluation], str]) -> str:
-    """What `draw` makes of the newest evaluation of each test set, under run, test set and step."""
-    parts = []
-    for run in runs:
-        for dataset, found in _by_dataset(run).items():
-            newest = found[-1]
-            when = "after the run" if newest.step is None else f"step {newest.step:,}"
-            size = f"{newest.result.num_queries:,} queries, {newest.result.num_passages:,} passages"
-            if drawn := draw(newest):
-                parts.append(f"<h3>{safe(run.name)}, {safe(dataset)}, {when} ({size})</h3>{drawn}")
-    return "".join(parts)
-
-
-def _mode_table(evaluation: Evaluation) -> str:
-    modes = evaluation.result.modes
-    baseline = modes["BM25"].overall.get(METRICS[0]) if "BM25" in modes else None
-    rows = []
-    for mode, of_mode in modes.items():
-        first = of_mode.overall.get(METRICS[0])
-        is_compared = baseline is not None and first is not None and mode != "BM25"
-        rows.append(
-            [
-                safe(mode),
-                *(f"{of_mode.overall[name]:.3f}" if name in of_mode.overall else "–" for name in METRICS),
-                f"{first - baseline:+.3f}" if is_compared else "",
-            ]
-        )
-    return _table(["mode", *METRICS, f"{METRICS[0]} over BM25"], rows)
-
-
-def _heat_map(evaluation: Evaluation) -> str:
-    modes = evaluation.result.modes
-    languages = dict.fromkeys(language for of_mode in modes.values() for language in of_mode.by_language)
-    rows = []
-    for language in languages:
-        cells = [of_mode.by_language.get(language, {}).get(METRICS[0]) for of_mode in modes.values()]
-        rows.append([safe(language), *cells])
-    head = "".join(f"<th>{safe(cell)}</th>" for cell in [METRICS[0], *modes])
-    body = "".join(
-        f"<tr><td>{name}</td>"
-        + "".join(
-            "<td>–</td>" if cell is None else f'<td style="--share:{cell:.3f}">{cell:.3f}</td>'
-            for cell in cells
-        )
-        + "</tr>"
-        for name, *cells in rows
-    )
-    return f'<div class="scroll"><table class="heat"><tr>{head}</tr>{body}</table></div>' if rows else ""
+    return table([what, "records", ""], rows, kind="mix")
 
 
 def _differences(runs: Sequence[RunRecord]) -> str:
@@ -270,23 +180,16 @@ def _differences(runs: Sequence[RunRecord]) -> str:
         values = [str(recipe.get(name, "–")) for recipe in recipes]
         if len(set(values)) > 1:
             rows.append([safe(name), *(safe(value) for value in values)])
-    return _table(["field", *(safe(run.name) for run in runs)], rows) if rows else ""
+    return table(["field", *(safe(run.name) for run in runs)], rows) if rows else ""
 
 
 def _recipes(runs: Sequence[RunRecord]) -> str:
     parts = []
     for run in runs:
         rows = [[safe(name), safe(value)] for name, value in flatten(run.environment).items()]
-        environment = _table(["environment", ""], rows) if rows else ""
+        environment = table(["environment", ""], rows) if rows else ""
         parts.append(
             f"<details><summary>{safe(run.name)} ({safe(run.folder)})</summary>{environment}"
             f"<pre>{safe(run.recipe_text)}</pre></details>"
         )
     return "".join(parts)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "plain") -> str:
-    """A table that scrolls by itself where it is wider than the screen. Cells are HTML already."""
-    titles = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{kind}"><tr>{titles}</tr>{body}</table></div>'

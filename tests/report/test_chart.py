@@ -5,8 +5,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from megam3.report.chart import HEIGHT, MAX_POINTS, WIDTH, Line, figure, line_chart, safe, thin
+from megam3.report.chart import HEIGHT, MAX_POINTS, WIDTH, Line, line_chart, thin
 from megam3.report.record import Point
+from megam3.report.text import figure, safe
 
 
 def drawn(chart: str) -> list[list[tuple[float, float]]]:
