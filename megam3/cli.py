@@ -72,6 +72,7 @@ GROUPS = {
         "evaluate": Subcommand(
             "megam3.commands.evaluate", "five retrieval modes and BM25 on test sets in BEIR format"
         ),
+        "report": Subcommand("megam3.commands.report", "one HTML page about a run, or several side by side"),
         "export": Subcommand(
             "megam3.commands.export", "a checkpoint in the layout of another library, read back and compared"
         ),

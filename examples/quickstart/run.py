@@ -8,6 +8,7 @@ runs/quickstart/          the run folder; training continues from its checkpoint
     start/                corpus, tokenizer and untrained encoder
     export/               the Hugging Face folder
     eval/heldout.json     five modes and BM25 on pages no model has seen
+    report.html           the run as one page
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from examples.quickstart.prepare import Prepared, prepare
 from megam3.batch import pack_texts
 from megam3.checkpoint import consolidated_weights, newest_complete
 from megam3.cli import report_user_errors
+from megam3.commands.report import PAGE_FILE, write_page
 from megam3.config.load import load_config
 from megam3.config.schema import RunConfig
 from megam3.dist.env import free_port
@@ -49,6 +51,8 @@ from megam3.errors import TrainingError
 from megam3.export.bge_m3 import export_bge_m3
 from megam3.model.m3 import represent
 from megam3.obs.log import setup_logging
+from megam3.report.page import page
+from megam3.report.record import read_run
 from megam3.retrieval.beir import BeirDataset, read_beir
 from megam3.retrieval.by_embedder import embedder_encode, embedder_tokenize
 from megam3.retrieval.evaluate import evaluate
@@ -140,6 +144,7 @@ def show(config: RunConfig, run_dir: Path, prepared: Prepared, export: Path, sec
     dataset = read_beir(str(prepared.heldout_folder), config.evaluation.split)
     result = evaluate(dataset, embedder_tokenize(embedder), embedder_encode(embedder), config.evaluation)
     result.write(run_dir / "eval" / "heldout.json")
+    write_page(run_dir / PAGE_FILE, page([read_run(run_dir)]))
     console.print(overall_table([result]))
     console.print(answers(embedder, dataset, config))
     places = {
@@ -147,6 +152,7 @@ def show(config: RunConfig, run_dir: Path, prepared: Prepared, export: Path, sec
         "exported model": export,
         "evaluation": run_dir / "eval" / "heldout.json",
         "held-out pages": prepared.heldout_folder,
+        "report": run_dir / PAGE_FILE,
     }
     for what, place in places.items():
         console.print(f"{what:15} {place}", soft_wrap=True)

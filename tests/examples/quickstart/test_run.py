@@ -57,6 +57,8 @@ def test_trains_evaluates_exports_and_answers_from_the_users_pairs(pairs, tmp_pa
     result = read_result(run / "eval" / "heldout.json")
     chance = 10 / result.num_passages
     assert result.modes["All"].overall["ndcg@10"] > 3 * chance
+    assert "runs/quickstart-pairs/report.html" in said
+    assert "ndcg@10 over BM25" in (run / "report.html").read_text(encoding="utf-8")
     encoded = M3Embedder(str(run / "export")).encode([make_sentences(1)[0]])
     assert encoded.dense_vecs.shape == (1, 256)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
