@@ -46,7 +46,7 @@ from megam3.obs.run_folder import MODEL_FOLDER, describe_run_folder
 from megam3.planning.memory_report import describe_run
 from megam3.retrieval.beir import BeirDataset, read_beir
 from megam3.retrieval.evaluate import evaluate
-from megam3.trainer import Run
+from megam3.trainer import Run, seed_torch
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def build(config: RunConfig, device: torch.device, guard: RunGuard) -> Run:
     total_steps = config.train.steps or data.num_steps(config.train.epochs or 0.0)
     # 3. the model; a fixed seed, so that heads from scratch are equal on every rank
     join(device)
-    torch.manual_seed(config.train.seed)
+    seed_torch(config.train.seed)
     dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
     objective = find_objective(config.objective)(config.objective, config.data.batch.chunk_tokens)
     with model_construction(ds_config):

@@ -17,6 +17,7 @@ from megam3.batch import Batch, Progress
 from megam3.checkpoint import Retention, RunState, list_steps, save_checkpoint
 from megam3.config.schema import RunConfig
 from megam3.data.dataset import TrainingData
+from megam3.data.permute import key_of
 from megam3.dist import comm
 from megam3.encoders import EncoderShape
 from megam3.engine.deepspeed import Engine, UpdateResult
@@ -252,7 +253,12 @@ def run_step(run: Run, batches: Sequence[Batch], progress: Progress, wishes: Wis
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed dropout for one step; distinct over steps and ranks, and independent of how the run got there."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    seed_torch((seed * 1_000_003 + step) * 65_537 + rank)
+
+
+def seed_torch(seed: int) -> None:
+    """Seed torch with any integer from 0 on: itself where torch takes it (64 bits), its hash beyond."""
+    torch.manual_seed(seed if seed < 1 << 64 else key_of(seed))
 
 
 def save(run: Run, progress: Progress) -> None:

@@ -24,7 +24,7 @@ from megam3.config.load import load_config
 from megam3.embedder import M3Embedder
 from megam3.engine.deepspeed import UpdateResult
 from megam3.errors import TrainingError
-from megam3.trainer import Wishes, check_finite, join_ranks
+from megam3.trainer import Wishes, check_finite, join_ranks, seed_step
 from tests.launches import ROOT, STEPS_PER_EPOCH, Workplace, launch, make_workplace, train_calls
 from tests.ranks import run_ranks
 
@@ -336,6 +336,27 @@ def test_an_error_on_one_rank_ends_all_of_them(place: Workplace, tmp_path: Path)
 
 NAMES = ["loss/total", "loss/lexical", "lexical/mean_weight"]
 COUNTS = [4.0, 100.0, 120.0, 1.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("seed", [0, 42, 281_000_000])
+def test_seeds_that_torch_takes_give_the_numbers_they_always_gave(seed: int) -> None:
+    seed_step(seed, 7, 3)
+    drawn = torch.rand(8)
+    torch.manual_seed((seed * 1_000_003 + 7) * 65_537 + 3)
+    assert torch.equal(drawn, torch.rand(8))
+
+
+def test_large_seeds_give_numbers_of_their_own_for_every_step_and_rank() -> None:
+    drawn = set()
+    for seed in (281_480_000, 2**40, 2**63 - 1):
+        for step, rank in ((0, 0), (0, 1), (1, 0), (10**9, 1023)):
+            seed_step(seed, step, rank)
+            drawn.add(torch.initial_seed())
+    assert len(drawn) == 12
+    seed_step(2**63 - 1, 5, 1)
+    first = torch.rand(8)
+    seed_step(2**63 - 1, 5, 1)
+    assert torch.equal(first, torch.rand(8))
 
 
 def test_figures_are_means_and_counts_are_sums_over_ranks() -> None:
