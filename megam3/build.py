@@ -5,11 +5,8 @@ import hashlib
 import json
 import logging
 import os
-import platform
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 
 import torch
 from torch import nn
@@ -40,6 +37,7 @@ from megam3.errors import DataError
 from megam3.model.attention import report_attention
 from megam3.objectives.base import Objective, find_objective
 from megam3.obs.clock import measure_matmul_peak
+from megam3.obs.environment import describe_environment
 from megam3.obs.guard import RunGuard
 from megam3.obs.log import setup_logging
 from megam3.obs.run_folder import MODEL_FOLDER, describe_run_folder
@@ -242,19 +240,6 @@ def _start_state(
         engine.load_elastic(folder)
     logger.info("resumed from %s", folder)
     return replace(state, progress=saved.progress)
-
-
-def describe_environment(device: torch.device) -> dict[str, object]:
-    """What env.json records: versions, ranks and hardware."""
-    processor = platform.processor() or platform.machine()
-    return {
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in ("torch", "deepspeed", "transformers")},
-        "world_size": comm.world_size(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
-        "threads": torch.get_num_threads(),
-        "host": socket.gethostname(),
-    }
 
 
 def _report_start(config: RunConfig, state: RunState, total_steps: int, data: TrainingData) -> None:

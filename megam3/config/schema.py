@@ -24,7 +24,6 @@ from pydantic_core import PydanticCustomError
 
 from megam3.errors import ConfigError
 
-
 MAX_STEPS = 10**9
 """Longest run: thirty years of one step a second. Whoever writes more has mistyped it."""
 MAX_EPOCHS = 1e6

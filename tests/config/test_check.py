@@ -47,7 +47,8 @@ def test_the_unified_recipe_passes_on_every_world_size_it_promises(world_size: i
 )
 def test_a_run_name_is_one_folder_in_output_dir(name: str, rule: str) -> None:
     said = message(name=name)
-    assert said.startswith("name = ") and rule in said
+    assert said.startswith("name = ")
+    assert rule in said
     assert said.endswith("output_dir says where run folders are made")
     assert len(said) < 250
 

@@ -1,4 +1,4 @@
-"""Code that a model folder brings along never runs, also where somebody would answer the question with yes."""
+"""Code that a model folder brings along never runs, also where the question is answered with yes."""
 
 import json
 import re
@@ -27,7 +27,7 @@ class Foreign({base}):
 
 
 def add_foreign_code(folder: Path, mark: Path) -> None:
-    """Make `folder` name classes of its own for config, encoder and tokenizer; importing them touches `mark`."""
+    """Make `folder` name its own config, encoder and tokenizer classes; importing them touches `mark`."""
     parts = [
         ("foreign_config", "PretrainedConfig", 'model_type = "foreign"'),
         ("foreign_model", "PreTrainedModel", "pass"),
