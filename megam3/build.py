@@ -5,11 +5,8 @@ import hashlib
 import json
 import logging
 import os
-import platform
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 
 import torch
 from torch import nn
@@ -41,13 +38,14 @@ from megam3.errors import ConfigError, DataError
 from megam3.model.attention import report_attention
 from megam3.objectives.base import Objective, find_objective
 from megam3.obs.clock import measure_matmul_peak
+from megam3.obs.environment import describe_environment
 from megam3.obs.guard import RunGuard
 from megam3.obs.log import setup_logging
 from megam3.obs.run_folder import MODEL_FOLDER, describe_run_folder
 from megam3.planning.memory_report import describe_run
 from megam3.retrieval.beir import BeirDataset, read_beir
 from megam3.retrieval.evaluate import evaluate
-from megam3.trainer import Run
+from megam3.trainer import Run, seed_torch
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +68,7 @@ def build(config: RunConfig, device: torch.device, guard: RunGuard) -> Run:
     total_steps = config.train.steps or data.num_steps(config.train.epochs or 0.0)
     # 3. the model; a fixed seed, so that heads from scratch are equal on every rank
     join(device)
-    torch.manual_seed(config.train.seed)
+    seed_torch(config.train.seed)
     dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
     objective = find_objective(config.objective)(config.objective, config.data.batch.chunk_tokens)
     with model_construction(ds_config):
@@ -276,19 +274,6 @@ def check_not_past(config: RunConfig, folder: str, step: int, total_steps: int) 
         rule = f"ends at step {total_steps}, and the run is at step {step} already ({folder})"
         remedy = f"raise train.{field}, go back with train.resume_step, or begin anew with train.resume=never"
         raise ConfigError(f"train.{field}", getattr(config.train, field), rule, remedy)
-
-
-def describe_environment(device: torch.device) -> dict[str, object]:
-    """What env.json records: versions, ranks and hardware."""
-    processor = platform.processor() or platform.machine()
-    return {
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in ("torch", "deepspeed", "transformers")},
-        "world_size": comm.world_size(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
-        "threads": torch.get_num_threads(),
-        "host": socket.gethostname(),
-    }
 
 
 def _report_start(config: RunConfig, state: RunState, total_steps: int, data: TrainingData) -> None:

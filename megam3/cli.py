@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from megam3 import __version__
 from megam3.errors import UserError
+from megam3.files import deny_writing_to_others
 
 USER_ERROR_CODE = 2
 
@@ -100,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(name, SUBCOMMANDS, n=1)
         remedy = f"did you mean {near[0]}?" if near else f"use one of: {', '.join(SUBCOMMANDS)}"
         parser.error(f"there is no subcommand {name!r}; {remedy}")
+    deny_writing_to_others()
     module = importlib.import_module(SUBCOMMANDS[name].module)
     return report_user_errors(module.main, arguments[1:])
 

@@ -84,6 +84,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def deny_writing_to_others() -> None:
+    """From now on this process, and what it starts, makes no file or folder that everybody may write to,
+    whatever its umask was; a group keeps what the umask gives it."""
+    os.umask(os.umask(0o077) | 0o002)
+
+
 def write_json(path: str | Path, value: object, *, durable: bool = True) -> None:
     """`value` as indented UTF-8 JSON under `path`, written aside first. Keys keep their order."""
     with atomic_file(path, "w", durable=durable) as stream:

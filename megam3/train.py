@@ -32,6 +32,7 @@ from megam3.dist import comm
 from megam3.dist.device import choose_device, describe_devices, device_index
 from megam3.dist.shared_folder import check_shared
 from megam3.errors import UserError
+from megam3.files import deny_writing_to_others
 from megam3.obs.guard import RunGuard
 from megam3.trainer import train
 
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")]
     rank = int(os.environ.get("RANK", "0"))
+    deny_writing_to_others()
     try:
         ranks = discover_ranks(os.environ)
         rank = ranks.rank

@@ -17,12 +17,13 @@ from megam3.batch import Batch, Progress
 from megam3.checkpoint import Retention, RunState, list_steps, save_checkpoint
 from megam3.config.schema import RunConfig
 from megam3.data.dataset import TrainingData
+from megam3.data.permute import key_of
 from megam3.dist import comm
 from megam3.encoders import EncoderShape
 from megam3.engine.deepspeed import Engine, UpdateResult
 from megam3.errors import TrainingError
 from megam3.objectives.base import Objective
-from megam3.obs.alarms import SpikeAlarm
+from megam3.obs.alarms import SpikeAlarm, Straggler, StragglerWatch
 from megam3.obs.clock import StepClock, peak_memory_bytes
 from megam3.obs.guard import RunGuard
 from megam3.obs.metrics import MetricsWriter
@@ -34,6 +35,12 @@ logger = logging.getLogger(__name__)
 MEMORY_STEPS = 3
 """Steps after which the memory a run holds has been seen: AdamW's moments come in the first, the allocator
 settles in the next."""
+
+
+TIMED_PARTS = ("data", "forward and backward")
+"""What of a step is timed on every rank: the wait for its batch, and the processor time of its passes. By the
+wall clock a rank that waits for a slower one in a collective call takes as long as that one. On a GPU processor
+time says little (launches, and waits that spin): there only the data tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +95,8 @@ class StepReport:
     """Of all ranks together."""
     nonfinite: str
     """Rank with the most figures that are not finite, and their names; empty when all are finite."""
+    seconds_by_part: dict[str, list[float]]
+    """For each of TIMED_PARTS, what every rank took."""
 
 
 def train(run: Run, stop: StopSignal) -> int:
@@ -113,7 +122,7 @@ def train(run: Run, stop: StopSignal) -> int:
         for batches in waiting:
             run.guard.at(progress.step, "forward")
             wishes = Wishes(requeue=stop.wants_requeue, stop=stop.wants_stop, save=saves.is_due())
-            report = run_step(run, batches, progress, wishes)
+            report = run_step(run, batches, progress, wishes, clock.last_wait_seconds)
             run.guard.at(progress.step, "update")
             update = run.engine.update(progress.step, drop=bool(report.nonfinite))
             health.check(report, update, progress.step)
@@ -134,6 +143,8 @@ def train(run: Run, stop: StopSignal) -> int:
                 run.guard.progress(step, run.total_steps, values["speed/tokens_per_second"])
                 for warning in run.objective.warnings(values, settings.dead_head_share):
                     logger.warning("step %d: %s", step, warning)
+                for straggler in health.stragglers():
+                    logger.warning("step %d: %s", step, straggler)
             # saved before it is evaluated: a crash in an evaluation must not cost the steps before it
             if _is_due(step, settings.save_every_steps, is_last or is_stopped or report.wishes.save):
                 run.guard.at(step, "save")
@@ -179,6 +190,7 @@ class StepHealth:
 
     def __init__(self, run: Run):
         self._run, self._spikes, self._skipped = run, SpikeAlarm(), 0
+        self._times = StragglerWatch()
 
     def check(self, report: StepReport, update: UpdateResult, step: int) -> None:
         """Act on the step after `step` done ones.
@@ -188,6 +200,7 @@ class StepHealth:
                 a row were skipped; names the checkpoints there are.
         """
         engine = self._run.config.engine
+        self._times.add(report.seconds_by_part)
         steps = list_steps(self._run.run_dir) if update.skipped else []
         check_finite(engine.on_nonfinite, report, update, step, steps)
         self._skipped = self._skipped + 1 if update.skipped else 0
@@ -198,6 +211,10 @@ class StepHealth:
         said = self._spikes.check(report.figures.get("loss/total", float("nan")))
         if said is not None and comm.is_main():
             logger.warning("step %d: %s; `megam3 inspect-batch` shows the rows of this step", step + 1, said)
+
+    def stragglers(self) -> list[Straggler]:
+        """Ranks that the others waited for lately; said by the main rank alone."""
+        return self._times.read() if comm.is_main() else []
 
 
 def _way_back(steps: Sequence[int]) -> str:
@@ -227,9 +244,12 @@ def _evaluate(run: Run, step: int, metrics: MetricsWriter, bar: TrainingProgress
         metrics.write(step, run.evaluate(step))
 
 
-def run_step(run: Run, batches: Sequence[Batch], progress: Progress, wishes: Wishes) -> StepReport:
-    """Forward and backward passes of one optimizer step, then one collective in which all ranks learn the
-    figures and agree."""
+def run_step(
+    run: Run, batches: Sequence[Batch], progress: Progress, wishes: Wishes, waited_seconds: float = 0.0
+) -> StepReport:
+    """Forward and backward passes of one optimizer step, for whose batches this rank `waited_seconds`; then
+    one collective in which all ranks learn the figures and agree."""
+    began = time.process_time()
     seed_step(run.config.train.seed, progress.step, comm.rank())
     figures: list[dict[str, torch.Tensor]] = []
     with run.engine.step_scope():
@@ -247,13 +267,20 @@ def run_step(run: Run, batches: Sequence[Batch], progress: Progress, wishes: Wis
         int(wishes.stop),
         int(wishes.save),
     ]
-    row_F = torch.cat([means.cpu(), torch.tensor(counts, dtype=torch.float64)])
+    means = means.cpu()  # waits for the device
+    times = [waited_seconds, time.process_time() - began]
+    row_F = torch.cat([means, torch.tensor([*counts, *times], dtype=torch.float64)])
     return join_ranks(names, comm.all_gather_rows(row_F))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed dropout for one step; distinct over steps and ranks, and independent of how the run got there."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    seed_torch((seed * 1_000_003 + step) * 65_537 + rank)
+
+
+def seed_torch(seed: int) -> None:
+    """Seed torch with any integer from 0 on: itself where torch takes it (64 bits), its hash beyond."""
+    torch.manual_seed(seed if seed < 1 << 64 else key_of(seed))
 
 
 def save(run: Run, progress: Progress) -> None:
@@ -280,8 +307,10 @@ def _is_due(step: int, every_steps: int | None, is_last: bool) -> bool:
 
 def join_ranks(names: list[str], rows_WF: torch.Tensor) -> StepReport:
     """The report of a step from every rank's row: its figures in the order of `names`, then the seven
-    counts of `run_step`."""
-    figures_WF, counts = rows_WF[:, : len(names)], rows_WF[:, len(names) :].sum(0).long().tolist()
+    counts of `run_step`, then TIMED_PARTS."""
+    widths = [len(names), rows_WF.shape[1] - len(names) - len(TIMED_PARTS), len(TIMED_PARTS)]
+    figures_WF, counts_WC, seconds_WP = rows_WF.split(widths, dim=1)
+    counts = counts_WC.sum(0).long().tolist()
     # scores are global, so one rank's bad vector spoils every rank's loss; its own figures are bad only where
     # it came from
     bad_WF = ~torch.isfinite(figures_WF)
@@ -301,6 +330,7 @@ def join_ranks(names: list[str], rows_WF: torch.Tensor) -> StepReport:
         num_truncated=truncated,
         wishes=Wishes(requeue=requeues > 0, stop=stops > 0, save=saves > 0),
         nonfinite=nonfinite,
+        seconds_by_part=dict(zip(TIMED_PARTS, seconds_WP.T.tolist(), strict=True)),
     )
 
 

@@ -152,13 +152,13 @@ def _disturbed(call: Mapping[str, Any]) -> Iterator[None]:
 
     original = trainer.run_step
 
-    def run_step(run: Any, batches: Any, progress: Any, wishes: Any) -> Any:
+    def run_step(run: Any, batches: Any, progress: Any, wishes: Any, *waited: float) -> Any:
         rank, step, name = call.get("signal", (None, None, "SIGTERM"))
         if (rank, step) == (trainer.comm.rank(), progress.step):
             os.kill(os.getpid(), signal.Signals[name])
             # Python runs the handler a moment later, the loop would see it at the next step
             wishes = trainer.Wishes(requeue=name == "SIGUSR1", stop=name in ("SIGTERM", "SIGINT"))
-        return original(run, batches, progress, wishes)
+        return original(run, batches, progress, wishes, *waited)
 
     with mock.patch.object(trainer, "run_step", run_step):
         yield

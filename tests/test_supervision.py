@@ -285,3 +285,24 @@ def test_a_full_disk_is_a_users_error_and_the_next_start_goes_on(place: Workplac
         assert code == 0, said
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=False)
+
+
+def test_no_secret_of_the_environment_and_no_file_for_everybody_to_write(place: Workplace) -> None:
+    """Under the most permissive umask, with the keys that people have in their environment."""
+    store = place.folder / "store of its own"
+    secrets = {
+        name: f"hidden-value-of-{name}"
+        for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN")
+    }
+    arguments = ("train.steps=2", "data.num_workers=1", f"data.store_dir={store}")
+    code, said = finish(
+        start(place, "guarded", *arguments, code="import os, sys; os.umask(0)", HF_HUB_OFFLINE="1", **secrets)
+    )
+    assert code == 0, said
+    run = place.run("guarded")
+    paths = [run, store, *run.rglob("*"), *store.rglob("*")]
+    assert {"env.json", "log.txt", "heartbeat.json", "metrics.jsonl", "COMPLETE"} <= {p.name for p in paths}
+    assert [str(path) for path in paths if path.stat().st_mode & 0o002] == []
+    texts = {str(path): path.read_bytes() for path in paths if path.is_file()}
+    assert [name for name, text in texts.items() if b"hidden-value" in text] == []
+    assert "hidden-value" not in said

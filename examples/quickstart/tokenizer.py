@@ -71,7 +71,7 @@ def train_tokenizer(
     (folder / "sentencepiece.bpe.model").write_bytes(model.getvalue())
     config = {**_SPECIAL_TOKENS, "model_max_length": max_tokens, "tokenizer_class": "XLMRobertaTokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.save_pretrained(folder)  # adds tokenizer.json
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -22,6 +22,8 @@ from megam3.config.schema import (
 from megam3.encoders import HEAD_FILES, find_packing_problem, read_encoder_config, usable_positions
 from megam3.errors import ConfigError, raise_all
 
+MAX_NAME_BYTES = 200
+"""File systems end names at 255 bytes; what is left is for the suffixes of files written aside."""
 MIN_TEXT_TOKENS = 3
 """The two special tokens and one of the text."""
 
@@ -35,6 +37,7 @@ def check_config(config: RunConfig, world_size: int, *, files: bool = True) -> N
         ConfigError: a rule is broken; `GroupedConfigError` for several.
     """
     problems = [
+        *run_name(config.name),
         *size_problems(config.data),
         *batch_limits(config.data, world_size),
         *world_size_divides(config.data, world_size),
@@ -50,6 +53,19 @@ def check_config(config: RunConfig, world_size: int, *, files: bool = True) -> N
     if files:
         problems += [*data_files(config.data), *evaluation_folders(config.evaluation), *model_folder(config)]
     raise_all(problems)
+
+
+def run_name(name: str) -> Problems:
+    """The run folder lies directly in output_dir: its name is one part of a path."""
+    remedy = "use letters, digits, - and _; output_dir says where run folders are made"
+    shown = name if len(name) <= MAX_NAME_BYTES else f"{name[:40]}…"
+    if not name.strip() or name in (".", ".."):
+        yield ConfigError("name", shown, "names no folder of its own in output_dir", remedy)
+    elif not name.isprintable() or "/" in name or "\\" in name:
+        rule = "must be one folder name, without slashes and control characters"
+        yield ConfigError("name", shown, rule, remedy)
+    elif len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
+        yield ConfigError("name", shown, f"must have at most {MAX_NAME_BYTES} bytes", remedy)
 
 
 def world_size_divides(data: DataConfig, world_size: int) -> Problems:

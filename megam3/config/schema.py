@@ -25,11 +25,22 @@ from pydantic_core import PydanticCustomError
 
 from megam3.errors import ConfigError
 
+MAX_STEPS = 10**9
+"""Longest run: thirty years of one step a second. Whoever writes more has mistyped it."""
+MAX_EPOCHS = 1e6
+MAX_TIMEOUT_SECONDS = 1e7
+"""Four months; waits of the operating system overflow at about 9e9 seconds."""
+
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""What fits an int64 tensor, where seeds are hashed."""
+
 
 class Section(BaseModel):
-    """Base of every section: strict types, no unknown keys, immutable."""
+    """Base of every section: strict types, no unknown keys, no infinite number or NaN, immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelConfig(Section):
@@ -236,7 +247,7 @@ class PretrainConfig(ObjectiveConfig):
     """Share of hidden tokens that become `<mask>` (BERT, arXiv 1810.04805)."""
     random_token_share: float = Field(default=0.1, ge=0, le=1)
     """Share of hidden tokens that become a random one; the rest stays."""
-    mask_seed: NonNegativeInt = 0
+    mask_seed: Seed = 0
     """Selects the masks, together with step and row."""
 
     def problems(self) -> Iterator[ConfigError]:
@@ -409,11 +420,11 @@ class EngineConfig(Section):
 class TrainConfig(Section):
     """How long, and what is written when."""
 
-    steps: PositiveInt | None = None
+    steps: PositiveInt | None = Field(default=None, le=MAX_STEPS)
     """Optimizer steps; exactly one of `steps` and `epochs`."""
-    epochs: PositiveFloat | None = None
+    epochs: PositiveFloat | None = Field(default=None, le=MAX_EPOCHS)
     """Passes over the data; turned into steps before the first one."""
-    seed: NonNegativeInt = 42
+    seed: Seed = 42
     """Batches, dropout and initial heads are functions of it."""
     log_every_steps: PositiveInt = 10
     """A line in log.txt, metrics.jsonl and TensorBoard."""
@@ -432,7 +443,7 @@ class TrainConfig(Section):
     at any ZeRO stage."""
     resume_step: PositiveInt | None = None
     """Go back to this checkpoint; newer ones are renamed and no longer count. None: the newest."""
-    timeout_seconds: PositiveFloat = 1800.0
+    timeout_seconds: PositiveFloat = Field(default=1800.0, le=MAX_TIMEOUT_SECONDS)
     """A run that makes no progress for so long ends with a message that names rank, step and phase."""
     resume_with_other_data: bool = False
     """Continue at the checkpoint's step although tokenizer, data or plan changed; False: refuse, and name

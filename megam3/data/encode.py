@@ -14,7 +14,7 @@ from typing import Any
 from megam3.data.manifest import FirstRecords, RowRun, ShardSummary, TextRules
 from megam3.data.record import BadRecord, Record, parse_line, parse_record
 from megam3.data.shard import EncodedRow, text_hash, to_arrow, write_checked
-from megam3.data.source import HugeLine, Unit, place, read_unit
+from megam3.data.source import MAX_LINE_BYTES, HugeLine, Unit, place, read_unit
 from megam3.data.tokenizer import Tokenizer
 
 MAX_UNKNOWN_KEYS = 100
@@ -150,7 +150,11 @@ def _checked_records(job: ShardJob, rejects: Rejects) -> Iterator[tuple[int, Rec
         rejects.input_digest.update(line_bytes(line))
         try:
             if isinstance(line, HugeLine):
-                raise BadRecord("line", line.head[:40], f"is huge ({line.num_bytes} bytes)")
+                raise BadRecord(
+                    "line",
+                    line.head[:40],
+                    f"has {line.num_bytes} bytes, more than the {MAX_LINE_BYTES} of any record",
+                )
             record = parse_line(line) if isinstance(line, bytes) else parse_record(line)
             if number in job.drop:
                 raise BadRecord("id", record.record_id, "is a duplicate: an earlier record has the same id")

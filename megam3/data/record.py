@@ -24,6 +24,9 @@ TEXT_KEYS = ("text", "lang", "id")
 """Keys that are read; any other is counted and said, since it may be a mistyped one of these."""
 MAX_SCORE = 3.4e38
 MAX_PASSAGES = 65535
+MAX_TEXT_CHARACTERS = 1 << 22
+"""Longer than War and Peace. The tokenizer holds about 105 bytes a character before it truncates: 0.4 GB of
+this, 1.7 GB of four times as many (docs/experiments.md)."""
 
 
 class BadRecord(Exception):  # noqa: N818 - becomes a DataError once file and line are known
@@ -140,6 +143,9 @@ def _required_text(parsed: dict, key: str) -> str:
 
 
 def _encodable(key: str, value: str) -> str:
+    if len(value) > MAX_TEXT_CHARACTERS:
+        rule = f"has {len(value)} characters, more than the {MAX_TEXT_CHARACTERS} of any text; cut it up"
+        raise BadRecord(key, value, rule)
     # "\ud800" is valid JSON but no text: half of a surrogate pair
     try:
         value.encode()

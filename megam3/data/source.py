@@ -39,6 +39,12 @@ SUFFIXES = {
 }
 MAX_LINE_BYTES = 32 << 20
 """A longer line is refused unread: no record of 8192-token passages comes near it."""
+MAX_EXPANSION = 200
+"""Compressed text that opens to more than this many times its size is no text: records shrink to a
+third or a tenth, gzip packs up to 1000 equal bytes into one, zstd more. Every unit reads the file from its
+beginning."""
+SMALL_TEXT_BYTES = 64 << 20
+"""Up to here no file is refused: a few hundred equal lines are a fair test of somebody's."""
 READ_BYTES = 1 << 20
 ROWS_PER_SLICE = 512
 
@@ -183,8 +189,15 @@ def _open_text(path: str, file_format: str) -> IO[bytes]:
 
 
 def _text_size(path: str, file_format: str) -> int:
+    packed_bytes, num_bytes = Path(path).stat().st_size, 0
+    limit = max(SMALL_TEXT_BYTES, MAX_EXPANSION * packed_bytes)
     with _open_text(path, file_format) as stream:
-        return sum(len(block) for block in iter(lambda: stream.read(READ_BYTES), b""))
+        while block := stream.read(READ_BYTES):
+            num_bytes += len(block)
+            if num_bytes > limit:
+                rule = f"its {packed_bytes} bytes open to more than {limit}, which text does not"
+                raise DataError("data file", path, rule, "look into it; if it is right, give it uncompressed")
+    return num_bytes
 
 
 def _skip(stream: IO[bytes], num_bytes: int, seekable: bool) -> None:

@@ -101,7 +101,7 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
             "model.path", str(path), "is not a folder", "give the path of a Hugging Face model folder"
         )
     try:
-        loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         backend = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
     except (OSError, ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
         remedy = "put tokenizer.json, or sentencepiece.bpe.model with tokenizer_config.json, into the folder"

@@ -49,7 +49,11 @@ def export_mlm(state: Mapping[str, Tensor], source: str, out: str | Path) -> dic
 
 
 def _model_from_state(state: Mapping[str, Tensor], source: str) -> PreTrainedModel:
-    model = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32)
+    model = AutoModelForMaskedLM.from_config(
+        AutoConfig.from_pretrained(source, trust_remote_code=False),
+        dtype=torch.float32,
+        trust_remote_code=False,
+    )
     prefix = model.base_model_prefix
     renamed = {
         f"{prefix}.{name[len('encoder.') :]}" if name.startswith("encoder.") else name: tensor.float()
@@ -81,5 +85,7 @@ def _largest_difference(folder: Path, model: PreTrainedModel) -> float:
     texts = tokenizer(
         list(SAMPLE_TEXTS), padding=True, truncation=True, max_length=limit, return_tensors="pt"
     )
-    reloaded = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
+    reloaded = AutoModelForMaskedLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     return float((model(**texts).logits - reloaded(**texts).logits).abs().max())

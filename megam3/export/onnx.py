@@ -44,8 +44,10 @@ class PaddedM3(nn.Module):
 
     def __init__(self, model: M3Model, source: str):
         super().__init__()
-        config = AutoConfig.from_pretrained(source)
-        self.encoder = AutoModel.from_config(config, attn_implementation="eager", dtype=torch.float32)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        self.encoder = AutoModel.from_config(
+            config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
+        )
         self.encoder.load_state_dict(model.encoder.state_dict(), strict=False)
         self.lexical_head, self.multi_vector_head = model.lexical_head, model.multi_vector_head
         self.special_ids = model.special_ids

@@ -29,7 +29,7 @@ def write_tokenizer_files(source: Path, out: Path, max_tokens: int) -> None:
     for name in _COPIED:
         if (source / name).exists():
             shutil.copyfile(source / name, out / name)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if not (out / "tokenizer.json").exists() and tokenizer.is_fast:
         tokenizer.backend_tokenizer.save(os.fspath(out / "tokenizer.json"))
     config = _read_json(source / "tokenizer_config.json")

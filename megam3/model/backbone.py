@@ -72,7 +72,9 @@ def load_backbone(
     }
     try:
         with _quiet_transformers():
-            encoder, report = AutoModel.from_pretrained(source, output_loading_info=True, **options)
+            encoder, report = AutoModel.from_pretrained(
+                source, output_loading_info=True, trust_remote_code=False, **options
+            )
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             "model.path", source, f"the encoder's weights cannot be loaded ({error})", "check the folder"
@@ -91,7 +93,11 @@ def build_backbone(config: PretrainedConfig, *, dtype: torch.dtype = torch.float
     # a copy: whoever builds a second model from the same object sets its attention, and so would change this encoder's
     config = copy.deepcopy(config)
     return AutoModel.from_config(
-        config, attn_implementation=PACKED_ATTENTION, dtype=dtype, **_without_pooler(config)
+        config,
+        attn_implementation=PACKED_ATTENTION,
+        dtype=dtype,
+        trust_remote_code=False,
+        **_without_pooler(config),
     )
 
 
@@ -103,7 +109,7 @@ def load_encoder_config(source: str) -> PretrainedConfig:
         CheckpointError: no readable config.json.
     """
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             "model.path",

@@ -78,7 +78,7 @@ def load_tokenizer_of(path: str) -> PreTrainedTokenizerBase:
             "model.path", path, f"holds no tokenizer (none of {', '.join(_VOCABULARY_FILES)})", remedy
         )
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the Rust tokenizer raises bare Exceptions for damaged files
         raise CheckpointError(
             "model.path", path, f"holds no readable tokenizer ({str(error).splitlines()[0]})", remedy

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 STRAGGLER_RATIO = 1.3
@@ -63,6 +64,41 @@ def find_stragglers(
             if times >= ratio and own - fastest >= min_share * step_seconds:
                 found.append(Straggler(part=part, rank=rank, ratio=times, seconds=own))
     return sorted(found, key=lambda straggler: -straggler.seconds)
+
+
+class StragglerWatch:
+    """Adds up what every rank took for the parts of its steps, and names the slow ones once a window is long
+    enough.
+
+    Args:
+        min_seconds: of a window; over a few short steps the noise of a shared machine looks like a slow rank.
+        now: a clock in seconds.
+    """
+
+    def __init__(self, min_seconds: float = 30.0, now: Callable[[], float] = time.monotonic):
+        self._min_seconds, self._now = min_seconds, now
+        self._begin()
+
+    def add(self, seconds_by_part: Mapping[str, Sequence[float]]) -> None:
+        """One step: per part, the seconds of every rank."""
+        self._steps += 1
+        for part, seconds in seconds_by_part.items():
+            before = self._sums.get(part, [0.0] * len(seconds))
+            self._sums[part] = [one + other for one, other in zip(before, seconds, strict=True)]
+
+    def read(self) -> list[Straggler]:
+        """The slow ranks of the window, worst first, and begin a new one; none while it is too short."""
+        elapsed = self._now() - self._began
+        if elapsed < self._min_seconds or not self._steps:
+            return []
+        means = {part: [total / self._steps for total in totals] for part, totals in self._sums.items()}
+        found = find_stragglers(means, elapsed / self._steps)
+        self._begin()
+        return found
+
+    def _begin(self) -> None:
+        self._began, self._steps = self._now(), 0
+        self._sums: dict[str, list[float]] = {}
 
 
 class SpikeAlarm:

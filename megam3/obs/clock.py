@@ -74,6 +74,8 @@ class StepClock:
 
     def __init__(self, peak_flops_per_second: float | None = None):
         self._peak = peak_flops_per_second
+        self.last_wait_seconds = 0.0
+        """How long the newest item of `waiting_for` took to come."""
         self._tokens, self._flops, self._waited, self._started = 0, 0, 0.0, time.perf_counter()
 
     def waiting_for(self, batches: Iterable[Item]) -> Iterator[Item]:
@@ -82,7 +84,8 @@ class StepClock:
         while True:
             asked = time.perf_counter()
             item = next(iterator, None)
-            self._waited += time.perf_counter() - asked
+            self.last_wait_seconds = time.perf_counter() - asked
+            self._waited += self.last_wait_seconds
             if item is None:
                 return
             yield item

@@ -3,7 +3,7 @@ files.
 
     RUN/recipe.yaml       the resolved recipe: every field, defaults written out
     RUN/ds_config.json    the dictionary DeepSpeed got
-    RUN/env.json          versions, devices, ranks
+    RUN/env.json          git revision, versions, devices, ranks
     RUN/model/            config.json and tokenizer files, which each checkpoint copies
 
 Each file appears whole or not at all; a run that continues writes them anew.

@@ -28,6 +28,55 @@ def test_the_unified_recipe_passes_on_every_world_size_it_promises(world_size: i
     check_config(load_config("unified"), world_size, files=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("", "names no folder of its own"),
+        ("  ", "names no folder of its own"),
+        (".", "names no folder of its own"),
+        ("..", "names no folder of its own"),
+        ("../other", "must be one folder name"),
+        ("/tmp/run", "must be one folder name"),
+        ("a/b", "must be one folder name"),
+        ("a\\b", "must be one folder name"),
+        ("two\nlines", "must be one folder name"),
+        ("nul\0", "must be one folder name"),
+        ("x" * 201, "must have at most 200 bytes"),
+        ("س" * 101, "must have at most 200 bytes"),
+    ],
+)
+def test_a_run_name_is_one_folder_in_output_dir(name: str, rule: str) -> None:
+    said = message(name=name)
+    assert said.startswith("name = ")
+    assert rule in said
+    assert said.endswith("output_dir says where run folders are made")
+    assert len(said) < 250
+
+
+@pytest.mark.parametrize("name", ["unified", "run 3", "a.b", "...", "تجربة", "x" * 200])
+def test_ordinary_run_names_pass(name: str) -> None:
+    check_config(make_config(name=name), 1, files=False)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("train__steps", 10**19, "must be less than or equal to 1000000000"),
+        ("train__epochs", float("inf"), "must be a finite number"),
+        ("train__epochs", 1e300, "must be less than or equal to 1000000"),
+        ("train__seed", 2**63, "must be less than or equal to 9223372036854775807"),
+        ("train__timeout_seconds", 1e12, "must be less than or equal to 10000000"),
+        ("optim__lr", float("nan"), "must be a finite number"),
+        ("optim__lr", float("inf"), "must be a finite number"),
+    ],
+)
+def test_numbers_that_would_overflow_later_are_refused(field: str, value: float, rule: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_config(**{field: value})
+    assert str(caught.value).startswith(f"{field.replace('__', '.')} = ")
+    assert rule in str(caught.value)
+
+
 def test_exactly_one_batch_size() -> None:
     rule = "exactly one of global_queries, global_tokens and buckets says how large a step is"
     assert (

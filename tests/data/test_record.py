@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from megam3.data.record import BadRecord, parse_line, parse_record
+from megam3.data.record import MAX_TEXT_CHARACTERS, BadRecord, parse_line, parse_record
 
 
 def test_every_key_is_read():
@@ -92,3 +92,21 @@ def test_long_values_are_cut():
     with pytest.raises(BadRecord) as caught:
         parse_line(json.dumps({"query": 1, "pos": ["x" * 10_000]}).encode()[:-1])
     assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize("where", ["query", "pos", "neg", "text", "prompt"])
+def test_a_text_larger_than_any_book_is_refused_and_not_quoted_whole(where):
+    largest, larger = "a" * MAX_TEXT_CHARACTERS, "a" * (MAX_TEXT_CHARACTERS + 1)
+
+    def record(text):
+        if where == "text":
+            return {"text": text}
+        return {**GOOD, where: [text] if where in ("pos", "neg") else text}
+
+    assert parse_record(record(largest))
+    with pytest.raises(
+        BadRecord, match="has 4194305 characters, more than the 4194304 of any text"
+    ) as caught:
+        parse_record(record(larger))
+    assert str(caught.value).startswith(where)
+    assert len(str(caught.value.at("d.jsonl:1"))) < 400

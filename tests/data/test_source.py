@@ -142,3 +142,32 @@ def test_place_counts_lines_from_one(tmp_path):
     assert [place(unit, number) for unit in units for number, _ in read_unit(unit)] == [
         f"{path}:{line}" for line in (1, 2, 3)
     ]
+
+
+def squeeze(path, text):
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text))
+    else:
+        with pa.output_stream(str(path), compression="zstd") as stream:
+            stream.write(text)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+def test_a_file_that_opens_to_far_more_than_its_size_is_refused(tmp_path, suffix, monkeypatch):
+    path = tmp_path / f"bomb{suffix}"
+    squeeze(path, b" " * (3 << 20))
+    assert split_file(str(path), 64 << 20)  # small enough to be read all the same
+    monkeypatch.setattr(source, "SMALL_TEXT_BYTES", 1 << 20)
+    with pytest.raises(
+        DataError, match=r"bomb.*: its \d+ bytes open to more than 1048576, which text does not; look into it"
+    ):
+        split_file(str(path), 64 << 20)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+def test_ordinary_records_do_not_look_like_a_bomb(tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr(source, "SMALL_TEXT_BYTES", 0)
+    plain = write_jsonl(tmp_path / "plain.jsonl", make_records(2000))
+    path = tmp_path / f"d{suffix}"
+    squeeze(path, plain.read_bytes())
+    assert split_file(str(path), 1 << 30)[-1].stop == plain.stat().st_size

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from megam3.obs.alarms import SpikeAlarm, find_stragglers, relative_times
+from megam3.obs.alarms import SpikeAlarm, StragglerWatch, find_stragglers, relative_times
 
 
 def test_times_are_relative_to_the_fastest_rank() -> None:
@@ -22,6 +22,23 @@ def test_the_slow_rank_is_named_with_its_part_and_the_worst_comes_first() -> Non
 def test_a_difference_that_costs_nothing_is_not_reported() -> None:
     assert find_stragglers({"data": [0.001, 0.02]}, step_seconds=2.0) == []
     assert find_stragglers({"forward": [1.0, 1.29]}, step_seconds=1.3) == []
+
+
+def test_a_watch_speaks_of_means_over_a_window_that_is_long_enough() -> None:
+    clock = iter([0.0, 10.0, 40.0, 40.0, 41.0])
+    watch = StragglerWatch(min_seconds=30.0, now=lambda: next(clock))
+    watch.add({"data": [0.0, 0.1]})
+    assert watch.read() == []  # after 10 s
+    watch.add({"data": [2.0, 8.1]})
+    assert [str(each) for each in watch.read()] == ["rank 1: data 4.10 x the fastest rank (4.100 s a step)"]
+    # a new window, which has just begun
+    watch.add({"data": [0.0, 9.0]})
+    assert watch.read() == []
+
+
+def test_a_watch_without_steps_says_nothing() -> None:
+    clock = iter([0.0, 100.0])
+    assert StragglerWatch(now=lambda: next(clock)).read() == []
 
 
 @pytest.mark.parametrize("seed", range(5))
