@@ -1,9 +1,14 @@
 """Bytes sent in a step, against the published factors and against a ring written out."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from megam3.planning.communication import step_volume
+from tests.planning.test_memory import BGE_M3
 
+DOCS = Path(__file__).parents[2] / "docs"
 PSI = 1_000_000
 
 
@@ -38,3 +43,24 @@ def test_chunks_repeat_what_no_rank_keeps():
     assert volume(2, 2, num_chunks=4) == 5 * part
     # stage 3: weights for both forward passes and the backward pass, and gradients, of every chunk
     assert volume(3, 2, num_chunks=4) == 16 * part
+
+
+def test_the_table_in_docs_is_what_the_function_says():
+    text = (DOCS / "scale.md").read_text(encoding="utf-8").split("## What a rank sends in a step")[1]
+    rows = re.findall(r"^\| (0, 1|2|3) \|(.*)\|$", text.split("\n## ")[0], flags=re.MULTILINE)
+    assert len(rows) == 3
+    for stages, cells in rows:
+        for stage in map(int, stages.split(", ")):
+            expected = [
+                step_volume(
+                    zero_stage=stage,
+                    world_size=8 * nodes,
+                    num_parameters=BGE_M3.num_parameters,
+                    num_chunks=chunks,
+                )
+                for chunks in (1, 8)
+                for nodes in (1, 4, 12)
+            ]
+            assert [float(cell) for cell in cells.split("|")] == [
+                round(volume.total_bytes / 1e9, 2) for volume in expected
+            ]
