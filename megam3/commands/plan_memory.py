@@ -2,7 +2,7 @@
 anything is started.
 
 Prints one rank's memory at the worst moment of a step, the largest `data.batch.chunk_tokens` that fits, or
-what to turn on.
+what to turn on; then the fastest settings that fit, with their predicted cost.
 """
 
 from __future__ import annotations
@@ -13,7 +13,16 @@ from collections.abc import Sequence
 from megam3.commands.recipe import add_recipe, given_config
 from megam3.config.check import check_config
 from megam3.planning.memory import plan_memory
-from megam3.planning.memory_report import GIB, advice, heaviest_step, read_model_shape, read_strategy, table
+from megam3.planning.memory_report import (
+    GIB,
+    advice,
+    choice_lines,
+    fastest,
+    heaviest_step,
+    read_model_shape,
+    read_strategy,
+    table,
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,4 +57,8 @@ def main(argv: Sequence[str]) -> int:
     limit = int((arguments.gpu_memory - arguments.reserve) * GIB)
     lines, fits = advice(model, strategy, step, limit)
     print("\n".join(["", *lines]))
+    # texts for pretraining have no gradient cache: the enumeration is of retrieval steps
+    if config.objective.data_kind != "text":
+        candidates = fastest(config, model, arguments.gpus, limit)
+        print("\n".join(["", *choice_lines(candidates, limit)]))
     return 0 if fits else 1

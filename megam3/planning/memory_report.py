@@ -22,8 +22,11 @@ from megam3.planning.memory import (
     plan_memory,
     remedies,
 )
+from megam3.planning.strategy import Candidate, fitting
 
 GIB = 1 << 30
+CHOSEN_FROM = ("zero0", "zero1", "zero2", "zero3", "zero3_8k")
+"""Templates that `fastest` tries: those whose states stay on the GPUs."""
 DEFAULT_BUCKET, DEFAULT_LIVE = 500_000_000, 1_000_000_000
 """DeepSpeed's own reduce_bucket_size and stage3_max_live_parameters, where a template is silent."""
 
@@ -102,13 +105,60 @@ def heaviest_step(config: RunConfig, model: ModelShape, strategy: Strategy) -> t
 
     Every group size of the recipe is tried: with a token budget, small groups make more queries of fewer passages.
     """
+    return max(
+        _steps(config, strategy.world_size),
+        key=lambda step: plan_memory(model, strategy, step[1]).total_bytes,
+    )
+
+
+def fastest(config: RunConfig, model: ModelShape, world_size: int, limit_bytes: int) -> list[Candidate]:
+    """Settings for this recipe on GPUs that fit every length bucket, the fastest first: templates that keep
+    all states on the GPUs, ways to save activations, sizes of chunks."""
+    engine = config.engine
+    templates = {
+        name: read_strategy(
+            config.model_copy(update={"engine": engine.model_copy(update={"template": name})}),
+            world_size,
+            on_gpu=True,
+        )
+        for name in CHOSEN_FROM
+    }
+    return fitting(model, templates, [step for _, step in _steps(config, world_size)], limit_bytes)
+
+
+def choice_lines(candidates: list[Candidate], limit_bytes: int, num_shown: int = 4) -> list[str]:
+    """The fastest setting with its predicted cost, and those that come next.
+
+    Shown is the best of each template and way to save activations: others differ in chunk size alone.
+    """
+    limit = f"{limit_bytes / GIB:.1f} GiB"
+    if not candidates:
+        return [f"No setting of the templates {', '.join(CHOSEN_FROM)} fits in {limit}."]
+    best: dict[tuple[str, bool, bool], Candidate] = {}
+    for candidate in candidates:
+        strategy = candidate.setting.strategy
+        best.setdefault(
+            (candidate.setting.template, strategy.checkpointing, strategy.activation_offload), candidate
+        )
+    lines = [
+        f"  {each.cost:5.2f}  {each.peak_bytes / GIB:6.1f} GiB  {each.setting.fields()}"
+        for each in list(best.values())[:num_shown]
+    ]
+    return [
+        f"Fastest that fits in {limit}, then the next. Time in forward passes: 3 forward and backward,"
+        " +1 gradient cache, +1 checkpointing, and communication by assumed rates.",
+        *lines,
+    ]
+
+
+def _steps(config: RunConfig, world_size: int) -> list[tuple[int, StepShape]]:
+    """(upper edge, one rank's step) of every length bucket and group size."""
     is_text = config.objective.data_kind == "text"
-    steps = [
-        (step.max_tokens, _step(config, step, strategy.world_size))
+    return [
+        (step.max_tokens, _step(config, step, world_size))
         for group in sorted(set(group_sizes(config.data)))
         for step in queries_in_buckets(config.data, group, is_text)
     ]
-    return max(steps, key=lambda step: plan_memory(model, strategy, step[1]).total_bytes)
 
 
 def table(config: RunConfig, edge: int, step: StepShape, strategy: Strategy, plan: MemoryPlan) -> list[str]:

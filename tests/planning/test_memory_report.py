@@ -7,6 +7,7 @@ import pytest
 
 from megam3.cli import main
 from megam3.config.batch_size import queries_in_buckets
+from megam3.config.check import check_config
 from megam3.config.load import load_config
 from megam3.planning.memory import plan_memory
 from megam3.planning.memory_report import heaviest_step, read_model_shape, read_strategy
@@ -50,7 +51,8 @@ def _run(capsys, *arguments: str) -> tuple[int, str]:
 def test_the_table_adds_up_to_its_peak(capsys, encoder):
     code, text = _run(capsys, encoder(), "--gpus", "8")
     assert code == 0
-    rows = {line[:24].strip(): float(line.split()[-1]) for line in text.splitlines() if line.startswith("  ")}
+    lines = text.split("\n\n")[0].splitlines()
+    rows = {line[:24].strip(): float(line.split()[-1]) for line in lines if line.startswith("  ")}
     assert rows["peak"] == pytest.approx(sum(v for k, v in rows.items() if k != "peak"), abs=0.05)
     assert "Memory of one of 8 ranks in GiB: zero3_8k (ZeRO 3), bf16, checkpointing on, offload on" in text
     assert {"weights", "gradients", "optimizer", "representations"} <= rows.keys()
@@ -65,6 +67,27 @@ def test_it_recommends_a_chunk_that_the_arithmetic_accepts(capsys, encoder):
     model, strategy = read_model_shape(config), read_strategy(config, 8, on_gpu=True)
     total = plan_memory(model, strategy, heaviest_step(config, model, strategy)[1]).total_bytes
     assert 0.99 * 14 < total / 2**30 <= 14
+
+
+def test_the_fastest_setting_that_fits_starts_and_fits(capsys, encoder):
+    path = encoder()
+    code, text = _run(capsys, path, "--gpus", "8", "--gpu-memory", "80")
+    assert code == 0
+    lines = text.split("Fastest that fits in 78.0 GiB")[1].splitlines()[1:]
+    costs = [float(line.split()[0]) for line in lines]
+    assert costs == sorted(costs)
+    assert len(costs) > 1
+    config = load_config("unified", [path, *lines[0].split()[3:]])
+    assert check_config(config, 8, files=False) is None
+    model, strategy = read_model_shape(config), read_strategy(config, 8, on_gpu=True)
+    assert plan_memory(model, strategy, heaviest_step(config, model, strategy)[1]).total_bytes <= 78 << 30
+    # the recipe as shipped costs 5: stage 3, checkpointing, offload, chunks
+    assert costs[0] < 4.1
+
+
+def test_no_setting_is_said_with_the_templates_that_were_tried(capsys, encoder):
+    _, text = _run(capsys, encoder(), "--gpu-memory", "3")
+    assert "No setting of the templates zero0, zero1, zero2, zero3, zero3_8k fits in 1.0 GiB." in text
 
 
 def test_it_says_what_to_turn_on(capsys, encoder):
