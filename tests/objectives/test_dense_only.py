@@ -1,4 +1,4 @@
-"""Contrastive pre-training: the dense head alone, from a folder without heads, against InfoNCE written out."""
+"""Contrastive pre-training: the dense head alone, from a folder without heads, is InfoNCE written out."""
 
 from pathlib import Path
 
