@@ -71,9 +71,20 @@ def test_two_ranks_train_from_a_folder_without_heads(tmp_path: Path):
     for name in ("colbert_linear.pt", "sparse_linear.pt"):
         (tmp_path / "model" / name).unlink()
     stage = ["objective.heads=[dense]", "data.passages_per_query=1", "train.steps=2", "engine.template=zero3"]
-    calls = [{"name": "dense", "arguments": [place.recipe, "name=dense", *stage]}]
-    result = run_ranks(train_calls, 2, calls)[0]["dense"]
-    assert result["code"] == 0, result["said"]
-    rows = place.rows("dense")
-    assert [row["step"] for row in rows] == [1, 2]
-    assert not [name for row in rows for name in row if "lexical" in name or "multi" in name or "sum" in name]
+    more = ["objective.matryoshka_dims=[8, 16]", "objective.both_directions=true"]
+    calls = [
+        {"name": "dense", "arguments": [place.recipe, "name=dense", *stage]},
+        {"name": "more", "arguments": [place.recipe, "name=more", *stage, *more]},
+        {"name": "wide", "arguments": [place.recipe, "name=wide", *stage, "objective.matryoshka_dims=[33]"]},
+    ]
+    results = run_ranks(train_calls, 2, calls)[0]
+    for name in ("dense", "more"):
+        assert results[name]["code"] == 0, results[name]["said"]
+        assert [row["step"] for row in place.rows(name)] == [1, 2]
+    named = [name for row in place.rows("dense") for name in row]
+    assert not [name for name in named if "lexical" in name or "multi" in name or "sum" in name]
+    for row in place.rows("more"):
+        added = (row["loss/dense_8"] + row["loss/dense_16"]) / 2 + row["loss/passage_to_query"]
+        assert row["loss/total"] == pytest.approx(row["loss/dense"] + added, rel=1e-4)
+    assert results["wide"]["code"] == 2
+    assert "dense vectors have 32 entries; use at most 32" in results["wide"]["said"]
