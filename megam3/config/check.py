@@ -229,6 +229,7 @@ def model_folder(config: RunConfig) -> Problems:
         yield problem
         return
     yield from head_files(config)
+    yield from config.objective.encoder_problems(encoder)
     limits = {name: getattr(config.data, name) for name in ("query_max_tokens", "passage_max_tokens")}
     yield from position_rows(encoder, "data", limits)
     if config.evaluation.folders:

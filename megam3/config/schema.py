@@ -5,7 +5,7 @@ Unknown keys and mistyped values stop a run before any device is touched. A fiel
 required; `None` means off.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -215,6 +215,10 @@ class ObjectiveConfig(Section):
         """Rules of this section that join several of its fields."""
         yield from ()
 
+    def encoder_problems(self, encoder: Mapping[str, Any]) -> Iterator[ConfigError]:
+        """Rules that join this section and the encoder's config.json."""
+        yield from ()
+
     def scored_heads(self) -> tuple[HeadName, ...]:
         """Heads whose scores over the global batch the loss holds; none for a stage that ranks nothing."""
         return ()
@@ -285,6 +289,13 @@ class UnifiedConfig(ObjectiveConfig):
     """Optimizer steps before self-distillation begins."""
     teacher: Literal["kl_div", "m3_kd_loss"] | None = None
     """Distillation from teacher scores in the records; None: off."""
+    matryoshka_dims: list[PositiveInt] | None = Field(default=None, min_length=1)
+    """Also train the first d entries of the dense vector to rank by themselves, for each d here, ascending
+    (arXiv 2205.13147); the mean of their losses is added to the dense head's; None: off."""
+    matryoshka_weights: list[NonNegativeFloat] | None = None
+    """Weight of each of `matryoshka_dims` in that mean; None: 1 each, as the paper's."""
+    both_directions: bool = False
+    """Also rank the queries for each drawn positive, by the dense head; added to its loss."""
     maxsim: Literal["mean", "sum"] = "mean"
     """Mean over query tokens (the paper) or plain sum (ColBERT)."""
     loss_tiles: Literal["auto", "always", "never"] = "auto"
@@ -326,6 +337,33 @@ class UnifiedConfig(ObjectiveConfig):
                 off = "self_distill: false" if name == "distill_weights" else "null for the preset's"
                 remedy = f"set one above 0, or {off}"
                 yield ConfigError(f"objective.{name}", weights.model_dump(), "all weights are 0", remedy)
+        yield from self._dense_problems()
+
+    def _dense_problems(self) -> Iterator[ConfigError]:
+        """What is added to the dense head's loss needs that loss; dimensions and weights fit each other."""
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        is_trained = "dense" in self.heads and (self.loss_weights is None or self.loss_weights.dense > 0)
+        for name, value in (("matryoshka_dims", dims), ("both_directions", self.both_directions)):
+            if value and not is_trained:
+                rule = "adds to the loss of the dense head, which is not trained"
+                remedy = "add dense to objective.heads with a weight above 0, or leave this out"
+                yield ConfigError(f"objective.{name}", value, rule, remedy)
+        if dims is not None and dims != sorted(set(dims)):
+            rule = "dimensions must ascend, each named once"
+            yield ConfigError("objective.matryoshka_dims", dims, rule, f"write {sorted(set(dims))}")
+        if weights is not None and len(weights) != len(dims or ()):
+            rule = f"needs one weight for each of the {len(dims or ())} matryoshka_dims"
+            yield ConfigError("objective.matryoshka_weights", weights, rule, "add or remove some, or null")
+        elif weights is not None and not any(weights):
+            remedy = "set one above 0, or matryoshka_dims: null"
+            yield ConfigError("objective.matryoshka_weights", weights, "all weights are 0", remedy)
+
+    def encoder_problems(self, encoder: Mapping[str, Any]) -> Iterator[ConfigError]:
+        """A dense vector has as many entries as the encoder is wide."""
+        dims, width = self.matryoshka_dims, encoder.get("hidden_size")
+        if dims and width is not None and max(dims) > width:
+            rule = f"the encoder's dense vectors have {width} entries"
+            yield ConfigError("objective.matryoshka_dims", dims, rule, f"use at most {width}")
 
     def scored_heads(self) -> tuple[HeadName, ...]:
         """`heads`, in the order of every table."""

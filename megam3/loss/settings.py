@@ -34,6 +34,10 @@ class LossSettings:
     teacher: Literal["kl_div", "m3_kd_loss"] | None
     false_negative_margin: float | None
     margin_source: Literal["sum", "teacher"]
+    matryoshka: dict[int, float]
+    """Weight of the loss of dense vectors cut at so many entries, the mean's divisor included; empty: off."""
+    both_directions: bool
+    """Whether drawn positives rank the queries too, by the dense head."""
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -80,6 +84,8 @@ def resolve_settings(config: UnifiedConfig) -> LossSettings:
         sums = HeadWeights(**{name: getattr(sums, name) if getattr(losses, name) else 0.0 for name in HEADS})
     has_distillation = config.self_distill and not alone
     margin_on_sum = config.false_negative_margin is not None and config.false_negative_margin_source == "sum"
+    dims = config.matryoshka_dims or []
+    cut_weights = config.matryoshka_weights or [1.0] * len(dims)
     return LossSettings(
         temperature=config.temperature,
         maxsim=config.maxsim,
@@ -92,4 +98,6 @@ def resolve_settings(config: UnifiedConfig) -> LossSettings:
         teacher=config.teacher,
         false_negative_margin=config.false_negative_margin,
         margin_source=config.false_negative_margin_source,
+        matryoshka={dim: weight / len(dims) for dim, weight in zip(dims, cut_weights, strict=True)},
+        both_directions=config.both_directions,
     )

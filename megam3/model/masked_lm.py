@@ -7,12 +7,19 @@ needed again in the backward pass. The price is one fp32 gradient of the embeddi
 passes (1 GB at 250 002 x 1024).
 """
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu
+
+from megam3.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 CHUNK_ROWS = 1024
 """Rows whose logits exist at a time: 1 GB in fp32 at XLM-R's vocabulary."""
@@ -87,3 +94,56 @@ def tied_cross_entropy(
     """Σ scale · cross-entropy(rows · weightᵀ + bias, targets), and each row's unscaled cross-entropy without
     a graph."""
     return _TiedCrossEntropy.apply(rows_MD, weight_VD, bias_V, targets_M, scale_M, chunk_rows)
+
+
+def fill_lm_head(head: MaskedLMHead, folder: Path) -> None:
+    """Copy the published `lm_head` of a model folder into `head`; a warning where there is none.
+
+    Raises:
+        CheckpointError: an unreadable weight file, or a head of other sizes.
+    """
+    found = _read_lm_head(folder)
+    if not found:
+        logger.warning(
+            "model.path = %s: holds no lm_head, so the masked-LM head starts at random and its loss near"
+            " ln(vocabulary)",
+            folder,
+        )
+        return
+    wanted = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    if shapes != wanted:
+        rule = f"its lm_head is {shapes}, the model needs {wanted}"
+        raise CheckpointError("model.path", str(folder), rule, "take the head out, or give the encoder's own")
+    head.load_state_dict(found)
+
+
+def _read_lm_head(folder: Path) -> dict[str, Tensor]:
+    """dense, layer_norm and bias of the published head; empty when the folder has none of them.
+
+    As transformers does, `pytorch_model*.bin` counts only where there are no safetensors.
+    """
+    found: dict[str, Tensor] = {}
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            names = {key: name for key in opened.keys() if (name := _name_in_head(key))}  # noqa: SIM118
+            found |= {name: opened.get_tensor(key) for key, name in names.items()}
+    for file in [] if files else sorted(folder.glob("pytorch_model*.bin")):
+        try:
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises another class for each way in which a file can be damaged
+            rule = f"cannot be read ({str(error).splitlines()[0]})"
+            raise CheckpointError("model.path", str(file), rule, "save it again, as safetensors") from error
+        found |= {name: tensor for key, tensor in weights.items() if (name := _name_in_head(key))}
+    return found
+
+
+def _name_in_head(key: str) -> str | None:
+    """Name inside MaskedLMHead of a tensor of the folder, if it is one of the head's.
+
+    `lm_head.decoder.*` repeats the embedding matrix and the bias.
+    """
+    prefix, found, name = key.rpartition("lm_head.")
+    is_ours = found and prefix in ("", "roberta.") and name.startswith(("dense.", "layer_norm.", "bias"))
+    return name if is_ours else None

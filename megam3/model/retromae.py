@@ -17,17 +17,15 @@ row still reads a uniformly drawn subset of the wanted share that leaves it out,
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu
 from transformers import PreTrainedModel
 
 from megam3.config.schema import ModelConfig
 from megam3.errors import ConfigError
-from megam3.model.attention import fits_varlen
 from megam3.model.backbone import encode_packed, first_position, load_backbone
-from megam3.model.masked_lm import MaskedLMHead, tied_cross_entropy
+from megam3.model.cross_attention import cross_attention
+from megam3.model.masked_lm import MaskedLMHead, fill_lm_head, tied_cross_entropy
 
 
 def half_lengths(lengths: tuple[int, ...], mask_share: float) -> tuple[list[int], list[int]]:
@@ -88,23 +86,6 @@ class EnhancedDecoder(nn.Module):
         attended = cross_attention(query_RHd, key_KHd, value_KHd, rows, keys).flatten(1)
         hidden_RD = self.attention_norm(query_RD + self.output(attended))
         return self.output_norm(hidden_RD + self.narrow(gelu(self.widen(hidden_RD))))
-
-
-def cross_attention(
-    query_RHd: Tensor, key_KHd: Tensor, value_KHd: Tensor, rows: list[int], keys: list[int]
-) -> Tensor:
-    """Rows of text s over the keys of text s; one kernel on CUDA in half precision, one call per text
-    elsewhere."""
-    if fits_varlen(query_RHd.device, query_RHd.dtype, query_RHd.shape[-1]):
-        cu_rows, cu_keys = (
-            torch.tensor([0, *x], device=query_RHd.device).cumsum(0).to(torch.int32) for x in (rows, keys)
-        )
-        return varlen_attn(query_RHd, key_KHd, value_KHd, cu_rows, cu_keys, max(rows), max(keys))
-    outputs = [
-        scaled_dot_product_attention(*(x.transpose(0, 1).unsqueeze(0) for x in parts))[0].transpose(0, 1)
-        for parts in zip(query_RHd.split(rows), key_KHd.split(keys), value_KHd.split(keys))
-    ]
-    return torch.cat(outputs)
 
 
 class RetroMAE(nn.Module):
@@ -208,23 +189,5 @@ def load_retromae(path: str, config: ModelConfig, *, has_decoder: bool, dtype: t
         path, hidden_dropout=config.hidden_dropout, attention_dropout=config.attention_dropout, dtype=dtype
     )
     model = RetroMAE(encoder, has_decoder=has_decoder)
-    found = _read_lm_head(Path(path))
-    if found:
-        model.lm_head.load_state_dict(found)
+    fill_lm_head(model.lm_head, Path(path))
     return model.to(dtype)
-
-
-def _read_lm_head(folder: Path) -> dict[str, Tensor]:
-    """dense, layer_norm and bias under `lm_head.`; empty when the folder has none of them."""
-    found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118
-                prefix, _, name = key.rpartition("lm_head.")
-                if (
-                    prefix in ("", "roberta.")
-                    and name.startswith(("dense.", "layer_norm.", "bias"))
-                    and name != key
-                ):
-                    found[name] = opened.get_tensor(key)
-    return found

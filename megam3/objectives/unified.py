@@ -11,6 +11,7 @@ from megam3.batch import PackedTexts, Progress, Representations, RetrievalBatch
 from megam3.config.schema import ModelConfig, UnifiedConfig
 from megam3.encoders import EncoderShape
 from megam3.gradcache import cached_step
+from megam3.loss.dense import add_dense_losses
 from megam3.loss.distillation import TeacherGroups
 from megam3.loss.negatives import find_negatives, group_rows
 from megam3.loss.rows import LossTerms
@@ -85,7 +86,7 @@ class UnifiedObjective(Objective[UnifiedConfig]):
             columns_QG, exists_QG = negatives.group_columns()
             scores_QG = group_rows(batch.teacher_scores_P, batch.group_offsets_Q1, 0.0).to(device)
             teacher = TeacherGroups(scores_QG, columns_QG, exists_QG)
-        return retrieval_loss(
+        terms = retrieval_loss(
             queries,
             passages,
             negatives=negatives,
@@ -93,6 +94,15 @@ class UnifiedObjective(Objective[UnifiedConfig]):
             counts=counts,
             distill=settings.distills(step),
             teacher=teacher,
+            tiles=self.section.loss_tiles,
+        )
+        return add_dense_losses(
+            terms,
+            queries,
+            passages,
+            negatives=negatives,
+            settings=settings,
+            counts=counts,
             tiles=self.section.loss_tiles,
         )
 

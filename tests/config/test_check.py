@@ -339,3 +339,46 @@ def test_objective_section_is_chosen_by_kind() -> None:
     assert message(objective__heads=["dense", "dense"]).startswith(
         "objective.heads = ['dense', 'dense']: names a head"
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"matryoshka_dims": [64, 32]},
+            "matryoshka_dims = [64, 32]: dimensions must ascend, each named once; write [32, 64]",
+        ),
+        (
+            {"matryoshka_dims": [32, 32]},
+            "matryoshka_dims = [32, 32]: dimensions must ascend, each named once; write [32]",
+        ),
+        (
+            {"matryoshka_dims": [32], "heads": ["lexical"]},
+            "matryoshka_dims = [32]: adds to the loss of the dense head",
+        ),
+        (
+            {"both_directions": True, "loss_weights": {"dense": 0.0}},
+            "both_directions = True: adds to the loss of the dense",
+        ),
+        (
+            {"matryoshka_dims": [32], "matryoshka_weights": [1.0, 2.0]},
+            "matryoshka_weights = [1.0, 2.0]: needs one weight for each of the 1",
+        ),
+        ({"matryoshka_weights": [1.0]}, "matryoshka_weights = [1.0]: needs one weight for each of the 0"),
+        (
+            {"matryoshka_dims": [32], "matryoshka_weights": [0.0]},
+            "matryoshka_weights = [0.0]: all weights are 0",
+        ),
+    ],
+)
+def test_what_is_added_to_the_dense_loss_fits_it(changes: dict[str, Any], said: str) -> None:
+    assert message(**{f"objective__{name}": value for name, value in changes.items()}).startswith(
+        f"objective.{said}"
+    )
+
+
+def test_matryoshka_dims_fit_the_encoder(project: Path) -> None:
+    write_encoder_config(project / "encoder", hidden_size=64)
+    assert message(files=True, objective__matryoshka_dims=[32, 65]).startswith(
+        "objective.matryoshka_dims = [32, 65]: the encoder's dense vectors have 64 entries; use at most 64"
+    )
