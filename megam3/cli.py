@@ -68,6 +68,11 @@ GROUPS = {
             "megam3.commands.train", "train in this process (several ranks: deepspeed or slurm/train.sh)"
         ),
     },
+    "Several stages": {
+        "pipeline": Subcommand(
+            "megam3.commands.pipeline", "stages of a YAML file one after the other, restartable anywhere"
+        ),
+    },
     "After a run": {
         "merge": Subcommand("megam3.commands.merge", "one model from the weights of several"),
         "evaluate": Subcommand(

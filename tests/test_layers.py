@@ -20,6 +20,8 @@ LAYERS = [
     {"objectives", "engine", "planning"},
     {"checkpoint", "retrieval", "embedder", "export"},
     {"trainer", "report"},
+    {"pipeline_file"},
+    {"pipeline"},
     {"build", "cli", "train", "commands"},
     {"__main__"},
 ]
