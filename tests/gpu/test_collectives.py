@@ -54,6 +54,8 @@ LOSS_GATHERS, LOSS_EXCHANGES = 8, 5
 """Of three heads, their sum and distillation over two ranks, backward pass included. May only fall."""
 ENGINE_REDUCTIONS = {1: 5, 2: 5, 3: 4}
 """All-reduces of an engine with one backward pass: gradients (stages 1, 2), their norm, overflow."""
+ENGINE_GATHERS = {1: 4, 2: 4, 3: 41}
+"""All-gathers of weights: stages 1 and 2 after the update, stage 3 of this model parameter by parameter."""
 
 
 def _sum(result: dict, operation: str, *, of_engine: bool | None = None) -> int:
@@ -84,6 +86,8 @@ def test_gradients_are_reduced_as_often_as_the_volume_table_says(counted, stage,
     chunks = result["chunks"]
     more = chunks - 1 if stage == 2 else 0
     assert _sum(result, "all_reduce", of_engine=True) <= ENGINE_REDUCTIONS[stage] + more
+    assert 0 < _sum(result, "all_gather_into_tensor", of_engine=True) <= ENGINE_GATHERS[stage]
+    assert _sum(result, "broadcast") <= (6 if stage == 3 else 0)
     assert _sum(result, "reduce_scatter_tensor") == (chunks if stage == 3 else 0)
 
 

@@ -5,17 +5,10 @@ from itertools import product
 
 import pytest
 
-from megam3.planning.memory import ModelShape, StepShape, Strategy, plan_memory
+from megam3.planning.memory import StepShape, Strategy, plan_memory
 from megam3.planning.strategy import Hardware, Setting, fitting, forward_flops, num_chunks, predict
+from tests.planning.test_memory import BGE_M3
 
-BGE_M3 = ModelShape(
-    num_layers=24,
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_attention_heads=16,
-    vocab_size=250_002,
-    num_positions=8194,
-)
 LIMIT = 78 << 30
 """80 GiB less 2 for CUDA and NCCL."""
 UNIFIED_8K = StepShape(num_queries=21, num_passages=168, query_tokens=512, passage_tokens=8192)
