@@ -23,7 +23,8 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from megam3.batch import Representations, pack_texts
-from megam3.config.schema import HEADS, HeadWeights, ModelConfig
+from megam3.config.objective import HEADS, HeadWeights
+from megam3.config.schema import ModelConfig
 from megam3.data.tokenizer import Tokenizer
 from megam3.errors import ConfigError, DataError
 from megam3.model.backbone import max_text_tokens

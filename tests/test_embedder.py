@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from megam3.config.schema import HeadWeights
+from megam3.config.objective import HeadWeights
 from megam3.embedder import M3Embedder, length_batches
 from megam3.errors import CheckpointError, ConfigError, DataError
 from tests.factory import make_sentences, make_tiny_model_folder

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from megam3.batch import Representations, join_representations, pack_texts
-from megam3.config.schema import HEADS, HeadWeights, UnifiedConfig
+from megam3.config.objective import HEADS, HeadWeights, UnifiedConfig
 from megam3.cost import plan_chunks
 from megam3.dist import comm
 from megam3.gradcache import cached_step

@@ -11,7 +11,8 @@ import torch
 from benchmarks.sides.megam3_step import make_batch
 from benchmarks.worker import Step, serve
 from megam3.batch import Progress
-from megam3.config.schema import ModelConfig, UnifiedConfig
+from megam3.config.objective import UnifiedConfig
+from megam3.config.schema import ModelConfig
 from megam3.model.backbone import encode_packed
 from megam3.model.m3 import M3Model
 from megam3.model.pretrained import load_m3

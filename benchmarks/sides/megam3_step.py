@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 from benchmarks.ranks import await_answer, meet, own_rank
 from benchmarks.worker import Step, serve
 from megam3.batch import Progress, RetrievalBatch, pack_texts
-from megam3.config.schema import ModelConfig, OptimConfig, UnifiedConfig
+from megam3.config.objective import UnifiedConfig
+from megam3.config.schema import ModelConfig, OptimConfig
 from megam3.engine.activations import ActivationMemory
 from megam3.engine.deepspeed import Engine, join, model_construction
 from megam3.model.m3 import is_head_parameter

@@ -12,7 +12,8 @@ from megam3.config.batch_size import BatchRow, batch_arithmetic
 from megam3.config.check import check_config
 from megam3.config.deepspeed import build_deepspeed_config
 from megam3.config.load import dump_config, recipe_names
-from megam3.config.schema import RunConfig, UnifiedConfig
+from megam3.config.objective import UnifiedConfig
+from megam3.config.schema import RunConfig
 from megam3.loss.settings import resolve_settings
 
 

@@ -12,13 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megam3.config.batch_size import bucket_table, edge_problems, size_problems
-from megam3.config.schema import (
-    DataConfig,
-    EvaluationConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-)
+from megam3.config.schema import DataConfig, EvaluationConfig, OptimConfig, RunConfig, TrainConfig
 from megam3.encoders import HEAD_FILES, find_packing_problem, read_encoder_config, usable_positions
 from megam3.errors import ConfigError, raise_all
 

@@ -9,8 +9,9 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from megam3.config.objective import ObjectiveConfig, objective_kinds
 from megam3.config.recipe_yaml import Path, dotted
-from megam3.config.schema import ObjectiveConfig, RunConfig, objective_kinds
+from megam3.config.schema import RunConfig
 from megam3.errors import ConfigError
 
 # what users of other trainers write first; values are megam3's fields

@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import normalize
 
 from megam3.batch import Representations
-from megam3.config.schema import LossWeights
+from megam3.config.objective import LossWeights
 from megam3.dist import comm
 from megam3.dist.gather import gather_rows
 from megam3.loss.negatives import Negatives

@@ -7,7 +7,7 @@ over the losses that remain.
 from dataclasses import dataclass
 from typing import Literal
 
-from megam3.config.schema import HEADS, HeadWeights, LossWeights, UnifiedConfig, preset_weights
+from megam3.config.objective import HEADS, HeadWeights, LossWeights, UnifiedConfig, preset_weights
 
 NAMES = (*HEADS, "sum")
 """Scores that have a loss, in the order of every table."""

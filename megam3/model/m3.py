@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from megam3.batch import PackedTexts, Representations
-from megam3.config.schema import HEADS
+from megam3.config.objective import HEADS
 from megam3.encoders import EncoderShape
 from megam3.model.backbone import encode_packed
 from megam3.model.heads import dense_vectors, lexical_structure, lexical_weights, multi_vector_rows

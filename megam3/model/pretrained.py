@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megam3.config.schema import HEADS, ModelConfig
+from megam3.config.objective import HEADS
+from megam3.config.schema import ModelConfig
 from megam3.encoders import HEAD_FILES
 from megam3.errors import CheckpointError
 from megam3.model.backbone import load_backbone, load_encoder_config

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from megam3.batch import PackedTexts, Progress, Representations
-from megam3.config.schema import ModelConfig, ObjectiveConfig
+from megam3.config.objective import ObjectiveConfig
+from megam3.config.schema import ModelConfig
 from megam3.encoders import EncoderShape
 
 Section = TypeVar("Section", bound=ObjectiveConfig)

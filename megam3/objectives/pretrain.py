@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from megam3.batch import PackedTexts, Progress, TextBatch, pack_texts
-from megam3.config.schema import ModelConfig, PretrainConfig
+from megam3.config.objective import PretrainConfig
+from megam3.config.schema import ModelConfig
 from megam3.cost import plan_chunks
 from megam3.dist import comm
 from megam3.encoders import EncoderShape

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from megam3.batch import PackedTexts, Progress, Representations, RetrievalBatch
-from megam3.config.schema import ModelConfig, UnifiedConfig
+from megam3.config.objective import UnifiedConfig
+from megam3.config.schema import ModelConfig
 from megam3.encoders import EncoderShape
 from megam3.gradcache import cached_step
 from megam3.loss.dense import add_dense_losses

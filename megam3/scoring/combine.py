@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megam3.batch import Representations
-from megam3.config.schema import HEADS, HeadWeights
+from megam3.config.objective import HEADS, HeadWeights
 from megam3.dist import comm
 from megam3.dist.gather import exchange_columns, gather_offsets, gather_rows
 from megam3.scoring.dense import dense_scores

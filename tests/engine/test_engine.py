@@ -7,7 +7,8 @@ import torch
 
 from megam3.batch import Progress
 from megam3.config.deepspeed import FP32_SUMS_FROM_STAGE
-from megam3.config.schema import ModelConfig, OptimConfig, UnifiedConfig
+from megam3.config.objective import UnifiedConfig
+from megam3.config.schema import ModelConfig, OptimConfig
 from megam3.dist import comm
 from megam3.engine.activations import ActivationMemory
 from megam3.engine.consolidate import consolidate

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from megam3.batch import Progress
-from megam3.config.schema import ModelConfig, UnifiedConfig
+from megam3.config.objective import UnifiedConfig
+from megam3.config.schema import ModelConfig
 from megam3.model.pretrained import load_m3
 from megam3.objectives.unified import UnifiedObjective
 from megam3.scoring import lexical, maxsim, sparse

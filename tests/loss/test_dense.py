@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax, normalize
 
-from megam3.config.schema import UnifiedConfig
+from megam3.config.objective import UnifiedConfig
 from megam3.dist import comm
 from megam3.dist.gather import gather_rows
 from megam3.loss.dense import add_dense_losses

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megam3.batch import join_representations
-from megam3.config.schema import LossWeights, UnifiedConfig
+from megam3.config.objective import LossWeights, UnifiedConfig
 from megam3.dist import comm
 from megam3.dist.gather import gather_rows
 from megam3.loss.distillation import TeacherGroups

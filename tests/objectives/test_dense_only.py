@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from megam3.batch import Progress
-from megam3.config.schema import ModelConfig, UnifiedConfig
+from megam3.config.objective import UnifiedConfig
+from megam3.config.schema import ModelConfig
 from megam3.objectives.unified import UnifiedObjective
 from tests.batches import batch_of, make_groups
 from tests.factory import make_tiny_model_folder

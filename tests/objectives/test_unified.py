@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import log_softmax
 
 from megam3.batch import Progress
-from megam3.config.schema import ModelConfig, UnifiedConfig
+from megam3.config.objective import UnifiedConfig
+from megam3.config.schema import ModelConfig
 from megam3.dist import comm
 from megam3.loss import limits, unified
 from megam3.loss.tiled import tiled_unified_loss

@@ -11,7 +11,8 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from megam3.batch import Progress, RetrievalBatch
-from megam3.config.schema import ModelConfig, ObjectiveConfig
+from megam3.config.objective import ObjectiveConfig
+from megam3.config.schema import ModelConfig
 from megam3.encoders import EncoderShape
 from megam3.errors import ConfigError
 from megam3.model.m3 import M3Model, encoder_shape, represent

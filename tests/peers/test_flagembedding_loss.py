@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from megam3.batch import Representations, pack_texts
-from megam3.config.schema import UnifiedConfig
+from megam3.config.objective import UnifiedConfig
 from megam3.loss.distillation import TeacherGroups
 from megam3.loss.negatives import Negatives
 from megam3.loss.settings import resolve_settings

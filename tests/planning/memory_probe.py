@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from megam3.batch import Progress
-from megam3.config.schema import ModelConfig, OptimConfig, UnifiedConfig
+from megam3.config.objective import UnifiedConfig
+from megam3.config.schema import ModelConfig, OptimConfig
 from megam3.dist import comm
 from megam3.dist.env import discover_ranks, free_port
 from megam3.engine.activations import ActivationMemory

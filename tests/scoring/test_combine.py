@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from megam3.batch import join_representations
-from megam3.config.schema import HEADS, HeadWeights
+from megam3.config.objective import HEADS, HeadWeights
 from megam3.dist import comm
 from megam3.scoring import combine
 from megam3.scoring.combine import count_over_ranks, score_global, score_heads

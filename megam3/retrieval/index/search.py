@@ -15,7 +15,7 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from megam3.config.schema import HeadWeights
+from megam3.config.objective import HeadWeights
 from megam3.retrieval.index.layout import PassageIndex, Postings
 from megam3.retrieval.index.nearest import DenseSearch, dense_hits
 from megam3.retrieval.index.vectors import TextVectors
