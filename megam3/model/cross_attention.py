@@ -33,7 +33,7 @@ def cross_attention(
     """Rows of half s over the keys of half s; one kernel on CUDA in half precision.
 
     Elsewhere halves with equal (rows, keys) share one batched call, wherever they lie in the stream: as many
-    calls as distinct pairs, for one gather of the stream and one back.
+    calls as distinct pairs, for one copy of the streams and one back.
     """
     if not rows:  # a rank without texts: nothing to attend, and still a graph through all three
         return query_RHd + key_KHd.sum() + value_KHd.sum()
@@ -43,19 +43,23 @@ def cross_attention(
         )
         return varlen_attn(query_RHd, key_KHd, value_KHd, cu_rows, cu_keys, max(rows), max(keys))
     together = _equal_halves(tuple(rows), tuple(keys))
-    row_order_R, key_order_K = (
-        _stream_order(lengths, together.order, query_RHd.device) for lengths in (rows, keys)
-    )
-    # split, not slices: its backward is one concatenation
-    queries = query_RHd.index_select(0, row_order_R).split([g.count * g.rows for g in together.groups])
-    key_sizes = [g.count * g.keys for g in together.groups]
-    keyed = [x.index_select(0, key_order_K).split(key_sizes) for x in (key_KHd, value_KHd)]
-    outputs = []
-    for group, query, key, value in zip(together.groups, queries, *keyed):
-        q = query.unflatten(0, (group.count, group.rows)).transpose(1, 2)
-        k, v = (x.unflatten(0, (group.count, group.keys)).transpose(1, 2) for x in (key, value))
-        outputs.append(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, row_order_R.argsort())
+    # split and cat: index_select was measured twice as slow on CPUs (docs/experiments.md)
+    streams = [
+        torch.cat([parts[half] for half in together.order])
+        for parts in (query_RHd.split(rows), key_KHd.split(keys), value_KHd.split(keys))
+    ]
+    row_sizes = [group.count * group.rows for group in together.groups]
+    key_sizes = [group.count * group.keys for group in together.groups]
+    attended: dict[int, Tensor] = {}
+    order = iter(together.order)
+    for group, *parts in zip(
+        together.groups, streams[0].split(row_sizes), streams[1].split(key_sizes), streams[2].split(key_sizes)
+    ):
+        q, k, v = (x.unflatten(0, (group.count, -1 if len(x) else 0)).transpose(1, 2) for x in parts)
+        out = scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        # out first: zip stops at its end without taking one more half
+        attended |= {half: one for one, half in zip(out.unbind(), order)}
+    return torch.cat([attended[half] for half in range(len(rows))])
 
 
 def _equal_halves(rows: tuple[int, ...], keys: tuple[int, ...]) -> EqualHalves:
@@ -64,13 +68,3 @@ def _equal_halves(rows: tuple[int, ...], keys: tuple[int, ...]) -> EqualHalves:
         members.setdefault(pair, []).append(half)
     groups = tuple(HalfGroup(rows=r, keys=k, count=len(halves)) for (r, k), halves in members.items())
     return EqualHalves(groups, tuple(half for halves in members.values() for half in halves))
-
-
-def _stream_order(lengths: list[int], order: tuple[int, ...], device: torch.device) -> Tensor:
-    """Stream indices of runs of these lengths, the runs taken in `order`."""
-    lengths_S = torch.tensor(lengths, device=device)
-    starts_S = lengths_S.cumsum(0) - lengths_S
-    order_G = torch.tensor(order, dtype=torch.int64, device=device)
-    taken_G = lengths_S[order_G]
-    shift_G = starts_S[order_G] - (taken_G.cumsum(0) - taken_G)
-    return torch.arange(sum(lengths[s] for s in order), device=device) + shift_G.repeat_interleave(taken_G)
