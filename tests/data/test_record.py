@@ -92,3 +92,9 @@ def test_long_values_are_cut():
     with pytest.raises(BadRecord) as caught:
         parse_line(json.dumps({"query": 1, "pos": ["x" * 10_000]}).encode()[:-1])
     assert len(str(caught.value)) < 250
+
+
+def test_keys_that_are_not_read_are_kept_by_name_unless_they_hold_nothing() -> None:
+    pair = {"query": "a", "pos": ["b"], "negs": ["c"], "title": None, "lang": "de"}
+    assert parse_record(pair).unknown_keys == ("negs",)
+    assert parse_record({"text": "a", "id": 1, "neg": ["b"]}).unknown_keys == ("neg",)
