@@ -65,7 +65,7 @@ def describe(config: RunConfig, world_size: int, *, has_gpu: bool) -> str:
 
 
 def loss_lines(config: RunConfig) -> list[str]:
-    """The weights that training uses, presets resolved, absent heads at 0; no line for a stage without any."""
+    """The weights that training uses, presets resolved, absent heads at 0; none for other stages."""
     if not isinstance(config.objective, UnifiedConfig):
         return []
     settings = resolve_settings(config.objective)

@@ -110,3 +110,9 @@ def test_a_text_larger_than_any_book_is_refused_and_not_quoted_whole(where):
         parse_record(record(larger))
     assert str(caught.value).startswith(where)
     assert len(str(caught.value.at("d.jsonl:1"))) < 400
+
+
+def test_keys_that_are_not_read_are_kept_by_name_unless_they_hold_nothing() -> None:
+    pair = {"query": "a", "pos": ["b"], "negs": ["c"], "title": None, "lang": "de"}
+    assert parse_record(pair).unknown_keys == ("negs",)
+    assert parse_record({"text": "a", "id": 1, "neg": ["b"]}).unknown_keys == ("neg",)
