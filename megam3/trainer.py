@@ -36,11 +36,10 @@ MEMORY_STEPS = 3
 """Steps after which the memory a run holds has been seen: AdamW's moments come in the first, the allocator
 settles in the next."""
 
-
 TIMED_PARTS = ("data", "forward and backward")
-"""What of a step is timed on every rank: the wait for its batch, and the processor time of its passes. By the
-wall clock a rank that waits for a slower one in a collective call takes as long as that one. On a GPU processor
-time says little (launches, and waits that spin): there only the data tell."""
+"""What of a step is timed on every rank: the wait for its batch, and the processor time of its passes.
+By the wall clock a rank that waits for a slower one in a collective call takes as long as that one. On a GPU
+processor time says little (launches, and waits that spin): there only the data tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
