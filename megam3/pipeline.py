@@ -106,7 +106,7 @@ def checkpoint_of(pipeline: Pipeline, stage: Stage) -> Path:
         DataError: there is none.
     """
     root = output_of(pipeline, stage) / "checkpoints"
-    whole = [name for name in step_names(root) if (root / name / MARKER).exists()]
+    whole = [name for name in step_names(str(root)) if (root / name / MARKER).exists()]
     if not whole:
         rule, remedy = "holds no whole checkpoint", f"read {stage_folder(pipeline, stage.name) / LOG}"
         raise DataError(f"{{{stage.name}.checkpoint}}", str(root), rule, remedy)

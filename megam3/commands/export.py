@@ -76,4 +76,6 @@ def _facts(checkpoint: str) -> CardFacts:
     if not file.is_file():
         return NO_FACTS
     text = file.read_text(encoding="utf-8")
-    return facts_of_checkpoint(checkpoint, recipe_yaml.parse(text, str(file)).data, text)
+    recipe = recipe_yaml.parse(text, str(file)).data
+    assert isinstance(recipe, dict), "megam3 wrote this file as a mapping of sections"
+    return facts_of_checkpoint(checkpoint, recipe, text)

@@ -73,11 +73,13 @@ def resolve_settings(config: UnifiedConfig) -> LossSettings:
     """
     alone = config.preset == "joint" or len(config.heads) == 1
     preset = preset_weights(config.preset)
-    losses = config.loss_weights or preset["loss_weights"]
+    losses: LossWeights = config.loss_weights or LossWeights(**preset["loss_weights"].model_dump())
     sums = config.sum_weights or preset["sum_weights"]
     distills = config.distill_weights or preset["distill_weights"]
     absent = {name: 0.0 for name in HEADS if name not in config.heads}
-    losses, sums, distills = (table.model_copy(update=absent) for table in (losses, sums, distills))
+    losses = losses.model_copy(update=absent)
+    sums = sums.model_copy(update=absent)
+    distills = distills.model_copy(update=absent)
     if alone:
         losses = losses.model_copy(update={"sum": 0.0})
         # the sum serves the margin rule alone here, and heads out of training stay out of it

@@ -119,13 +119,17 @@ def unified_loss(
 
         return teacher_rows(settings.teacher, own_QG, others_Q, teacher, seen_QG)
 
+    def distilled(name: str) -> Tensor:
+        assert target_QP is not None
+        return -(target_QP * log_probs[name]).sum(1)
+
     rows = collect_rows(
         settings,
         has_teacher=teacher is not None,
         distill=distill,
         infonce=lambda name: -log_probs[name].gather(1, positive_Q1).squeeze(1),
         taught=taught,
-        distilled=lambda name: -(target_QP * log_probs[name]).sum(1),
+        distilled=distilled,
     )
     # a tie is no hit: a dead head, which scores everything alike, must not look accurate
     level = {name: x.detach() >= x.detach().gather(1, positive_Q1) for name, x in logits.items()}

@@ -41,7 +41,9 @@ def cross_attention(
         cu_rows, cu_keys = (
             torch.tensor([0, *x], device=query_RHd.device).cumsum(0).to(torch.int32) for x in (rows, keys)
         )
-        return varlen_attn(query_RHd, key_KHd, value_KHd, cu_rows, cu_keys, max(rows), max(keys))
+        found = varlen_attn(query_RHd, key_KHd, value_KHd, cu_rows, cu_keys, max(rows), max(keys))
+        assert isinstance(found, Tensor)  # the log-sum-exps come too only where they are asked for
+        return found
     together = _equal_halves(tuple(rows), tuple(keys))
     # split and cat: index_select was measured twice as slow on CPUs (docs/experiments.md)
     streams = [

@@ -15,6 +15,7 @@ row still reads a uniformly drawn subset of the wanted share that leaves it out,
 """
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ def half_lengths(lengths: tuple[int, ...], mask_share: float) -> tuple[list[int]
     >>> half_lengths((6,), 0.5)     # 5 tokens beside <s>: halves of 3 and 2; keys include <s>
     ([3, 2], [3, 3])
     """
-    rows, keys = [], []
+    rows: list[int] = []
+    keys: list[int] = []
     for length in lengths:
         others = length - 1
         halves = (others - others // 2, others // 2)
@@ -147,7 +149,7 @@ class RetroMAE(nn.Module):
             ]
         )
         rows_MD, bias_V = self.lm_head(torch.cat(rows))
-        weight_VD = self.encoder.get_input_embeddings().weight
+        weight_VD = cast(nn.Embedding, self.encoder.get_input_embeddings()).weight
         loss, losses_M = tied_cross_entropy(rows_MD, weight_VD, bias_V, torch.cat(targets), scale_M)
         return loss, losses_M[: len(targets[0])].sum(), losses_M[len(targets[0]) :].sum()
 
@@ -165,14 +167,13 @@ class RetroMAE(nn.Module):
         assert self.decoder is not None
         positions_T = position_ids_T + first_position(self.encoder.config)
         first_N = cu_seqlens_N1[:-1].long()
-        embedded = self.encoder.embeddings(
-            input_ids=input_ids_T.unsqueeze(0), position_ids=positions_T.unsqueeze(0)
-        )
+        embeddings = cast(nn.Module, self.encoder.embeddings)
+        embedded = embeddings(input_ids=input_ids_T.unsqueeze(0), position_ids=positions_T.unsqueeze(0))
         memory_TD = embedded.squeeze(0).index_copy(0, first_N, hidden_TD[first_N])
         index_R = order_T[position_ids_T[order_T] > 0]
         lengths_N = cu_seqlens_N1[1:].long() - first_N
         bottleneck_RD = hidden_TD[first_N].repeat_interleave(lengths_N - 1, dim=0)
-        query_RD = bottleneck_RD + self.encoder.embeddings.position_embeddings(positions_T[index_R])
+        query_RD = bottleneck_RD + cast(nn.Embedding, embeddings.position_embeddings)(positions_T[index_R])
         rows, keys = half_lengths(lengths, mask_share)
         key_K = key_order(order_T, lengths, rows, keys)
         return self.decoder(query_RD, memory_TD, key_K, rows, keys), index_R

@@ -160,7 +160,7 @@ def read_vocabulary_tables(path: str, vocab_size: int) -> VocabularyTables:
     if tokenizer.mask_token_id is None:
         rule = "its tokenizer has no mask token, which masked-language modelling needs"
         raise CheckpointError("model.path", path, rule, "use a masked-language model's tokenizer")
-    pieces: list[str] = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    pieces = list(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
     unused: Iterable[int] = range(len(pieces), vocab_size)
     padded = [*pieces, *("" for _ in unused)]
     return vocabulary_tables(padded, (*read_special_ids(path), *unused), tokenizer.mask_token_id)
