@@ -1,9 +1,12 @@
-"""Batches of megam3 and of FlagEmbedding's same-dataset loader on the same pairs: padding, spread of tokens per step, imbalance of ranks.
+"""Batches of megam3 and of FlagEmbedding's same-dataset loader on the same pairs: padding, spread of tokens
+per step, imbalance of ranks.
 
-    python benchmarks/batches_vs_flagembedding.py MODEL_FOLDER DATA.jsonl… --flagembedding PYTHON [--queries 64] [--ranks 4]
+    python benchmarks/batches_vs_flagembedding.py MODEL_FOLDER DATA.jsonl… --flagembedding PYTHON [--queries
+    64] [--ranks 4]
 
-PYTHON is the interpreter of an environment with FlagEmbedding 1.4. It runs the real `AbsEmbedderSameDatasetTrainDataset` for one epoch and
-hands back which texts each rank gets at each step; both sides are then measured with the same tokenizer and the same cost of attention.
+PYTHON is the interpreter of an environment with FlagEmbedding 1.4. It runs the real
+`AbsEmbedderSameDatasetTrainDataset` for one epoch and hands back which texts each rank gets at each step;
+both sides are then measured with the same tokenizer and the same cost of attention.
 """
 
 import argparse
@@ -25,9 +28,11 @@ PEER = """
 import json, sys, types
 from FlagEmbedding.abc.finetune.embedder.AbsDataset import AbsEmbedderSameDatasetTrainDataset as Dataset
 paths, cache, size, ranks, out = json.loads(sys.argv[1])
-fields = dict(train_data=paths, shuffle_ratio=0.0, small_threshold=0, drop_threshold=0, cache_path=cache, train_group_size=1,
-              max_example_num_per_dataset=10**8, knowledge_distillation=False, query_instruction_for_retrieval="",
-              query_instruction_format="{}{}", passage_instruction_for_retrieval=None, passage_instruction_format="{}{}")
+fields = dict(train_data=paths, shuffle_ratio=0.0, small_threshold=0, drop_threshold=0, cache_path=cache,
+train_group_size=1,
+              max_example_num_per_dataset=10**8, knowledge_distillation=False,
+              query_instruction_for_retrieval="", query_instruction_format="{}{}",
+              passage_instruction_for_retrieval=None, passage_instruction_format="{}{}")
 args = types.SimpleNamespace(**fields)
 loaders = [Dataset(args, size // ranks, 42, None, rank, ranks) for rank in range(ranks)]
 with open(out, "w") as stream:
@@ -77,7 +82,8 @@ def own_steps(
 def measure(steps: list[list[list[np.ndarray]]]) -> dict[str, float]:
     """One line of the table."""
     real = np.array([sum(part.sum() for rank in step for part in rank) for step in steps])
-    # FlagEmbedding pads queries and passages of a rank each to their longest; megam3 pads nothing: this is what its batches WOULD waste
+    # FlagEmbedding pads queries and passages of a rank each to their longest; megam3 pads nothing: this is
+    # what its batches WOULD waste
     padded = np.array([sum(len(part) * part.max() for rank in step for part in rank) for step in steps])
     loads = np.array([[sum(text_cost(part).sum() for part in rank) for rank in step] for step in steps])
     waits = np.array(
@@ -115,7 +121,8 @@ def main() -> None:
         rows[name] = measure(own_steps(arguments.data, batch, arguments.ranks, tokenizer))
 
     add_own("megam3", BatchConfig(global_queries=arguments.queries))
-    # a budget bounds the tokens of a step whose texts all have their bucket's full length: twice the mean comes near the mean
+    # a budget bounds the tokens of a step whose texts all have their bucket's full length: twice the mean
+    # comes near the mean
     add_own("by tokens", BatchConfig(global_tokens=2 * round(rows["megam3"]["tokens a step, mean"])))
     print(f"{'':<34}" + "".join(f"{name:>16}" for name in rows))
     for key in next(iter(rows.values())):

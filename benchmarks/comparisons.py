@@ -166,7 +166,8 @@ def flagembedding(repeats: int) -> list[Setting]:
 
 
 def sentence_transformers(repeats: int) -> list[Setting]:
-    """(b) the unified step (three heads) against sentence-transformers 6.2 training one head, both with a gradient cache of 2048 tokens."""
+    """(b) the unified step (three heads) against sentence-transformers 6.2 training one head, both with a
+    gradient cache of 2048 tokens."""
     python = python_of("sentence-transformers")
     size = ModelSize(SMALL_VOCABULARY, 4, 256)
     texts = Texts(*xquad_like_lengths(16, 32), size.vocab_size)
@@ -264,7 +265,8 @@ def gradient_cache(repeats: int) -> list[Setting]:
 
 
 def ranks(repeats: int) -> list[Setting]:
-    """(g) two ranks against one, the same work and one core a rank; beside them two runs of one rank, which share the machine alone."""
+    """(g) two ranks against one, the same work and one core a rank; beside them two runs of one rank, which
+    share the machine alone."""
     size = ModelSize(SMALL_VOCABULARY, 4, 256)
     texts = Texts(equal_lengths(4, 64), equal_lengths(8, 512), size.vocab_size)
     settings = []
@@ -286,7 +288,8 @@ def ranks(repeats: int) -> list[Setting]:
 
 
 def peak_share(repeats: int) -> list[Setting]:
-    """(h) share of the matmul peak, measured before and after each pass, that the packed encoder and transformers' own reach."""
+    """(h) share of the matmul peak, measured before and after each pass, that the packed encoder and
+    transformers' own reach."""
     settings = []
     for hidden, layers, count, bound in ((1024, 2, 4, 0.90), (384, 4, 8, 0.75)):
         size = ModelSize(SMALL_VOCABULARY, layers, hidden)
@@ -306,7 +309,8 @@ def peak_share(repeats: int) -> list[Setting]:
 
 def _peak_finding(what: str, measured: Measured, budget: Budget | None) -> Finding:
     shares = sorted(sample["peak_share"] for sample in measured.samples)
-    # the fastest pass over the fastest product: what is left when the machine's bad moments are taken out of both
+    # the fastest pass over the fastest product: what is left when the machine's bad moments are taken out of
+    # both
     best = min(s["peak_share"] * s["seconds"] for s in measured.samples) / min(
         s["seconds"] for s in measured.samples
     )
@@ -320,7 +324,8 @@ def _peak_finding(what: str, measured: Measured, budget: Budget | None) -> Findi
 
 
 def long_step(repeats: int) -> list[Setting]:
-    """One step of 1 query × 8 passages of 8192 tokens, XLM-R's vocabulary, hidden 1024: ours, then FlagEmbedding's attempt."""
+    """One step of 1 query × 8 passages of 8192 tokens, XLM-R's vocabulary, hidden 1024: ours, then
+    FlagEmbedding's attempt."""
     size = ModelSize(XLMR_VOCABULARY, 2, 1024, 8192)
     texts = Texts((512,), equal_lengths(8, 8192), size.vocab_size)
     spec = spec_of(size, texts)

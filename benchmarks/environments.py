@@ -1,6 +1,7 @@
 """An environment of its own for each peer, made on first use under benchmarks/.venv-NAME.
 
-MEGAM3_BENCH_PYTHON_NAME (upper case, `-` as `_`) names an interpreter to use instead; PIP_FLAGS holds options for pip, as in the Makefile.
+MEGAM3_BENCH_PYTHON_NAME (upper case, `-` as `_`) names an interpreter to use instead; PIP_FLAGS holds options
+for pip, as in the Makefile.
 """
 
 import os

@@ -2,8 +2,9 @@
 
     python -m benchmarks.index_scale FOLDER [--passages 1000000] [--queries 1000] [--width 1024]
 
-Lexical ids follow Zipf's law over 250 002 ids, 60 draws a passage, 8 a query. Memory is what the process allocated
-(RssAnon); mapped pages of the index belong to the page cache and are given back when others need them.
+Lexical ids follow Zipf's law over 250 002 ids, 60 draws a passage, 8 a query. Memory is what the process
+allocated (RssAnon); mapped pages of the index belong to the page cache and are given back when others need
+them.
 """
 
 from __future__ import annotations

@@ -29,8 +29,9 @@ EXPECTED = {
     "passage_rows": "1",
     "world_size": "at most 1: all ranks' queries meet this rank's passages, and only that product grows",
 }
-"""The slope of time in the logarithm of both. Memory grows by inputs' gradients and winners, which are linear at most; a product of
-all rows with all rows would make no difference to these slopes but to the memory itself."""
+"""The slope of time in the logarithm of both. Memory grows by inputs' gradients and winners, which are linear
+at most; a product of all rows with all rows would make no difference to these slopes but to the memory
+itself."""
 
 
 def tiled_loss(repeats: int) -> list[Setting]:
@@ -87,7 +88,8 @@ def _gradient_finding(name: str, first: Measured, second: Measured) -> list[Find
 
 
 def scaling(repeats: int) -> list[Setting]:
-    """Time and memory of the three heads' scores and losses, forward and backward, against queries, passages, their length, and ranks."""
+    """Time and memory of the three heads' scores and losses, forward and backward, against queries, passages,
+    their length, and ranks."""
     return [_curve(grows, values, min(3, repeats)) for grows, values in CURVES.items()]
 
 
@@ -124,7 +126,8 @@ def _curve(grows: str, values: tuple[int, ...], repeats: int) -> Setting:
 
 
 def slope(sizes: Sequence[float], figures: Sequence[float]) -> float:
-    """Least-squares slope of log(figure) over log(size): 1 for what grows in proportion, 2 for what grows with the square."""
+    """Least-squares slope of log(figure) over log(size): 1 for what grows in proportion, 2 for what grows
+    with the square."""
     x, y = [math.log(size) for size in sizes], [math.log(figure) for figure in figures]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / sum((a - mean_x) ** 2 for a in x)

@@ -1,4 +1,5 @@
-"""Start the sides of a comparison, alternate between them, and reduce what they answer to medians, spreads and ratios."""
+"""Start the sides of a comparison, alternate between them, and reduce what they answer to medians, spreads
+and ratios."""
 
 import contextlib
 import json
@@ -174,7 +175,8 @@ class Ratio:
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
-    """Median and range of the per-round quotients: neighbours in time, so that slow spells of the machine cancel."""
+    """Median and range of the per-round quotients: neighbours in time, so that slow spells of the machine
+    cancel."""
     quotients = sorted(a / b for a, b in zip(numerator, denominator))
     return Ratio(statistics.median(quotients), quotients[0], quotients[-1])
 

@@ -1,6 +1,8 @@
-"""Model folders with random weights in the published layout: encoder, both heads, and a tokenizer whose words are `t5`, `t6`, …
+"""Model folders with random weights in the published layout: encoder, both heads, and a tokenizer whose words
+are `t5`, `t6`, …
 
-Every side loads the same folder, so all start from the same weights. Dropout is 0: losses can be compared, and no side pays for masks.
+Every side loads the same folder, so all start from the same weights. Dropout is 0: losses can be compared,
+and no side pays for masks.
 """
 
 import json
@@ -59,7 +61,8 @@ class ModelSize:
 
 
 def make_model_folder(root: Path, size: ModelSize) -> Path:
-    """The folder of this size under `root`, made when it is not there yet; the last file written marks it complete."""
+    """The folder of this size under `root`, made when it is not there yet; the last file written marks it
+    complete."""
     folder = root / size.name
     if (folder / "complete").exists():
         return folder
@@ -80,7 +83,8 @@ def make_model_folder(root: Path, size: ModelSize) -> Path:
 
 
 def write_tokenizer(folder: Path, size: ModelSize) -> None:
-    """A word-level tokenizer of exactly the vocabulary's size, in files that transformers 4 and 5 both read."""
+    """A word-level tokenizer of exactly the vocabulary's size, in files that transformers 4 and 5 both
+    read."""
     words = {token: index for index, token in enumerate(SPECIAL_TOKENS)}
     words |= {f"t{index}": index for index in range(NUM_SPECIAL_IDS, size.vocab_size)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))

@@ -1,10 +1,11 @@
-"""Planning a billion rows: memory, time to the first batch, time to address random steps. No data is needed; the index is made up.
+"""Planning a billion rows: memory, time to the first batch, time to address random steps. No data is needed;
+the index is made up.
 
     python benchmarks/plan_scale.py [--rows 1e9] [--folder DIR]
 
-The made-up store has 100 000 rows a shard, 100 languages, about 400 lengths a shard with a long tail to 8192 tokens, and the paper's batch
-sizes for contrastive training (9 984 to 67 200 queries a step) or, with --unified, those of unified fine-tuning (192 to 1 152). The index
-is a sparse file.
+The made-up store has 100 000 rows a shard, 100 languages, about 400 lengths a shard with a long tail to 8192
+tokens, and the paper's batch sizes for contrastive training (9 984 to 67 200 queries a step) or, with
+--unified, those of unified fine-tuning (192 to 1 152). The index is a sparse file.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Draw the curves of `python -m benchmarks scaling` as scaling.png: time and memory over each size, with lines of slope 1."""
+"""Draw the curves of `python -m benchmarks scaling` as scaling.png: time and memory over each size, with
+lines of slope 1."""
 
 import statistics
 from pathlib import Path
@@ -7,7 +8,8 @@ from matplotlib import pyplot
 
 
 def draw_curves(file: Path, settings: list[dict]) -> None:
-    """Both axes logarithmic, one column per size that grows; dotted: proportional growth from the first point.
+    """Both axes logarithmic, one column per size that grows; dotted: proportional growth from the first
+    point.
 
     settings: of the comparison `scaling` in results.json; sides are named SIZE=VALUE.
     """

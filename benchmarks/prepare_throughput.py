@@ -2,9 +2,9 @@
 
     python benchmarks/prepare_throughput.py MODEL_FOLDER DATA.jsonl [--processes 1] [--repeats 3]
 
-"Tokenizer alone" encodes the same texts, already in memory, in groups of the same size. Rates are given by the clock on the wall and by
-processor time (summed over processes, starts and imports included for `prepare_data`): on a machine shared with others only the second
-means much.
+"Tokenizer alone" encodes the same texts, already in memory, in groups of the same size. Rates are given by
+the clock on the wall and by processor time (summed over processes, starts and imports included for
+`prepare_data`): on a machine shared with others only the second means much.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Several ranks of one side, each on a core of its own (cores are shared where there are too few).
 
-Rank 0 is the process that the comparison started; it starts the others as copies of itself and steps them through their stdin.
+Rank 0 is the process that the comparison started; it starts the others as copies of itself and steps them
+through their stdin.
 """
 
 import os
@@ -19,9 +20,11 @@ def own_rank() -> int:
 
 
 def meet(module: str, rank: int, num_processes: int, talk: bool = True) -> list[subprocess.Popen]:
-    """Join the group of `benchmarks.sides.MODULE`, whose spec argv[1] names; on rank 0, the processes of the other ranks.
+    """Join the group of `benchmarks.sides.MODULE`, whose spec argv[1] names; on rank 0, the processes of the
+    other ranks.
 
-    talk: False: there is no group, the processes only run at the same time. What they lose, the machine takes.
+    talk: False: there is no group, the processes only run at the same time. What they lose, the machine
+    takes.
     """
     others = []
     if rank == 0:

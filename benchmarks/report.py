@@ -1,4 +1,5 @@
-"""Write what was measured: a Markdown page (summary first, then every side's figures) and the raw samples as JSON, which plot.py draws."""
+"""Write what was measured: a Markdown page (summary first, then every side's figures) and the raw samples as
+JSON, which plot.py draws."""
 
 import json
 import math

@@ -1,4 +1,5 @@
-"""Texts of chosen lengths: words drawn by Zipf's law, written out as strings, so that every side tokenises the same text itself.
+"""Texts of chosen lengths: words drawn by Zipf's law, written out as strings, so that every side tokenises
+the same text itself.
 
 Word `t17` is token 17 of the tokenizer in `models.py`; a text of n tokens is `<s>`, n - 2 words, `</s>`.
 """
@@ -32,7 +33,8 @@ class Texts:
 
 
 def make_text(rng: random.Random, length_tokens: int, vocab_size: int) -> str:
-    """Words whose ranks follow Zipf's law (density 1/rank), so that words repeat within and between texts as they do in language."""
+    """Words whose ranks follow Zipf's law (density 1/rank), so that words repeat within and between texts as
+    they do in language."""
     span = vocab_size - NUM_SPECIAL_IDS
     ranks = (int(span ** rng.random()) - 1 for _ in range(max(0, length_tokens - 2)))
     return " ".join(f"t{NUM_SPECIAL_IDS + rank}" for rank in ranks)
@@ -46,7 +48,8 @@ def equal_lengths(count: int, length_tokens: int) -> tuple[int, ...]:
 def lognormal_lengths(
     count: int, median: float, sigma: float, shortest: int, longest: int, seed: int = 0
 ) -> tuple[int, ...]:
-    """The distribution's own quantiles in shuffled order: a small batch then has the shape of a large sample, and no luck in it."""
+    """The distribution's own quantiles in shuffled order: a small batch then has the shape of a large sample,
+    and no luck in it."""
     normal = NormalDist()
     quantiles = [median * 2.718281828 ** (sigma * normal.inv_cdf((i + 0.5) / count)) for i in range(count)]
     lengths = [min(longest, max(shortest, round(q))) for q in quantiles]
@@ -55,7 +58,8 @@ def lognormal_lengths(
 
 
 def xquad_like_lengths(num_queries: int, num_passages: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Questions of about 16 tokens (5 to 60), paragraphs of about 170 (30 to 800): lognormal, as SQuAD's paragraphs nearly are."""
+    """Questions of about 16 tokens (5 to 60), paragraphs of about 170 (30 to 800): lognormal, as SQuAD's
+    paragraphs nearly are."""
     return lognormal_lengths(num_queries, 16, 0.35, 5, 60), lognormal_lengths(
         num_passages, 170, 0.45, 30, 800
     )

@@ -173,8 +173,8 @@ class RetrievalBatch:
     passage_hashes_P: Tensor
     """int64: hash of the passage's text; equal text anywhere in the global batch is no negative."""
     known_positive_hashes_QM: Tensor | None = None
-    """int64: hashes of all positives of the query's record, also those not drawn; shorter rows repeat one. None: no
-    record has more than the one drawn."""
+    """int64: hashes of all positives of the query's record, also those not drawn; shorter rows repeat one.
+    None: no record has more than the one drawn."""
     teacher_scores_P: Tensor | None = None
     """float32: scores of a teacher (a re-ranker), when the records carry them."""
     in_batch_negatives: bool = True
@@ -280,10 +280,11 @@ class Representations:
         )
 
     def split(self, sizes: Sequence[int]) -> list[Representations]:
-        """Consecutive runs of `sizes` texts, which add up to all of them; gradients of all runs come back in one tensor.
+        """Consecutive runs of `sizes` texts, which add up to all of them; gradients of all runs come back in
+        one tensor.
 
-        One look at the offsets serves all runs. `select` per run would, in the backward pass, make a tensor of the whole
-        size for every run.
+        One look at the offsets serves all runs. `select` per run would, in the backward pass, make a tensor
+        of the whole size for every run.
         """
         edges = [0]
         for size in sizes:
@@ -310,7 +311,8 @@ class Representations:
         ]
 
     def keep_heads(self, heads: Collection[str]) -> Representations:
-        """The same texts with no pairs or rows where that head is not named: nothing of it is moved or scored."""
+        """The same texts with no pairs or rows where that head is not named: nothing of it is moved or
+        scored."""
         kept = self
         none_N1 = self.lexical_offsets_N1.new_zeros(self.num_texts + 1)
         if "lexical" not in heads:

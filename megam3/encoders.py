@@ -1,8 +1,10 @@
-"""Encoder families: one table of what megam3 knows of each, the reader of config.json, and sizes. Free of torch.
+"""Encoder families: one table of what megam3 knows of each, the reader of config.json, and sizes. Free of
+torch.
 
-Whoever needs to know whether an encoder runs packed, where its positions begin, or whether the memory plan has
-counted its layers asks here: the checks of a recipe (before a device is touched), the loader of weights, the tools
-and the memory plan.
+Whoever needs to know whether an encoder runs packed, where its positions begin, or whether the memory plan
+has
+counted its layers asks here: the checks of a recipe (before a device is touched), the loader of weights, the
+tools and the memory plan.
 
     position ids of a text of 3 tokens      bert 0 1 2         xlm-roberta 2 3 4   (pad_token_id 1: rows 0, 1 hold none)
     tokens that 8194 rows serve             bert 8194          xlm-roberta 8192
@@ -52,7 +54,8 @@ FAMILIES: dict[str, EncoderFamily] = {
     # its language adapters read one language id a batch, which a stream of mixed texts does not have
     "xmod": EncoderFamily(positions_after_padding=True, runs_packed=False),
 }
-"""By `model_type`. Families that do not run packed are listed where a user may bring one, so that the refusal is right."""
+"""By `model_type`. Families that do not run packed are listed where a user may bring one, so that the refusal
+is right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +71,10 @@ class EncoderShape:
     def forward_flops(self, lengths: Sequence[int]) -> int:
         """Floating-point operations of one forward pass over texts of these token counts.
 
-        A matrix product [m,k]x[k,n] is 2·m·k·n. Per token and layer: four H x H projections (8·H²) and two H x I (4·H·I);
-        attention adds 2·L·H for the scores and 2·L·H for the weighted sum to each of a text's L tokens. The lexical head
-        costs 2·H, the multi-vector head 2·H·C a token. Norms, activations and look-ups are left out, as is usual.
+        A matrix product [m,k]x[k,n] is 2·m·k·n. Per token and layer: four H x H projections (8·H²) and two H
+        x I (4·H·I); attention adds 2·L·H for the scores and 2·L·H for the weighted sum to each of a text's L
+        tokens. The lexical head costs 2·H, the multi-vector head 2·H·C a token. Norms, activations and
+        look-ups are left out, as is usual.
         """
         hidden, num_tokens = self.hidden_size, sum(lengths)
         per_token = 8 * hidden**2 + 4 * hidden * self.intermediate_size
@@ -79,7 +83,8 @@ class EncoderShape:
         return self.num_layers * (num_tokens * per_token + attention) + num_tokens * heads
 
     def training_flops(self, lengths: Sequence[int]) -> int:
-        """Forward and backward: three times the forward pass. Recomputation is a cost, not the model's work: not counted."""
+        """Forward and backward: three times the forward pass. Recomputation is a cost, not the model's work:
+        not counted."""
         return 3 * self.forward_flops(lengths)
 
 

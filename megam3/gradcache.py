@@ -1,15 +1,20 @@
-"""Exact gradients of a loss over the whole batch, in the memory of one chunk (GradCache, arXiv 2101.06983, for all heads at once).
+"""Exact gradients of a loss over the whole batch, in the memory of one chunk (GradCache, arXiv 2101.06983,
+for all heads at once).
 
-    1. encode chunk by chunk without a graph; keep representations, and the random state each chunk started from
-    2. loss over all representations as leaves (global over ranks: negatives, sum, distillation), backward to THEIR gradients
-    3. chunk by chunk again, with the same random state and a graph: backward of Σ ⟨representation, its gradient⟩
+    1. encode chunk by chunk without a graph; keep representations, and the random state each chunk started
+    from 2. loss over all representations as leaves (global over ranks: negatives, sum, distillation),
+    backward to THEIR gradients 3. chunk by chunk again, with the same random state and a graph: backward of Σ
+    ⟨representation, its gradient⟩
 
-By the chain rule step 3 adds up exactly the gradients one big pass would give; replaying the random state makes dropout draw what it drew
-in step 1. Nothing here knows the engine: it hands in `encode` and `backward`, and hears from `is_last` when gradients may be reduced.
+By the chain rule step 3 adds up exactly the gradients one big pass would give; replaying the random state
+makes dropout draw what it drew in step 1. Nothing here knows the engine: it hands in `encode` and `backward`,
+and hears from `is_last` when gradients may be reduced.
 
-All ranks run equally many chunks, because under ZeRO-3 every forward and backward pass is a collective. A rank that is short encodes a
-filler text and sends gradients of exactly zero through it: the module's collectives match, and every parameter receives an exact 0. No text
-at all (T = 0) would do the same arithmetic, but kernels and hooks are far better tested on two tokens than on none.
+All ranks run equally many chunks, because under ZeRO-3 every forward and backward pass is a collective. A
+rank that is short encodes a
+filler text and sends gradients of exactly zero through it: the module's collectives match, and every
+parameter receives an exact 0. No text at all (T = 0) would do the same arithmetic, but kernels and hooks are
+far better tested on two tokens than on none.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +31,8 @@ from megam3.dist import comm
 Aux = TypeVar("Aux")
 
 FILLER_IDS = (0, 0)
-"""Token ids of the filler text: id 0 exists in every vocabulary; two tokens give the multi-vector head a row."""
+"""Token ids of the filler text: id 0 exists in every vocabulary; two tokens give the multi-vector head a
+row."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ def _filler(device: torch.device) -> PackedTexts:
 
 
 def _weighted_sum(representations: Representations, gradients: Sequence[Tensor]) -> Tensor:
-    """Σ ⟨representation, gradient⟩, whose gradient is `gradients`; in fp32 or wider, so that its own value cannot overflow."""
+    """Σ ⟨representation, gradient⟩, whose gradient is `gradients`; in fp32 or wider, so that its own value
+    cannot overflow."""
     dtype = torch.promote_types(representations.dense_ND.dtype, torch.float32)
     total = torch.zeros((), dtype=dtype, device=representations.dense_ND.device)
     for value, gradient in zip(representations.floats(), gradients):
@@ -106,8 +113,10 @@ def cached_step(
         texts: this rank's texts, on the device.
         chunk_tokens: token budget of a chunk; None: one plain pass, no recomputation.
         encode: texts → representations; called with and without gradients enabled.
-        loss: representations of ALL texts, in order → (scalar, anything). It may exchange tensors with other ranks.
-        backward: (scalar, is_last): accumulates parameter gradients; `is_last` marks the step's last call on every rank.
+        loss: representations of ALL texts, in order → (scalar, anything). It may exchange tensors with other
+            ranks.
+        backward: (scalar, is_last): accumulates parameter gradients; `is_last` marks the step's last call on
+            every rank.
     """
     plan = [(0, texts.num_texts)] if texts.num_texts else []
     if chunk_tokens is not None:

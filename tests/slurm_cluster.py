@@ -1,7 +1,7 @@
 """A real two-node Slurm on this machine, for tests marked `slurm`: slurmctld and two slurmd on loopback.
 
-Each node has two cores and two GPUs that are copies of /dev/null; jobs of partition `urgent` push out those of
-`main`.
+Each node has two cores and two GPUs that are copies of /dev/null; jobs of partition `urgent` push out those
+of `main`.
 """
 
 from __future__ import annotations

@@ -149,8 +149,8 @@ def test_third_party_seams(path: Path) -> None:
 def test_dynamic_imports_are_few_and_known() -> None:
     # the table of subcommands; `megam3 train`, whose --help does without torch; a worker process, which gets
     # its entry function by name from the parent that spawned it; and the package of objectives, which imports
-    # each of its own files, so that a stage is one file; onnx and mteb, third-party packages that few need, are
-    # loaded when asked for
+    # each of its own files, so that a stage is one file; onnx and mteb, third-party packages that few need,
+    # are loaded when asked for
     known = {"cli.py", "commands/train.py", "data/process.py", "objectives/__init__.py"}
     known |= {"export/onnx.py", "retrieval/mteb_model.py"}
     wrong = []

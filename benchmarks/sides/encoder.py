@@ -1,7 +1,9 @@
-"""Forward and backward pass of the encoder alone, packed by megam3 or padded by transformers (sdpa); class and weights are the same.
+"""Forward and backward pass of the encoder alone, packed by megam3 or padded by transformers (sdpa); class
+and weights are the same.
 
-Spec: model_folder, texts, layout (packed or padded); optional threads, peak (also measure this moment's matmul peak beside each pass).
-A padded pipeline pads queries to the longest query and passages to the longest passage, so padding is charged as little as peers manage.
+Spec: model_folder, texts, layout (packed or padded); optional threads, peak (also measure this moment's
+matmul peak beside each pass). A padded pipeline pads queries to the longest query and passages to the longest
+passage, so padding is charged as little as peers manage.
 """
 
 import time

@@ -1,4 +1,5 @@
-"""One FlagEmbedding training step: its M3 model class, its collator's padding, its trainer's optimizer. Runs in its own environment.
+"""One FlagEmbedding training step: its M3 model class, its collator's padding, its trainer's optimizer. Runs
+in its own environment.
 
 Spec: model_folder, texts; optional threads, checkpointing, address_space_bytes.
 """
@@ -13,7 +14,8 @@ from benchmarks.worker import Step, serve
 
 
 def build(spec: dict) -> Step:
-    """Batch and model as `EncoderOnlyEmbedderM3Runner` makes them for the published m3 recipe, on one process."""
+    """Batch and model as `EncoderOnlyEmbedderM3Runner` makes them for the published m3 recipe, on one
+    process."""
     folder, texts = spec["model_folder"], spec["texts"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     group_size = len(texts["passages"]) // len(texts["queries"])

@@ -1,7 +1,9 @@
-"""The unified loss alone, forward and backward, on random representations: its figures are the loss and the norms of the gradients.
+"""The unified loss alone, forward and backward, on random representations: its figures are the loss and the
+norms of the gradients.
 
-Spec: num_queries, num_passages (a multiple), query_rows, passage_rows (about as many lexical pairs), width of dense and multi-vector rows;
-optional heads ("all" or "dense"), tiles (form the loss without score matrices), distill, world_size (each rank has this much), threads.
+Spec: num_queries, num_passages (a multiple), query_rows, passage_rows (about as many lexical pairs), width of
+dense and multi-vector rows; optional heads ("all" or "dense"), tiles (form the loss without score matrices),
+distill, world_size (each rank has this much), threads.
 """
 
 import torch

@@ -1,6 +1,8 @@
-"""What three heads and all losses add: forward and backward of the encoder alone, then of the whole objective, in one process.
+"""What three heads and all losses add: forward and backward of the encoder alone, then of the whole
+objective, in one process.
 
-Spec: model_folder, texts; optional threads. Answers the seconds of both and of the whole; no optimizer on either.
+Spec: model_folder, texts; optional threads. Answers the seconds of both and of the whole; no optimizer on
+either.
 """
 
 import time

@@ -11,7 +11,8 @@ from megam3.scoring.maxsim import maxsim_scores
 
 
 def build(spec: dict) -> Step:
-    """Rows of equal counts: the product has num_queries·query_rows × num_passages·passage_rows entries, which only the yardstick keeps."""
+    """Rows of equal counts: the product has num_queries·query_rows × num_passages·passage_rows entries, which
+    only the yardstick keeps."""
     generator = torch.Generator().manual_seed(0)
     query_offsets = torch.arange(spec["num_queries"] + 1) * spec["query_rows"]
     passage_offsets = torch.arange(spec["num_passages"] + 1) * spec["passage_rows"]

@@ -1,6 +1,8 @@
-"""One megam3 training step (forward, loss, backward, clipping, AdamW) through its own objective and engine; several ranks on request.
+"""One megam3 training step (forward, loss, backward, clipping, AdamW) through its own objective and engine;
+several ranks on request.
 
-Spec: model_folder, texts; optional chunk_tokens (gradient cache), checkpointing, threads, stage; num_processes, each on one core and with
+Spec: model_folder, texts; optional chunk_tokens (gradient cache), checkpointing, threads, stage;
+num_processes, each on one core and with
 the same amount of work: ranks of one run or, without `talk`, runs of one rank each.
 """
 
@@ -24,7 +26,8 @@ OPTIM = OptimConfig(lr=1e-5, weight_decay=0.01, warmup_ratio=0.0, schedule="cons
 
 
 def make_batch(folder: str, texts: dict, rank: int = 0) -> RetrievalBatch:
-    """The texts as one rank's batch; groups are of equal size. Another rank's words are shifted by its number, their lengths are not."""
+    """The texts as one rank's batch; groups are of equal size. Another rank's words are shifted by its
+    number, their lengths are not."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     token_ids = tokenizer(texts["queries"] + texts["passages"])["input_ids"]
     assert [len(ids) for ids in token_ids] == [*texts["query_lengths"], *texts["passage_lengths"]], (

@@ -58,7 +58,8 @@ HEADS = {"dense": _dense, "multi_vector": _multi_vector, "sparse": _sparse}
 
 
 def build(spec: dict) -> Step:
-    """Columns as its trainer hands them over: queries, positives, and one column per further passage of the group."""
+    """Columns as its trainer hands them over: queries, positives, and one column per further passage of the
+    group."""
     texts = spec["texts"]
     model, loss_function = HEADS[spec["head"]](spec["model_folder"], spec["mini_batch_tokens"])
     group_size = len(texts["passages"]) // len(texts["queries"])

@@ -1,4 +1,5 @@
-"""A training checkpoint of any ZeRO stage and world size → a folder other software reads, without GPUs or ranks.
+"""A training checkpoint of any ZeRO stage and world size → a folder other software reads, without GPUs or
+ranks.
 
 megam3 export runs/NAME/checkpoints/step-000500 OUT [--format bge-m3] [--model FOLDER]
 """

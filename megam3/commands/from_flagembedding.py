@@ -1,7 +1,7 @@
 """A FlagEmbedding M3 command line or script → the equivalent recipe.
 
-megam3 from-flagembedding 'torchrun … -m FlagEmbedding.finetune.embedder.encoder_only.m3 …' [--out recipe.yaml]
-megam3 from-flagembedding train.sh
+megam3 from-flagembedding 'torchrun … -m FlagEmbedding.finetune.embedder.encoder_only.m3 …' [--out
+recipe.yaml] megam3 from-flagembedding train.sh
 """
 
 from __future__ import annotations

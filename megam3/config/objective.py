@@ -1,7 +1,8 @@
-"""What a step computes, as a recipe says it: the objective sections, told apart by `kind`, and the weights in them.
+"""What a step computes, as a recipe says it: the objective sections, told apart by `kind`, and the weights in
+them.
 
-The sections that come with megam3 stand here rather than beside their objectives, because `show-config` and the checks
-read them without torch.
+The sections that come with megam3 stand here rather than beside their objectives, because `show-config` and
+the checks read them without torch.
 """
 
 from collections.abc import Iterator, Mapping

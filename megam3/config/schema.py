@@ -159,10 +159,11 @@ class EngineConfig(Section):
     """Memory strategy and precision."""
 
     template: str = "zero2"
-    """Name of a file in ds_configs/ (without .json) or a path: memory strategy only. zero2 is the lowest stage that sums
-    the gradients of several backward passes in fp32 under bf16."""
+    """Name of a file in ds_configs/ (without .json) or a path: memory strategy only. zero2 is the lowest
+    stage that sums the gradients of several backward passes in fp32 under bf16."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU where there is one; the CPU only where neither Slurm nor the machine has a GPU to offer."""
+    """auto: the GPU where there is one; the CPU only where neither Slurm nor the machine has a GPU to
+    offer."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 on GPUs, fp32 on CPUs."""
     activation_checkpointing: bool = False

@@ -52,8 +52,8 @@ class BatchArrays:
     hashes: np.ndarray
     """int64: of each passage or document."""
     known_positives: np.ndarray
-    """int64 [queries, most]: hashes of all positives of each record, shorter rows repeat one; [queries, 0] where no
-    record has more than the one drawn."""
+    """int64 [queries, most]: hashes of all positives of each record, shorter rows repeat one; [queries, 0]
+    where no record has more than the one drawn."""
     scores: np.ndarray
     """float32: teacher scores of the passages, or empty."""
     dataset: str

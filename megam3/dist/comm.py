@@ -1,7 +1,9 @@
-"""The few collective calls the rest of the package needs. All of them also work with no process group, where they cost nothing.
+"""The few collective calls the rest of the package needs. All of them also work with no process group, where
+they cost nothing.
 
-Callers never ask "am I distributed?": one rank without a process group is a world of size 1 and no call below communicates there.
-Tensors may live on any device; with NCCL the transfer goes through the current CUDA device, with gloo through the CPU.
+Callers never ask "am I distributed?": one rank without a process group is a world of size 1 and no call below
+communicates there. Tensors may live on any device; with NCCL the transfer goes through the current CUDA
+device, with gloo through the CPU.
 """
 
 import json
@@ -81,8 +83,9 @@ def leave(code: int) -> None:
     """End this process at once with `code` when there are other ranks; return when there are none.
 
     An ordinary exit would destroy the process group, and that waits for peers that sit in a collective call
-    which this rank will never join: nobody would end, and the message would stay in a buffer. What was said is
-    flushed first. The launcher (`srun --kill-on-bad-exit`, deepspeed, torchrun) sees the code and ends the rest.
+    which this rank will never join: nobody would end, and the message would stay in a buffer. What was said
+    is flushed first. The launcher (`srun --kill-on-bad-exit`, deepspeed, torchrun) sees the code and ends the
+    rest.
     """
     if not is_grouped():
         return
@@ -168,7 +171,8 @@ def all_gather_ints(values: Sequence[int]) -> list[list[int]]:
 
 
 def all_gather_rows(values_F: Tensor) -> Tensor:
-    """Every rank's vector as a row, rows_WF in rank order, without graph. All ranks pass equally many numbers of one dtype."""
+    """Every rank's vector as a row, rows_WF in rank order, without graph. All ranks pass equally many numbers
+    of one dtype."""
     if not is_grouped():
         return values_F.detach()[None]
     own = values_F.detach().to(transfer_device()).contiguous()
@@ -178,7 +182,8 @@ def all_gather_rows(values_F: Tensor) -> Tensor:
 
 
 def gather_objects_json(obj: Any) -> list[Any]:
-    """Every rank's object, in rank order, on every rank; travels as JSON bytes, so that nothing is ever unpickled.
+    """Every rank's object, in rank order, on every rank; travels as JSON bytes, so that nothing is ever
+    unpickled.
 
     Raises:
         TypeError: the object is not JSON (numbers, strings, lists, dicts with string keys, None).

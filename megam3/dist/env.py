@@ -1,6 +1,8 @@
-"""Which rank am I, and what does this machine offer? Answered from environment variables, before any process group exists.
+"""Which rank am I, and what does this machine offer? Answered from environment variables, before any process
+group exists.
 
-Ranks come from the launcher's variables (deepspeed, torchrun), else from Slurm, else from MPI through mpi4py, else there is one process.
+Ranks come from the launcher's variables (deepspeed, torchrun), else from Slurm, else from MPI through mpi4py,
+else there is one process.
 
     RankInfo(rank=3, local_rank=1, world_size=4, master_addr="n0", master_port=29500, source="launcher")
 """
@@ -40,7 +42,8 @@ class RankInfo:
     """Where the numbers came from."""
 
     def export(self, environ: MutableMapping[str, str]) -> None:
-        """Write the five launcher variables, so that torch and DeepSpeed see these ranks and do no discovery of their own."""
+        """Write the five launcher variables, so that torch and DeepSpeed see these ranks and do no discovery
+        of their own."""
         environ["RANK"], environ["LOCAL_RANK"], environ["WORLD_SIZE"] = (
             str(self.rank),
             str(self.local_rank),
@@ -96,7 +99,8 @@ def _from_launcher(environ: Mapping[str, str]) -> RankInfo:
 
 
 def _is_batch_script(environ: Mapping[str, str]) -> bool:
-    # a batch script runs once, on the first node, with SLURM_PROCID=0; only srun starts tasks, and it names its step
+    # a batch script runs once, on the first node, with SLURM_PROCID=0; only srun starts tasks, and it names
+    # its step
     return environ.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in environ
 
 
@@ -134,7 +138,8 @@ def _from_slurm(environ: Mapping[str, str]) -> RankInfo:
 
 
 def slurm_port(environ: Mapping[str, str]) -> int:
-    """A port that all tasks of a step agree on and that other steps on the node avoid; below the ephemeral range of Linux (32768)."""
+    """A port that all tasks of a step agree on and that other steps on the node avoid; below the ephemeral
+    range of Linux (32768)."""
     job, step = (
         int(value) if (value := environ.get(name, "0")).isdigit() else 0
         for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")
@@ -143,7 +148,8 @@ def slurm_port(environ: Mapping[str, str]) -> int:
 
 
 def free_port() -> int:
-    """A port on which nobody on this machine listens now, so that runs started side by side do not meet each other's ranks."""
+    """A port on which nobody on this machine listens now, so that runs started side by side do not meet each
+    other's ranks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -249,11 +255,15 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 
 def prepare_environment(environ: MutableMapping[str, str], *, has_gpu: bool | None = None) -> None:
-    """Fill in what torch and DeepSpeed read from the environment; call before importing deepspeed. Variables already set stay.
+    """Fill in what torch and DeepSpeed read from the environment; call before importing deepspeed. Variables
+    already set stay.
 
-    - DS_ACCELERATOR=cpu without a GPU (`has_gpu`; None asks torch), which also spares DeepSpeed's search and its warning
-    - TORCH_EXTENSIONS_DIR, TRITON_CACHE_DIR, HF_HOME and MPLCONFIGDIR in a private writable folder when HOME cannot be written
-    - PATH ends with the folder of this interpreter: `ninja` lies there when the environment is not activated, for ZeRO++'s CUDA kernels
+    - DS_ACCELERATOR=cpu without a GPU (`has_gpu`; None asks torch), which also spares DeepSpeed's search and
+    its warning
+    - TORCH_EXTENSIONS_DIR, TRITON_CACHE_DIR, HF_HOME and MPLCONFIGDIR in a private writable folder when HOME
+    cannot be written
+    - PATH ends with the folder of this interpreter: `ninja` lies there when the environment is not activated,
+    for ZeRO++'s CUDA kernels
     """
     if not (_torch_sees_gpu() if has_gpu is None else has_gpu):
         environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,19 +1,24 @@
-"""Differentiable exchange of ragged rows between ranks, and THE gradient convention of this package, derived once.
+"""Differentiable exchange of ragged rows between ranks, and THE gradient convention of this package, derived
+once.
 
-Let rank r of W hold n_r rows (queries) with losses l_i, N = Σ_r n_r, and let the loss of the whole batch be L = (1/N) Σ_i l_i.
+Let rank r of W hold n_r rows (queries) with losses l_i, N = Σ_r n_r, and let the loss of the whole batch be L
+= (1/N) Σ_i l_i.
 
-1. Rank r computes  L_r = W · (Σ over ITS rows of l_i) / N.  The mean of L_r over ranks is L, whatever the n_r are.
-2. l_i depends on representations x_s made on any rank s. The backward pass of an exchange SUMS what all ranks send back for x_s:
+1. Rank r computes  L_r = W · (Σ over ITS rows of l_i) / N.  The mean of L_r over ranks is L, whatever the n_r
+are. 2. l_i depends on representations x_s made on any rank s. The backward pass of an exchange SUMS what all
+ranks send back for x_s:
    the gradient arriving at x_s is  Σ_r ∂L_r/∂x_s = W · ∂L/∂x_s.
 3. Rank s pushes that through its own encoder; the engine AVERAGES parameter gradients over ranks:
    (1/W) Σ_s W · ∂L/∂x_s · ∂x_s/∂θ = ∂L/∂θ,  the gradient of one rank holding the whole batch.
 
-So W appears once, in the loss's scale, and no gather multiplies or divides by it. Every loss of the package is scaled as in (1); token
-losses likewise, with tokens as rows. Clipping and logged norms then see the true values.
+So W appears once, in the loss's scale, and no gather multiplies or divides by it. Every loss of the package
+is scaled as in (1); token losses likewise, with tokens as rows. Clipping and logged norms then see the true
+values.
 
 Two exchanges are enough:
     gather_rows       every rank's rows to every rank (dense passages, queries of the multi-vector and lexical heads)
-    exchange_columns  scores of ALL queries against OWN passages  →  scores of OWN queries against ALL passages
+    exchange_columns  scores of ALL queries against OWN passages  →  scores of OWN queries against ALL
+    passages
                       (each number travels once, there and, as a gradient, back)
 
 With 2 ranks, 1 and 2 queries, 2 and 1 passages, `exchange_columns` turns
@@ -21,7 +26,8 @@ With 2 ranks, 1 and 2 queries, 2 and 1 passages, `exchange_columns` turns
     rank 0: rows q0 q1 q2, columns p0 p1      rank 0: row  q0,    columns p0 p1 p2
     rank 1: rows q0 q1 q2, column  p2     →   rank 1: rows q1 q2, columns p0 p1 p2
 
-Payloads travel as bytes: every dtype works on gloo and NCCL, bit for bit; sums are taken in at least fp32, in rank order.
+Payloads travel as bytes: every dtype works on gloo and NCCL, bit for bit; sums are taken in at least fp32, in
+rank order.
 """
 
 from collections.abc import Sequence
@@ -125,7 +131,8 @@ def gather_rows(rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
 
 
 def gather_offsets(offsets_N1: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-    """Offsets of ragged rows over all ranks: those of the concatenation that `gather_rows` makes. `counts` are texts per rank."""
+    """Offsets of ragged rows over all ranks: those of the concatenation that `gather_rows` makes. `counts`
+    are texts per rank."""
     if not comm.is_grouped():
         return offsets_N1
     lengths = gather_rows(offsets_N1[1:] - offsets_N1[:-1], counts)
@@ -133,7 +140,8 @@ def gather_offsets(offsets_N1: Tensor, counts: Sequence[int] | None = None) -> T
 
 
 def exchange_columns(scores: Tensor, query_counts: Sequence[int], passage_counts: Sequence[int]) -> Tensor:
-    """From [..., all queries, own passages] to [..., own queries, all passages], both in rank order; the gradient takes the way back."""
+    """From [..., all queries, own passages] to [..., own queries, all passages], both in rank order; the
+    gradient takes the way back."""
     if not comm.is_grouped():
         return scores
     return _ExchangeColumns.apply(scores, tuple(query_counts), tuple(passage_counts))

@@ -1,1 +1,2 @@
-"""The optimizer step: schedule, parameter groups, activation memory, and the one file that talks to DeepSpeed's engine."""
+"""The optimizer step: schedule, parameter groups, activation memory, and the one file that talks to
+DeepSpeed's engine."""

@@ -14,11 +14,11 @@ from megam3.files import read_json
 _WARNING = """
 ## Other loaders
 
-`MultiVectorEncoder` and `SparseEncoder` of sentence-transformers, and `ColBERT` of pylate, also open a folder of
-the bge-m3 layout, but they do not read its heads: they add a projection with RANDOM weights and say little about it.
-Use `megam3 export CHECKPOINT OUT --format multi-vector` for the first and `--format pylate` for the last. There is
-no export for `SparseEncoder`: its pooling takes the logarithm of scores over the whole vocabulary, which is not what
-the lexical head computes.
+`MultiVectorEncoder` and `SparseEncoder` of sentence-transformers, and `ColBERT` of pylate, also open a folder
+of the bge-m3 layout, but they do not read its heads: they add a projection with RANDOM weights and say little
+about it. Use `megam3 export CHECKPOINT OUT --format multi-vector` for the first and `--format pylate` for the
+last. There is no export for `SparseEncoder`: its pooling takes the logarithm of scores over the whole
+vocabulary, which is not what the lexical head computes.
 """
 
 

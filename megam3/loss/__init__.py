@@ -1,4 +1,5 @@
-"""The losses over the global batch: which passages a query sees, what its scores are worth, and what teaches them.
+"""The losses over the global batch: which passages a query sees, what its scores are worth, and what teaches
+them.
 
 settings      every number of the unified loss, from the recipe
 negatives     which columns each query's softmax sees

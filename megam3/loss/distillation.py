@@ -1,11 +1,13 @@
-"""What a teacher's scores of a query's own group do, and the margin rule that takes likely positives out. Pure.
+"""What a teacher's scores of a query's own group do, and the margin rule that takes likely positives out.
+Pure.
 
-A group's logits come side by side, own_QG, positive first; `seen_QG` says which places hold a passage that the query may see. With y the
-softmax of the teacher's scores over what is seen:
+A group's logits come side by side, own_QG, positive first; `seen_QG` says which places hold a passage that
+the query may see. With y the softmax of the teacher's scores over what is seen:
 
     kl_div       −Σ y_i · log softmax(own)_i over the own group
     m3_kd_loss   Σ_i y_i · (log Σ over the group from its i-th passage on, and over all other columns, of exp − own_i)
-                 with the positive first, then negatives by falling teacher score: each is learned against what should rank below it
+                 with the positive first, then negatives by falling teacher score: each is learned against
+                     what should rank below it
 """
 
 from collections.abc import Callable
@@ -31,7 +33,8 @@ class TeacherGroups:
 
 @dataclass(frozen=True)
 class MarginRule:
-    """Columns that score above the query's positive by more than a margin are likely unlabelled positives: left out."""
+    """Columns that score above the query's positive by more than a margin are likely unlabelled positives:
+    left out."""
 
     limit_Q: Tensor | None
     """Highest combined score a column may have; None: the rule does not look at it."""
@@ -87,7 +90,8 @@ def teacher_rows(
 
     Args:
         own_QG: logits of the own group, positive first.
-        others_Q: gives log Σ exp over every column the query sees outside its own group; asked by `m3_kd_loss` alone.
+        others_Q: gives log Σ exp over every column the query sees outside its own group; asked by
+            `m3_kd_loss` alone.
         seen_QG: places that hold a passage the query may see.
     """
     if kind == "kl_div":
@@ -100,19 +104,22 @@ def _target(scores_QG: Tensor, seen_QG: Tensor) -> Tensor:
 
 
 def kl_div_rows(own_QG: Tensor, scores_QG: Tensor, seen_QG: Tensor) -> Tensor:
-    """−Σ y · log softmax over the own group, per query (KL up to the teacher's entropy, which is constant)."""
+    """−Σ y · log softmax over the own group, per query (KL up to the teacher's entropy, which is
+    constant)."""
     own_QG = own_QG.masked_fill(~seen_QG, torch.finfo(own_QG.dtype).min)
     return -(_target(scores_QG, seen_QG) * torch.log_softmax(own_QG, dim=1)).sum(1)
 
 
 def m3_kd_rows(own_QG: Tensor, others_Q: Tensor, scores_QG: Tensor, seen_QG: Tensor) -> Tensor:
-    """The masked sequence, per query (FlagEmbedding's `m3_kd_loss`; its order of negatives is made here, whatever the record's).
+    """The masked sequence, per query (FlagEmbedding's `m3_kd_loss`; its order of negatives is made here,
+    whatever the record's).
 
     Args:
         others_Q: log Σ exp over every column the query sees outside its own group.
     """
     if own_QG.shape[1] == 0:
-        # no queries: still a function of both, or the backward pass of an exchange behind them would be left out on this rank
+        # no queries: still a function of both, or the backward pass of an exchange behind them would be left
+        # out on this rank
         return own_QG.sum(1) + others_Q
     lowest = torch.finfo(own_QG.dtype).min
     rank_QG = scores_QG.masked_fill(~seen_QG, float("-inf"))

@@ -1,10 +1,12 @@
-"""When score matrices are too many to hold, and how large a tile is then. Free of torch: the memory plan reads the same numbers.
+"""When score matrices are too many to hold, and how large a tile is then. Free of torch: the memory plan
+reads the same numbers.
 
 MaxSim's own chunk sizes lie beside it, in megam3/scoring/chunks.py.
 """
 
 MATRIX_SCORES = 1 << 26
-"""Scores of one head held at once before the loss goes over to tiles: 256 MB in fp32, times SCORE_MATRICES."""
+"""Scores of one head held at once before the loss goes over to tiles: 256 MB in fp32, times
+SCORE_MATRICES."""
 
 WINNERS = 1 << 30
 """MaxSim's (query row, passage) pairs held at once before the loss goes over to tiles: 4 GB of winners."""
@@ -13,15 +15,17 @@ TILE_TEXTS = 2048
 """Queries and passages of a tile: 4 M scores, 16 MB each in fp32."""
 
 TILE_WINNERS = 1 << 24
-"""With the multi-vector head, bound on a tile's (query rows × passages), each of which keeps an int32 between its
+"""With the multi-vector head, bound on a tile's (query rows × passages), each of which keeps an int32 between
+its
 passes: 64 MB."""
 
 GROUP_TILE_TEXTS = 64
-"""The tiled loss scores this many queries against their own groups at a time, of which each query keeps one."""
+"""The tiled loss scores this many queries against their own groups at a time, of which each query keeps
+one."""
 
 SCORE_MATRICES = 17
-"""fp32 matrices queries × passages alive at the peak of the plain loss: per score (3 heads, sum) itself, masked
-logits, log-probabilities and one gradient; and the distillation's target."""
+"""fp32 matrices queries × passages alive at the peak of the plain loss: per score (3 heads, sum) itself,
+masked logits, log-probabilities and one gradient; and the distillation's target."""
 
 
 def loss_needs_tiles(num_queries: int, num_columns: int, query_rows: int, num_passages: int) -> bool:

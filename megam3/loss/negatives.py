@@ -1,10 +1,12 @@
-"""Which passages each query's softmax may see, in O(Q + P) numbers, spelled out for any tile of the score matrix.
+"""Which passages each query's softmax may see, in O(Q + P) numbers, spelled out for any tile of the score
+matrix.
 
-Columns are the passages of all ranks in rank order (of this rank only, when in-batch negatives are off: a query sees its
-own group then). A column is left out when it is not the query's drawn positive and
+Columns are the passages of all ranks in rank order (of this rank only, when in-batch negatives are off: a
+query sees its own group then). A column is left out when it is not the query's drawn positive and
 
     - in-batch negatives are off and it belongs to another group, or
-    - its text equals a known positive of the query (equal hashes): the same page under another query, a second positive
+    - its text equals a known positive of the query (equal hashes): the same page under another query, a
+    second positive
       that another query drew, or a hard negative that is none.
 """
 
@@ -31,7 +33,8 @@ class Negatives:
     passage_hash_P: Tensor
     """int64: hash of each column's text."""
     known_positive_hash_QM: Tensor
-    """int64: hashes of the texts known to answer the query, the drawn positive first; rows with fewer repeat one."""
+    """int64: hashes of the texts known to answer the query, the drawn positive first; rows with fewer repeat
+    one."""
     in_batch_negatives: bool = True
     mask_false_negatives: bool = True
 
@@ -77,7 +80,8 @@ class Negatives:
         return (column_P >= start_Q1) & (column_P < stop_Q1)
 
     def group_columns(self) -> tuple[Tensor, Tensor]:
-        """columns_QG of each query's own group, the last one repeated in shorter groups, and exists_QG, which are there."""
+        """columns_QG of each query's own group, the last one repeated in shorter groups, and exists_QG, which
+        are there."""
         sizes_Q = self.group_stop_Q - self.positive_column_Q
         widest = int(sizes_Q.max()) if self.num_queries else 0
         place_G = torch.arange(widest, device=sizes_Q.device)
@@ -118,11 +122,11 @@ def find_negatives(
     """Negatives of this rank's queries, on the CPU.
 
     Args:
-        batch: this rank's share; its flag `in_batch_negatives` is the same on all ranks, because batches are homogeneous
-            in their dataset.
+        batch: this rank's share; its flag `in_batch_negatives` is the same on all ranks, because batches are
+            homogeneous in their dataset.
         mask_false_negatives: leave out columns whose text equals a known positive.
-        passage_counts: passages per rank, when columns are every rank's passages (hashes are exchanged then); None: this
-            rank's only.
+        passage_counts: passages per rank, when columns are every rank's passages (hashes are exchanged then);
+            None: this rank's only.
     """
     is_global = passage_counts is not None
     first = sum(passage_counts[: comm.rank()]) if passage_counts is not None else 0
@@ -142,7 +146,8 @@ def find_negatives(
 
 
 def group_rows(values_P: Tensor, group_offsets_Q1: Tensor, fill: float) -> Tensor:
-    """Per-passage numbers of one rank (teacher scores) as values_QG, positive first; shorter groups end in `fill`."""
+    """Per-passage numbers of one rank (teacher scores) as values_QG, positive first; shorter groups end in
+    `fill`."""
     sizes_Q = group_offsets_Q1[1:] - group_offsets_Q1[:-1]
     widest = int(sizes_Q.max()) if sizes_Q.numel() else 0
     place_G = torch.arange(widest)

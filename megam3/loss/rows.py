@@ -6,8 +6,8 @@ With l(s) = −log softmax(s/τ)[positive] per query, over the columns it sees (
     L'    = Σ_h distill_h · KD_h / heads,   KD_h = −Σ t · log softmax(s_h/τ),   t = softmax(s_sum/τ) without gradient
     total = (L + L') / 2                                          while distilling, else L
 
-A teacher in the records changes each l(s): `kl_div` adds −Σ y · log softmax over the own group, y = softmax(teacher
-scores of the group); `m3_kd_loss` replaces it (see distillation.py).
+A teacher in the records changes each l(s): `kl_div` adds −Σ y · log softmax over the own group, y =
+softmax(teacher scores of the group); `m3_kd_loss` replaces it (see distillation.py).
 
 Rows are one rank's queries. Values are `row_scale` × local sum, row_scale = W / (queries of all ranks):
 `megam3.dist.gather` derives why.
@@ -27,7 +27,8 @@ RowLoss = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class LossTerms:
-    """`total` carries the graph. The rest is for the log: averaged over ranks, each is the mean over all queries."""
+    """`total` carries the graph. The rest is for the log: averaged over ranks, each is the mean over all
+    queries."""
 
     total: Tensor
     terms: dict[str, Tensor]
@@ -67,7 +68,8 @@ def collect_rows(
 def add_up(
     rows: Mapping[str, Tensor], hits: Mapping[str, Tensor], settings: LossSettings, row_scale: float
 ) -> LossTerms:
-    """Weigh the rows of `collect_rows` into the total; `hits` say per score where it ranks the positive first."""
+    """Weigh the rows of `collect_rows` into the total; `hits` say per score where it ranks the positive
+    first."""
     first = torch.zeros((), device=next(iter(hits.values())).device)
     distilled = torch.zeros_like(first)
     for name, row in rows.items():

@@ -1,7 +1,7 @@
 """Every number of the unified loss, resolved from the recipe: a preset, and what the recipe says over it.
 
-Presets and their sources stand in the schema. A head that `objective.heads` leaves out has no weight anywhere, and the averages are taken
-over the losses that remain.
+Presets and their sources stand in the schema. A head that `objective.heads` leaves out has no weight
+anywhere, and the averages are taken over the losses that remain.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ class LossSettings:
     """None: no combined score is needed."""
     loss_weights: LossWeights
     loss_divisor: float
-    """L averages four losses with three heads and the sum (the later paper and the released code divide by their
-    number, not by their weights); `joint` adds them up."""
+    """L averages four losses with three heads and the sum (the later paper and the released code divide by
+    their number, not by their weights); `joint` adds them up."""
     distill_weights: HeadWeights | None
     """None: no self-distillation in this run."""
     distill_divisor: float
@@ -69,7 +69,8 @@ class LossSettings:
 def resolve_settings(config: UnifiedConfig) -> LossSettings:
     """Preset plus the recipe's own tables.
 
-    `joint`, and a single head, have neither sum nor distillation, whatever else is set: the sum of one head is that head.
+    `joint`, and a single head, have neither sum nor distillation, whatever else is set: the sum of one head
+    is that head.
     """
     alone = config.preset == "joint" or len(config.heads) == 1
     preset = preset_weights(config.preset)

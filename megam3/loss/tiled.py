@@ -1,11 +1,13 @@
-"""The unified loss for batches whose score matrices would not fit: equal to `unified_loss`, in the memory of one tile.
+"""The unified loss for batches whose score matrices would not fit: equal to `unified_loss`, in the memory of
+one tile.
 
-The own group of each query, a handful of columns, is scored with an ordinary graph; all other columns enter through the few
-numbers per query that `megam3.loss.tiles` sums up. Log-sum-exps of the two parts add up. Worked example: logits of one query
-are [2., 1.] in its group and [0., 0.] outside; lse outside is log 2, InfoNCE = log(e² + e¹ + e^(log 2)) − 2.
+The own group of each query, a handful of columns, is scored with an ordinary graph; all other columns enter
+through the few numbers per query that `megam3.loss.tiles` sums up. Log-sum-exps of the two parts add up.
+Worked example: logits of one query are [2., 1.] in its group and [0., 0.] outside; lse outside is log 2,
+InfoNCE = log(e² + e¹ + e^(log 2)) − 2.
 
-Queries travel to every rank for every head here, passages to none. Time: one forward product more than the plain loss, or
-two while distilling.
+Queries travel to every rank for every head here, passages to none. Time: one forward product more than the
+plain loss, or two while distilling.
 """
 
 from dataclasses import dataclass
@@ -44,7 +46,8 @@ def _own_groups(
     first_column: int,
     settings: LossSettings,
 ) -> dict[str, Tensor]:
-    """Scores of each query with its own group side by side, positive first, with an ordinary graph; each [Q, G].
+    """Scores of each query with its own group side by side, positive first, with an ordinary graph; each [Q,
+    G].
 
     GROUP_TILE_TEXTS queries at a time meet the passages of those queries, of which each keeps its own few.
     """
@@ -172,7 +175,8 @@ def tiled_unified_loss(
 ) -> LossTerms:
     """`unified_loss` of this rank's queries over all ranks' passages, without a score matrix.
 
-    Args: as `megam3.loss.unified.retrieval_loss`; `tile_texts` is queries and passages of a tile, None: by the limits.
+    Args: as `megam3.loss.unified.retrieval_loss`; `tile_texts` is queries and passages of a tile, None: by
+    the limits.
     """
     tile_texts = tile_texts or _default_tile_texts(counts, settings)
     distill = distill and bool(settings.distilled)

@@ -1,18 +1,20 @@
-"""All ranks' queries × this rank's passages, tile by tile: sums over columns that are never held, and their gradient.
+"""All ranks' queries × this rank's passages, tile by tile: sums over columns that are never held, and their
+gradient.
 
 Per query, over every rank's columns outside the query's own group,
 
     lse_h    log Σ exp(s_h/τ)
     mean_h   Σ t · s_h/τ,  t = exp(s_sum/τ − lse_sum)        (a second pass, while distilling: t needs lse_sum)
 
-Ranks exchange these few numbers per query instead of columns of scores. With u and v the gradients of lse_h and mean_h, the
-backward pass forms each tile again and hands the heads' own backward functions
+Ranks exchange these few numbers per query instead of columns of scores. With u and v the gradients of lse_h
+and mean_h, the backward pass forms each tile again and hands the heads' own backward functions
 
     ∂s_h = (u · exp(s_h/τ − lse_h) + v · t) / τ             (the target t carries no gradient)
 
-Worked example, two ranks with one query each and tiles of one text: rank 0 holds passages 0 and 1, rank 1 holds 2 and 3,
-query 0 owns passage 0 and query 1 owns passage 2. Rank 0 visits (q0, p0) hidden, (q1, p0), (q0, p1), (q1, p1); rank 1 the
-other four. Each adds exp(s) to the sums of both queries; one all-reduce makes them whole.
+Worked example, two ranks with one query each and tiles of one text: rank 0 holds passages 0 and 1, rank 1
+holds 2 and 3, query 0 owns passage 0 and query 1 owns passage 2. Rank 0 visits (q0, p0) hidden, (q1, p0),
+(q0, p1), (q1, p1); rank 1 the other four. Each adds exp(s) to the sums of both queries; one all-reduce makes
+them whole.
 """
 
 from collections.abc import Iterator
@@ -67,7 +69,8 @@ class TileGrid:
     settings: LossSettings
 
     def tiles(self) -> Iterator[Tile]:
-        """All pairs of tiles that hold a score, passages outermost: a tile of passages is read once, queries often."""
+        """All pairs of tiles that hold a score, passages outermost: a tile of passages is read once, queries
+        often."""
         column = self.first_column
         for p, passages in enumerate(self.passage_tiles):
             row = 0
@@ -98,7 +101,8 @@ class TileGrid:
 
 @dataclass(frozen=True)
 class OutsideGroup:
-    """What this rank's queries see outside their own groups; H scores, D distilled heads, in the settings' order."""
+    """What this rank's queries see outside their own groups; H scores, D distilled heads, in the settings'
+    order."""
 
     lse_HQ: Tensor
     mean_DQ: Tensor
@@ -115,9 +119,11 @@ def score_settings_heads(
 
 
 def _log_sums(grid: TileGrid) -> tuple[Tensor, Tensor]:
-    """(lse, highest logit) of every score and query over all ranks' columns, each [H, Q]; one pass over the tiles.
+    """(lse, highest logit) of every score and query over all ranks' columns, each [H, Q]; one pass over the
+    tiles.
 
-    A running maximum keeps every exponential at most 1; a later, higher tile rescales what was summed before it.
+    A running maximum keeps every exponential at most 1; a later, higher tile rescales what was summed before
+    it.
     """
     like = grid.query_tiles[0].dense_ND
     dtype = torch.promote_types(like.dtype, torch.float32)
@@ -134,13 +140,15 @@ def _log_sums(grid: TileGrid) -> tuple[Tensor, Tensor]:
             top_HQ[index, tile.rows] = higher_Q
     highest_HQ = comm.all_reduce_max(top_HQ)
     total_HQ = comm.all_reduce_sum(total_HQ * (top_HQ - highest_HQ).exp())
-    # a query that sees nothing outside its group summed the lowest numbers themselves: its log-sum-exp stays that low
+    # a query that sees nothing outside its group summed the lowest numbers themselves: its log-sum-exp stays
+    # that low
     lse_HQ = torch.where(highest_HQ > lowest, highest_HQ + total_HQ.clamp(min=1.0).log(), highest_HQ)
     return lse_HQ, highest_HQ
 
 
 def _target_means(grid: TileGrid, lse_HQ: Tensor) -> Tensor:
-    """mean_h of every distilled head and query over all ranks' columns, [D, Q]; a second pass over the tiles."""
+    """mean_h of every distilled head and query over all ranks' columns, [D, Q]; a second pass over the
+    tiles."""
     heads = grid.settings.distilled
     lse_of_sum_Q = lse_HQ[grid.settings.scores.index("sum")]
     mean_DQ = lse_HQ.new_zeros(len(heads), lse_HQ.shape[1])
@@ -183,7 +191,8 @@ def _tile_gradients(
 
 @dataclass(frozen=True)
 class _SideGradients:
-    """Gradients of one side: a zero tensor per float, and views of it per tile, so that tiles add in place."""
+    """Gradients of one side: a zero tensor per float, and views of it per tile, so that tiles add in
+    place."""
 
     whole: list[Tensor]
     per_tile: list[tuple[Tensor, ...]]
@@ -197,7 +206,8 @@ class _SideGradients:
 
 
 class _OutsideGroup(torch.autograd.Function):
-    """(lse, mean, highest) of this rank's queries over columns outside each query's group; see OutsideGroup."""
+    """(lse, mean, highest) of this rank's queries over columns outside each query's group; see
+    OutsideGroup."""
 
     @staticmethod
     def forward(
@@ -240,7 +250,8 @@ def sum_outside_group(
     queries: Representations,
     passages: Representations,
 ) -> OutsideGroup:
-    """What this rank's queries see outside their own groups, over all ranks' passages; collective, differentiable.
+    """What this rank's queries see outside their own groups, over all ranks' passages; collective,
+    differentiable.
 
     Args:
         grid: tiles of `queries` and `passages`, without graph.

@@ -1,7 +1,8 @@
-"""The unified loss (arXiv 2402.03216, section 3.3): InfoNCE per head and for their sum, self-distillation, teachers.
+"""The unified loss (arXiv 2402.03216, section 3.3): InfoNCE per head and for their sum, self-distillation,
+teachers.
 
-`retrieval_loss` is what an objective calls: it scores this rank's queries against the passages they see and adds up the
-losses of rows.py, over whole score matrices where they fit, in tiles where they would not.
+`retrieval_loss` is what an objective calls: it scores this rank's queries against the passages they see and
+adds up the losses of rows.py, over whole score matrices where they fit, in tiles where they would not.
 """
 
 from collections.abc import Mapping
@@ -36,11 +37,12 @@ def retrieval_loss(
 
     Args:
         queries, passages: of this rank; a query's group is contiguous, groups in the order of queries.
-        negatives: of this rank's queries, on the device of the representations; columns are all ranks' passages, or this
-            rank's alone when in-batch negatives are off.
+        negatives: of this rank's queries, on the device of the representations; columns are all ranks'
+            passages, or this rank's alone when in-batch negatives are off.
         counts: `count_over_ranks(queries, passages)`.
         distill: self-distillation on (`settings.distills(step)`).
-        teacher: needed when `settings.teacher` is set and the batch carries scores; without it the plain loss is used.
+        teacher: needed when `settings.teacher` is set and the batch carries scores; without it the plain loss
+            is used.
         tiles: whether to work in tiles; auto: when whole matrices would be too large.
     """
     if tiles == "always" or (tiles == "auto" and _needs_tiles(counts, settings)):
@@ -86,7 +88,8 @@ def unified_loss(
     """The loss of one rank's queries over whole score matrices. Pure.
 
     Args:
-        scores: dense, lexical, multi_vector, sum (those the settings need) as scores_QP, before the temperature.
+        scores: dense, lexical, multi_vector, sum (those the settings need) as scores_QP, before the
+            temperature.
         positive_column_Q: int64; visible there.
         visible_QP: bool, which columns each softmax sees.
         row_scale: W / number of queries over all ranks.

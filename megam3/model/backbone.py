@@ -1,9 +1,12 @@
-"""Stock Hugging Face encoders on packed texts: which ones can be served, how they are loaded, and one forward pass over a stream.
+"""Stock Hugging Face encoders on packed texts: which ones can be served, how they are loaded, and one forward
+pass over a stream.
 
     encoder = load_backbone("models/xlm-roberta-base")
-    hidden_TD = encode_packed(encoder, texts.input_ids_T, texts.position_ids_T, texts.cu_seqlens_N1, texts.lengths)
+    hidden_TD = encode_packed(encoder, texts.input_ids_T, texts.position_ids_T, texts.cu_seqlens_N1,
+    texts.lengths)
 
-Nothing of the encoder is rewritten: its config selects `megam3_packed`, and `cu_seqlens` travels through the encoder's keyword arguments.
+Nothing of the encoder is rewritten: its config selects `megam3_packed`, and `cu_seqlens` travels through the
+encoder's keyword arguments.
 """
 
 import copy
@@ -21,7 +24,8 @@ from megam3.errors import CheckpointError
 from megam3.model.attention import PACKED_ATTENTION, choose_attention, equal_length_runs
 from megam3.model.rows import select_unique_rows
 
-# weights a checkpoint may carry although the bare encoder has no place for them: poolers, task heads, and buffers of old versions
+# weights a checkpoint may carry although the bare encoder has no place for them: poolers, task heads, and
+# buffers of old versions
 _SPARE_KEYS = re.compile(
     r"(^|\.)(pooler|lm_head|cls|classifier|qa_outputs|head|decoder|discriminator_predictions|generator_predictions|generator_lm_head)\."
     r"|(position_ids|token_type_ids)$"
@@ -40,7 +44,8 @@ def check_encoder_config(config: PretrainedConfig, source: str) -> None:
 
 
 def first_position(config: PretrainedConfig) -> int:
-    """What the encoder's position ids start at: pad_token_id + 1 for the RoBERTa families (row 2 for XLM-R), else 0."""
+    """What the encoder's position ids start at: pad_token_id + 1 for the RoBERTa families (row 2 for XLM-R),
+    else 0."""
     return position_offset(config.model_type, config.pad_token_id)
 
 
@@ -56,7 +61,8 @@ def load_backbone(
     attention_dropout: float | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """The encoder in folder `source`, without pooler, set to packed attention; an HfDeepSpeedConfig that is alive partitions it.
+    """The encoder in folder `source`, without pooler, set to packed attention; an HfDeepSpeedConfig that is
+    alive partitions it.
 
     Raises:
         ConfigError: an encoder that cannot be served.
@@ -84,13 +90,15 @@ def load_backbone(
 
 
 def build_backbone(config: PretrainedConfig, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A randomly initialised encoder of this config, set to packed attention; also right under ZeRO-3, where the class itself fails.
+    """A randomly initialised encoder of this config, set to packed attention; also right under ZeRO-3, where
+    the class itself fails.
 
     Raises:
         ConfigError: an encoder that cannot be served.
     """
     check_encoder_config(config, config.name_or_path or config.model_type)
-    # a copy: whoever builds a second model from the same object sets its attention, and so would change this encoder's
+    # a copy: whoever builds a second model from the same object sets its attention, and so would change this
+    # encoder's
     config = copy.deepcopy(config)
     return AutoModel.from_config(
         config,
@@ -128,9 +136,11 @@ def encode_packed(
     cu_seqlens_N1: Tensor,
     lengths: tuple[int, ...],
 ) -> Tensor:
-    """Last hidden states [T, D] of a packed stream; equal to the encoder's own padded forward at the real tokens.
+    """Last hidden states [T, D] of a packed stream; equal to the encoder's own padded forward at the real
+    tokens.
 
-    A stream without texts gives [0, D] that still hangs on every parameter: a rank with nothing to encode takes part in the backward pass.
+    A stream without texts gives [0, D] that still hangs on every parameter: a rank with nothing to encode
+    takes part in the backward pass.
     """
     # any other attention would run without complaint and let every text see all others
     assert encoder.config._attn_implementation == PACKED_ATTENTION, (
@@ -162,7 +172,8 @@ def encode_packed(
 def _equal_lengths_together(
     lengths: tuple[int, ...], cu_seqlens_N1: Tensor
 ) -> tuple[Tensor | None, tuple[int, ...]]:
-    """Token order that sorts the texts by length, and the lengths in it; no order when equal lengths are neighbours already."""
+    """Token order that sorts the texts by length, and the lengths in it; no order when equal lengths are
+    neighbours already."""
     if len(equal_length_runs(lengths)) == len(set(lengths)):
         return None, lengths
     device = cu_seqlens_N1.device
@@ -205,7 +216,8 @@ def _override_dropout(config: PretrainedConfig, hidden: float | None, attention:
 
 
 def _check_loading(source: str, report: dict) -> None:
-    """transformers logs what it did not find and starts it at random; that is never what a user wants here."""
+    """transformers logs what it did not find and starts it at random; that is never what a user wants
+    here."""
     missing = sorted(report["missing_keys"])
     mismatched = sorted(str(key) for key in report["mismatched_keys"])
     unknown = sorted(key for key in report["unexpected_keys"] if not _SPARE_KEYS.search(key))

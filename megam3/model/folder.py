@@ -1,4 +1,5 @@
-"""Which folder a model's name means: one on this machine, or one of the Hugging Face hub, which is asked once."""
+"""Which folder a model's name means: one on this machine, or one of the Hugging Face hub, which is asked
+once."""
 
 import re
 from pathlib import Path
@@ -14,7 +15,8 @@ _UNREAD_FILES = ("onnx/*", "*.onnx", "*.h5", "*.msgpack", "openvino/*", "imgs/*"
 
 
 def model_folder(name: str | Path, revision: str | None = None) -> str:
-    """The folder of a model: `name` itself when it is one, else the hub's `owner/name`, downloaded or from the cache.
+    """The folder of a model: `name` itself when it is one, else the hub's `owner/name`, downloaded or from
+    the cache.
 
     Raises:
         CheckpointError: neither a folder nor a repository that can be had.

@@ -1,4 +1,5 @@
-"""What the three heads read from the hidden states of a packed stream (arXiv 2402.03216, section 3.2). Pure functions, no padding.
+"""What the three heads read from the hidden states of a packed stream (arXiv 2402.03216, section 3.2). Pure
+functions, no padding.
 
     text 0: <s> a b a </s>     dense         normalize(H[<s>])
                                lexical       {a: max of both a's, b: ...}; <s>, </s>, <pad>, <unk> weigh nothing and are left out
@@ -6,9 +7,10 @@
 
 Memory is linear in T: distinct (text, id) pairs take the place of an N × L × V tensor.
 
-Precision: under bf16 the projections run in bf16. Dense vectors (N rows) and lexical weights (one number a token) leave in fp32, which
-costs next to nothing and keeps scores apart that differ by less than bf16's 3 digits. Multi-vector rows are as many as tokens: their norm
-is taken in fp32, but they leave in the model's dtype, which halves what MaxSim keeps and moves.
+Precision: under bf16 the projections run in bf16. Dense vectors (N rows) and lexical weights (one number a
+token) leave in fp32, which costs next to nothing and keeps scores apart that differ by less than bf16's 3
+digits. Multi-vector rows are as many as tokens: their norm is taken in fp32, but they leave in the model's
+dtype, which halves what MaxSim keeps and moves.
 """
 
 from collections.abc import Sequence
@@ -50,7 +52,8 @@ class LexicalStructure:
 def lexical_structure(
     input_ids_T: Tensor, text_ids_T: Tensor, num_texts: int, special_ids: Sequence[int]
 ) -> LexicalStructure:
-    """Find the distinct (text, id) pairs of a stream. It waits for the device once, so run it before the encoder."""
+    """Find the distinct (text, id) pairs of a stream. It waits for the device once, so run it before the
+    encoder."""
     keep_T = torch.ones_like(input_ids_T, dtype=torch.bool)
     for special_id in special_ids:
         keep_T &= input_ids_T != special_id
@@ -64,7 +67,8 @@ def lexical_structure(
 
 
 def lexical_weights(logits_T: Tensor, structure: LexicalStructure) -> Tensor:
-    """[Z]: max over a pair's tokens of relu(logit), in fp32 at least. The gradient goes to the arg-max; equal tokens share it evenly."""
+    """[Z]: max over a pair's tokens of relu(logit), in fp32 at least. The gradient goes to the arg-max; equal
+    tokens share it evenly."""
     weights_T = torch.relu(logits_T.to(torch.promote_types(logits_T.dtype, torch.float32)))
     num_pairs = structure.ids_Z.shape[0]
     # special tokens fall into one spare bucket at the end
@@ -77,7 +81,8 @@ def lexical_weights(logits_T: Tensor, structure: LexicalStructure) -> Tensor:
 def multi_vector_rows(
     projected_TC: Tensor, text_ids_T: Tensor, cu_seqlens_N1: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """([K, C], [N + 1]): normalised rows of every token but each text's first, K = T - N, and the offsets of each text's rows."""
+    """([K, C], [N + 1]): normalised rows of every token but each text's first, K = T - N, and the offsets of
+    each text's rows."""
     num_texts = cu_seqlens_N1.shape[0] - 1
     num_rows = projected_TC.shape[0] - num_texts
     offsets_N1 = cu_seqlens_N1.long() - torch.arange(num_texts + 1, device=cu_seqlens_N1.device)

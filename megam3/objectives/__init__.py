@@ -1,6 +1,7 @@
 """What a step computes: one file per training stage, all behind the seam in base.py.
 
-Importing this package imports every stage in it, so that each one's section is known to the recipe by its `kind`.
+Importing this package imports every stage in it, so that each one's section is known to the recipe by its
+`kind`.
 """
 
 from importlib import import_module

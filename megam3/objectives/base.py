@@ -1,8 +1,9 @@
 """The one seam between the trainer and a training stage.
 
-The trainer knows no stage: it hands an objective the engine, one batch and the progress, and gets named numbers back. A new
-stage is one file beside this one: a subclass of Objective, and the section of the recipe it reads (docs/architecture.md shows
-one in full).
+The trainer knows no stage: it hands an objective the engine, one batch and the progress, and gets named
+numbers back. A new
+stage is one file beside this one: a subclass of Objective, and the section of the recipe it reads
+(docs/architecture.md shows one in full).
 """
 
 from abc import ABC, abstractmethod
@@ -24,7 +25,8 @@ class Trainee(Protocol):
     """What an objective needs of the engine."""
 
     def forward(self, *args: Any) -> Any:
-        """Call the model; under ZeRO-3 every call has to come this way. The graph is kept unless gradients are off."""
+        """Call the model; under ZeRO-3 every call has to come this way. The graph is kept unless gradients
+        are off."""
         ...
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
@@ -37,7 +39,8 @@ class Objective(ABC, Generic[Section]):
 
     Args:
         section: the recipe's `objective`.
-        chunk_tokens: token budget of a forward pass (data.batch.chunk_tokens); None: one pass for the whole batch of a rank.
+        chunk_tokens: token budget of a forward pass (data.batch.chunk_tokens); None: one pass for the whole
+            batch of a rank.
     """
 
     section_type: ClassVar[type[ObjectiveConfig]]
@@ -59,8 +62,8 @@ class Objective(ABC, Generic[Section]):
     def run(self, engine: Trainee, batch: Any, progress: Progress) -> dict[str, Tensor]:
         """Forward and backward passes for one batch of this rank.
 
-        Returns detached scalars by name: this rank's share of each figure, so that their mean over ranks is the figure of the
-        global batch. The names are the same in every step and on every rank.
+        Returns detached scalars by name: this rank's share of each figure, so that their mean over ranks is
+            the figure of the global batch. The names are the same in every step and on every rank.
         """
 
     @abstractmethod
@@ -72,7 +75,8 @@ class Objective(ABC, Generic[Section]):
         return False
 
     def represent(self, forward: Callable[..., Any], texts: PackedTexts) -> Representations:
-        """What the model in training says of texts, for evaluation; only where the section's `can_evaluate` is true."""
+        """What the model in training says of texts, for evaluation; only where the section's `can_evaluate`
+        is true."""
         raise AssertionError(
             f"{type(self).__name__} ranks no passages; the section's can_evaluate says otherwise"
         )

@@ -1,4 +1,5 @@
-"""Unified finetuning: InfoNCE on three heads and their sum, plus self-distillation (arXiv 2402.03216, section 3.3)."""
+"""Unified finetuning: InfoNCE on three heads and their sum, plus self-distillation (arXiv 2402.03216, section
+3.3)."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -111,7 +112,8 @@ class UnifiedObjective(Objective[UnifiedConfig]):
 def _figures(
     terms: LossTerms, representations: Representations, num_queries: int, heads: Collection[str]
 ) -> dict[str, Tensor]:
-    """Loss and accuracy per head, and the vital signs of the heads: a dead one shows here long before an evaluation."""
+    """Loss and accuracy per head, and the vital signs of the heads: a dead one shows here long before an
+    evaluation."""
     weights_Z = representations.lexical_weights_Z.detach()
     passages = representations.select(num_queries, representations.num_texts)
     figures = {
@@ -130,5 +132,6 @@ def _figures(
 
 
 def spread(vectors_RC: Tensor) -> Tensor:
-    """1 − |mean|² of unit rows: 0 when all are equal (a collapsed head), near 1 when they point everywhere."""
+    """1 − |mean|² of unit rows: 0 when all are equal (a collapsed head), near 1 when they point
+    everywhere."""
     return 1.0 - torch.mean(vectors_RC.detach().float(), dim=0).square().sum()

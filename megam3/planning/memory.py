@@ -1,6 +1,8 @@
-"""How much memory one rank needs, by counting: model states per ZeRO stage, what autograd saves, representations, loss. Pure arithmetic.
+"""How much memory one rank needs, by counting: model states per ZeRO stage, what autograd saves,
+representations, loss. Pure arithmetic.
 
-What a layer of the BERT family (norms after the residuals) keeps for its backward pass, for T tokens of width H, inner width I, A heads:
+What a layer of the BERT family (norms after the residuals) keeps for its backward pass, for T tokens of width
+H, inner width I, A heads:
 
     T·H each    its input (read by query, key and value), query, key, value, attention output, both sums before the norms, the first
                 norm's output (read by the inner product)                                                              8·T·H
@@ -10,7 +12,8 @@ What a layer of the BERT family (norms after the residuals) keeps for its backwa
     dropout     two masks: one byte an entry on CUDA, a factor in full precision on a CPU                             2·T·H entries
                 attention dropout leaves the kernel on a CPU: softmax, mask and product, longest text L              +3·T·A·L
 
-Checkpointed, a layer keeps its input alone, and one layer at a time has all of the above. Offloaded, that input waits in host memory.
+Checkpointed, a layer keeps its input alone, and one layer at a time has all of the above. Offloaded, that
+input waits in host memory.
 Beside the layers: the embeddings' sum before its norm, the last hidden states, and the multi-vector rows.
 """
 
@@ -24,7 +27,8 @@ from megam3.scoring.chunks import passages_at_a_time, products_at_a_time, rows_w
 FP32, INT32 = 4, 4
 
 WINNER_BYTES = 28
-"""MaxSim's backward pass per (query row, passage): column, coefficient, sorted column, order (int64), row and value."""
+"""MaxSim's backward pass per (query row, passage): column, coefficient, sorted column, order (int64), row and
+value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +133,9 @@ class MemoryPlan:
 def state_bytes(model: ModelShape, strategy: Strategy) -> dict[str, int]:
     """Model states on the device of one rank (arXiv 1910.02054, section 3, and DeepSpeed's buffers).
 
-    Per parameter: weight and gradient in the model's precision (from stage 2 on gradients are summed in fp32), fp32 master (every stage
-    but 0 in fp32 keeps one), two fp32 moments, and an fp32 gradient while AdamW runs. Stage 1 shares the fp32 part, stage 2 gradients too,
-    stage 3 everything.
+    Per parameter: weight and gradient in the model's precision (from stage 2 on gradients are summed in
+    fp32), fp32 master (every stage but 0 in fp32 keeps one), two fp32 moments, and an fp32 gradient while
+    AdamW runs. Stage 1 shares the fp32 part, stage 2 gradients too, stage 3 everything.
     """
     stage, ranks, precision, count = (
         strategy.zero_stage,
@@ -181,7 +185,8 @@ def layer_bytes(
 def saved_bytes(
     model: ModelShape, strategy: Strategy, num_tokens: int, longest_tokens: int, mixed_lengths: bool = True
 ) -> int:
-    """What a forward pass over `num_tokens` leaves for the backward pass, and its multi-vector rows themselves."""
+    """What a forward pass over `num_tokens` leaves for the backward pass, and its multi-vector rows
+    themselves."""
     size = strategy.precision_bytes
     unit, row = num_tokens * model.hidden_size * size, num_tokens * model.row_width * size
     mask = num_tokens * model.hidden_size * (1 if strategy.on_gpu else size) if model.hidden_dropout else 0
@@ -200,10 +205,11 @@ def activation_bytes(
 ) -> int:
     """Peak of one forward and backward pass over `num_tokens`, parameter gradients not included.
 
-    The backward pass adds gradients to what the forward pass saved, and frees it layer by layer. Three moments compete: at the heads, five
-    temporaries of the rows' size (their gradient, its quotient by the norm, three for the norm's own); in the last layer, recomputed when
-    checkpointed, the gradients before and after the inner product, while last hidden states and one copy of the rows are gone; and the
-    word embeddings' gradient, a whole matrix before it is added to what earlier chunks left.
+    The backward pass adds gradients to what the forward pass saved, and frees it layer by layer. Three
+    moments compete: at the heads, five temporaries of the rows' size (their gradient, its quotient by the
+    norm, three for the norm's own); in the last layer, recomputed when checkpointed, the gradients before and
+    after the inner product, while last hidden states and one copy of the rows are gone; and the word
+    embeddings' gradient, a whole matrix before it is added to what earlier chunks left.
     """
     size = strategy.precision_bytes
     unit, row = num_tokens * model.hidden_size * size, num_tokens * model.row_width * size
@@ -220,14 +226,16 @@ def activation_bytes(
 
 
 def representation_bytes(model: ModelShape, strategy: Strategy, step: StepShape) -> int:
-    """What the gradient cache keeps of all texts, and its gradient: multi-vector rows, dense vectors (fp32), lexical (id, weight) pairs."""
+    """What the gradient cache keeps of all texts, and its gradient: multi-vector rows, dense vectors (fp32),
+    lexical (id, weight) pairs."""
     num_texts = step.num_queries + step.num_passages
     rows = step.num_tokens * model.row_width * strategy.precision_bytes
     return 2 * (rows + num_texts * model.hidden_size * FP32 + step.num_tokens * FP32) + step.num_tokens * 8
 
 
 def loss_bytes(model: ModelShape, strategy: Strategy, step: StepShape) -> dict[str, int]:
-    """Peak of the loss over all ranks' passages: score matrices, MaxSim's winners and its backward pass, every rank's queries."""
+    """Peak of the loss over all ranks' passages: score matrices, MaxSim's winners and its backward pass,
+    every rank's queries."""
     ranks, size, width = strategy.world_size, strategy.precision_bytes, model.row_width
     queries, passages, query_rows = (
         step.num_queries,
@@ -277,7 +285,8 @@ def plan_memory(
     activations = activation_bytes(model, strategy, step.pass_tokens, step.longest_tokens, mixed_lengths)
     states, loss = state_bytes(model, strategy), loss_bytes(model, strategy, step)
     if step.chunk_tokens is None:
-        # the forward pass is saved while the loss runs; when the encoder's backward pass starts, the loss has gone
+        # the forward pass is saved while the loss runs; when the encoder's backward pass starts, the loss has
+        # gone
         saved = saved_bytes(model, strategy, step.pass_tokens, step.longest_tokens, mixed_lengths)
         gradients = representation_bytes(model, strategy, step) // 2
         if saved + gradients + sum(loss.values()) > activations:
@@ -290,7 +299,8 @@ def plan_memory(
 
 
 def largest_chunk(model: ModelShape, strategy: Strategy, step: StepShape, limit_bytes: int) -> int | None:
-    """Most tokens of a gradient-cache chunk that stay within `limit_bytes`; None when not even the longest text fits."""
+    """Most tokens of a gradient-cache chunk that stay within `limit_bytes`; None when not even the longest
+    text fits."""
 
     def fits(chunk_tokens: int) -> bool:
         return (
@@ -309,7 +319,8 @@ def largest_chunk(model: ModelShape, strategy: Strategy, step: StepShape, limit_
 def remedies(
     model: ModelShape, strategy: Strategy, step: StepShape, limit_bytes: int
 ) -> list[tuple[str, int]]:
-    """What makes a step fit that does not: settings to turn on, one after another, until it does; (setting, largest chunk) of the last.
+    """What makes a step fit that does not: settings to turn on, one after another, until it does; (setting,
+    largest chunk) of the last.
 
     Empty when nothing helps. In the order of what they cost: recomputation, host memory, communication.
     """

@@ -1,6 +1,8 @@
-"""From a recipe to the memory of one rank at the worst moment of a step, in words: for `megam3 plan-memory` and for the start of a run.
+"""From a recipe to the memory of one rank at the worst moment of a step, in words: for `megam3 plan-memory`
+and for the start of a run.
 
-Counted from config.json and the recipe by megam3/planning/memory.py; no weights are read, no device is touched.
+Counted from config.json and the recipe by megam3/planning/memory.py; no weights are read, no device is
+touched.
 """
 
 from __future__ import annotations
@@ -103,7 +105,8 @@ def read_strategy(config: RunConfig, world_size: int, *, on_gpu: bool) -> Strate
 def heaviest_step(config: RunConfig, model: ModelShape, strategy: Strategy) -> tuple[int, StepShape]:
     """The length bucket (its upper edge) whose step needs most, when every text has the bucket's full length.
 
-    Every group size of the recipe is tried: with a token budget, small groups make more queries of fewer passages.
+    Every group size of the recipe is tried: with a token budget, small groups make more queries of fewer
+    passages.
     """
     return max(
         _steps(config, strategy.world_size),
@@ -228,7 +231,8 @@ def _spaced(number: int) -> str:
 
 
 def describe_run(config: RunConfig, world_size: int, *, on_gpu: bool) -> tuple[list[str], int]:
-    """The table for a run that starts, and its planned bytes; empty and 0 for encoders that are not counted."""
+    """The table for a run that starts, and its planned bytes; empty and 0 for encoders that are not
+    counted."""
     encoder: dict[str, Any] = read_encoder_config(config.model.path)
     if encoder.get("model_type") not in counted_families():
         return [], 0

@@ -99,7 +99,8 @@ def read_beir(folder: str | Path, split: str = "test") -> BeirDataset:
     """Read the test set in `folder`.
 
     Raises:
-        DataError: a missing file, a bad line (`file:line`), a judgement of an unknown query or passage, or no judgement above 0.
+        DataError: a missing file, a bad line (`file:line`), a judgement of an unknown query or passage, or no
+            judgement above 0.
     """
     folder = Path(folder)
     passages: dict[str, str] = {}

@@ -1,4 +1,5 @@
-"""BM25 over the model's own tokens: what plain counting reaches with the same text, the line every head has to pass."""
+"""BM25 over the model's own tokens: what plain counting reaches with the same text, the line every head has
+to pass."""
 
 from __future__ import annotations
 
@@ -19,9 +20,11 @@ def _words(token_ids: Sequence[Sequence[int]]) -> list[list[str]]:
 def bm25_hits(
     query_ids: Sequence[Sequence[int]], passage_ids: Sequence[Sequence[int]], num_hits: int
 ) -> Hits:
-    """The best passages by BM25 (Lucene's variant, k1 1.5, b 0.75: bm25s' defaults) of token ids that include both special tokens.
+    """The best passages by BM25 (Lucene's variant, k1 1.5, b 0.75: bm25s' defaults) of token ids that include
+    both special tokens.
 
-    Each rank scores its share of the queries over the whole corpus; every rank gets all hits. A score of 0 is no hit.
+    Each rank scores its share of the queries over the whole corpus; every rank gets all hits. A score of 0 is
+    no hit.
     """
     num_hits = min(num_hits, len(passage_ids))
     index = bm25s.BM25()

@@ -9,7 +9,8 @@ from megam3.retrieval.evaluate import Tokenize
 
 
 def embedder_tokenize(embedder: M3Embedder) -> Tokenize:
-    """The embedder's tokenizer in the form `evaluate` takes; a limit beyond the model's positions is lowered to them."""
+    """The embedder's tokenizer in the form `evaluate` takes; a limit beyond the model's positions is lowered
+    to them."""
 
     def tokenize(texts: Sequence[str], max_tokens: int) -> list[list[int]]:
         return embedder.token_ids(texts, max_tokens=min(max_tokens, embedder.max_tokens))

@@ -1,7 +1,8 @@
 """Encode many texts once: dense vectors and lexical pairs are kept, multi-vector rows only while they fit.
 
-Multi-vector rows are large: 100 000 passages of 350 tokens at C = 1024 take 70 GB in fp16. Below the limit they are kept in fp16; above it
-`multi_rows` encodes the passages that are asked for a second time, and nothing is kept.
+Multi-vector rows are large: 100 000 passages of 350 tokens at C = 1024 take 70 GB in fp16. Below the limit
+they are kept in fp16; above it `multi_rows` encodes the passages that are asked for a second time, and
+nothing is kept.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def encode_batches(
 ) -> Iterator[tuple[list[int], Representations]]:
     """Batches of (positions in `token_ids`, representations), longest first.
 
-    With several ranks every rank encodes equally many batches, the shorter ones some of their text twice: under ZeRO-3 a forward pass is a
-    collective call that all ranks must enter.
+    With several ranks every rank encodes equally many batches, the shorter ones some of their text twice:
+    under ZeRO-3 a forward pass is a collective call that all ranks must enter.
     """
     batches = list(length_batches([len(ids) for ids in token_ids], batch_tokens))
     with torch.no_grad():
@@ -69,7 +70,8 @@ def encode_texts(
     multi_dtype: torch.dtype = torch.float16,
     multi_bytes: int = MULTI_VECTOR_BYTES,
 ) -> EncodedTexts:
-    """Encode all texts; keep multi-vector rows in `multi_dtype` when every rank's fit in `multi_bytes` (0: never).
+    """Encode all texts; keep multi-vector rows in `multi_dtype` when every rank's fit in `multi_bytes` (0:
+    never).
 
     Raises:
         CheckpointError: a representation is not finite; the weights are broken.
@@ -120,7 +122,8 @@ def multi_vector_rows(
     token_ids: Sequence[Sequence[int]],
     batch_tokens: int,
 ) -> Iterator[tuple[int, Tensor]]:
-    """(passage, its rows in fp32) for the `wanted` passages, in any order: from memory, or encoded again when they were not kept."""
+    """(passage, its rows in fp32) for the `wanted` passages, in any order: from memory, or encoded again when
+    they were not kept."""
     if passages.multi_rows is not None:
         for passage in wanted:
             yield passage, passages.multi_rows[passage].float()

@@ -1,7 +1,9 @@
-"""Retrieval metrics per query by pytrec_eval (the C code of trec_eval), and their means over groups of queries.
+"""Retrieval metrics per query by pytrec_eval (the C code of trec_eval), and their means over groups of
+queries.
 
-nDCG@10 = DCG of the first ten / best possible DCG, with gain = grade and discount log2(rank + 1); Recall@100 = share of the relevant
-passages (grade > 0) among the first hundred; MRR@10 = 1 / rank of the first relevant passage among the first ten, else 0.
+nDCG@10 = DCG of the first ten / best possible DCG, with gain = grade and discount log2(rank + 1); Recall@100
+= share of the relevant passages (grade > 0) among the first hundred; MRR@10 = 1 / rank of the first relevant
+passage among the first ten, else 0.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ DEPTH = 100
 def score_rankings(
     qrels: Mapping[str, Mapping[str, int]], rankings: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, float]]:
-    """Metrics of every query in `qrels` from its ranking (passage ids, best first); a query without a ranking scores 0."""
+    """Metrics of every query in `qrels` from its ranking (passage ids, best first); a query without a ranking
+    scores 0."""
 
     def run(depth: int) -> dict[str, dict[str, float]]:
         # trec_eval sorts by score and breaks ties by id; ranks as scores keep our order
@@ -47,7 +50,8 @@ def mean_metrics(per_query: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def mean_by_group(
     per_query: Mapping[str, Mapping[str, float]], group_of: Mapping[str, str]
 ) -> dict[str, dict[str, float]]:
-    """Means over the queries of each group, in the order in which groups first appear, with their size under `queries`."""
+    """Means over the queries of each group, in the order in which groups first appear, with their size under
+    `queries`."""
     members: dict[str, list[Mapping[str, float]]] = {}
     for query, group in group_of.items():
         members.setdefault(group, []).append(per_query[query])

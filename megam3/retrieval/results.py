@@ -15,7 +15,8 @@ from megam3.retrieval.metrics import METRICS
 
 @dataclass(frozen=True)
 class ModeResult:
-    """Metrics of one retrieval mode: over all queries, and over each language and each length bucket (with their number of queries)."""
+    """Metrics of one retrieval mode: over all queries, and over each language and each length bucket (with
+    their number of queries)."""
 
     overall: dict[str, float]
     by_language: dict[str, dict[str, float]]

@@ -1,7 +1,9 @@
-"""Exact search over one corpus: the first stage by dense and by lexical scores, then all three scores of the candidates.
+"""Exact search over one corpus: the first stage by dense and by lexical scores, then all three scores of the
+candidates.
 
-Passages are scored in chunks, so that no [queries, corpus] matrix exists. With W ranks, rank r holds the passages of rows r, r + W,
-r + 2W, …; hits are merged exactly, and each rank adds the scores of those candidates that it holds.
+Passages are scored in chunks, so that no [queries, corpus] matrix exists. With W ranks, rank r holds the
+passages of rows r, r + W, r + 2W, …; hits are merged exactly, and each rank adds the scores of those
+candidates that it holds.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ CHUNK_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """Passages to re-rank: dense hits first, in their order, then the lexical hits that are not among them."""
+    """Passages to re-rank: dense hits first, in their order, then the lexical hits that are not among
+    them."""
 
     rows_QK: Tensor
     """Row in the whole corpus, or NO_ROW."""
@@ -74,7 +77,8 @@ def global_rows(first: int, count: int) -> Tensor:
 def best_of(
     blocks: Iterable[tuple[int, Tensor]], num_queries: int, num_hits: int, positive_only: bool = False
 ) -> Hits:
-    """The best passages over all blocks and all ranks. `positive_only`: a score of 0 is no hit (no id in common)."""
+    """The best passages over all blocks and all ranks. `positive_only`: a score of 0 is no hit (no id in
+    common)."""
     hits = empty_hits(num_queries)
     for first, scores_QP in blocks:
         if positive_only:
@@ -98,7 +102,8 @@ def _pick(blocks: Iterable[tuple[int, Tensor]], rows_QK: Tensor) -> Tensor:
 
 
 def unite(dense: Hits, lexical: Hits) -> tuple[Tensor, Tensor]:
-    """rows_QK of the dense hits and then the lexical hits (NO_ROW where a dense hit is named again), and which dense hits are both."""
+    """rows_QK of the dense hits and then the lexical hits (NO_ROW where a dense hit is named again), and
+    which dense hits are both."""
     rows_QK = torch.cat([dense.rows_QK, lexical.rows_QK], dim=1)
     ordered, order = rows_QK.sort(dim=1, stable=True)
     again = torch.zeros_like(ordered, dtype=torch.bool)
@@ -122,7 +127,8 @@ def local_candidates(rows_QK: Tensor) -> dict[int, list[tuple[int, int]]]:
 def maxsim_of(
     query_rows: Sequence[Tensor], passage_rows_LC: Tensor, chunk_elements: int = CHUNK_ELEMENTS
 ) -> Tensor:
-    """Mean over each query's rows of the best product with a passage row, [number of queries]; 0 for a text without rows."""
+    """Mean over each query's rows of the best product with a passage row, [number of queries]; 0 for a text
+    without rows."""
     scores = torch.zeros(len(query_rows))
     if passage_rows_LC.shape[0] == 0:
         return scores

@@ -1,4 +1,5 @@
-"""The k best of many scores, with ties broken by row, so that chunks and ranks merge into exactly what one pass would find."""
+"""The k best of many scores, with ties broken by row, so that chunks and ranks merge into exactly what one
+pass would find."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def top_k(scores_QX: Tensor, rows_QX: Tensor, num_hits: int) -> Hits:
     """
     num_hits = min(num_hits, scores_QX.shape[1])
     if num_hits < scores_QX.shape[1]:
-        # topk alone takes any of the equal scores at the edge: take those above the edge, then the first that equal it
+        # topk alone takes any of the equal scores at the edge: take those above the edge, then the first that
+        # equal it
         edge_Q1 = scores_QX.topk(num_hits, dim=1).values[:, -1:]
         above, equal = scores_QX > edge_Q1, scores_QX == edge_Q1
         room_Q1 = num_hits - above.sum(1, keepdim=True)

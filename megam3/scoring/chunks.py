@@ -1,7 +1,9 @@
-"""How much of MaxSim is held at a time. Free of torch: the algorithm and the memory plan read the same numbers."""
+"""How much of MaxSim is held at a time. Free of torch: the algorithm and the memory plan read the same
+numbers."""
 
 PRODUCTS_CPU = 1 << 20
-"""Entries of the product held at a time on a CPU: 4 MB in fp32, which stays in cache until the max has read it."""
+"""Entries of the product held at a time on a CPU: 4 MB in fp32, which stays in cache until the max has read
+it."""
 
 PRODUCTS_CUDA = 1 << 26
 """The same on CUDA: 256 MB, large enough to fill the device."""

@@ -1,10 +1,12 @@
-"""Scores of all heads and of their weighted sum: for texts of one rank, and for own queries against every rank's passages.
+"""Scores of all heads and of their weighted sum: for texts of one rank, and for own queries against every
+rank's passages.
 
 Over ranks nothing that grows with the number of passage tokens of other ranks is ever held:
     dense         every rank's passage vectors come here (D numbers per passage), then one product
     multi-vector  every rank's QUERIES come here, meet the own passages, and the score columns travel back
     lexical       the same with the queries' (id, weight) pairs
-Counts travel in one round for all of it; a single rank sends nothing. Gradients follow `megam3.dist.gather`'s convention.
+Counts travel in one round for all of it; a single rank sends nothing. Gradients follow `megam3.dist.gather`'s
+convention.
 """
 
 from collections.abc import Collection
@@ -151,9 +153,11 @@ def score_global(
     heads: Collection[str] = HEADS,
     counts: RankCounts | None = None,
 ) -> Scores:
-    """Scores of this rank's queries with the passages of every rank, columns in rank order; exact gradients to every rank.
+    """Scores of this rank's queries with the passages of every rank, columns in rank order; exact gradients
+    to every rank.
 
-    Args: as `score_heads`; `counts` from `count_over_ranks` where the caller has it already. All ranks must call with the same heads.
+    Args: as `score_heads`; `counts` from `count_over_ranks` where the caller has it already. All ranks must
+    call with the same heads.
     """
     if not comm.is_grouped():
         return score_heads(queries, passages, weights, maxsim, heads)

@@ -1,4 +1,5 @@
-"""Dense scores: one inner product per pair, in fp32 at least: a temperature of 0.02 magnifies rounding by 50."""
+"""Dense scores: one inner product per pair, in fp32 at least: a temperature of 0.02 magnifies rounding by
+50."""
 
 import torch
 from torch import Tensor

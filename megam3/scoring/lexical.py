@@ -1,13 +1,14 @@
 """Lexical scores: s(q, p) = Σ over ids in both of w_q · w_p, from (id, weight) pairs alone.
 
-The vocabulary never appears: of the passages' pairs only those whose id occurs in a query count, and ids are renumbered to those of the
-queries. Queries {7: .5, 9: 1.} and {9: 2.}, passage {3: 4., 9: 3.}: ids in queries are [7, 9], the passage keeps {9: 3.} as column 1, and
+The vocabulary never appears: of the passages' pairs only those whose id occurs in a query count, and ids are
+renumbered to those of the queries. Queries {7: .5, 9: 1.} and {9: 2.}, passage {3: 4., 9: 3.}: ids in queries
+are [7, 9], the passage keeps {9: 3.} as column 1, and
 
     passages (sparse)  [0 3.]    times    queries (dense, transposed)  [.5 0.]    =  [3. 6.]
                                                                        [1. 2.]
 
-Queries go through in blocks, so that the dense side stays bounded. The backward pass is one product sampled at the passages' pairs and one
-with the transposed sparse side; weights in bf16 are accumulated in fp32.
+Queries go through in blocks, so that the dense side stays bounded. The backward pass is one product sampled
+at the passages' pairs and one with the transposed sparse side; weights in bf16 are accumulated in fp32.
 """
 
 from collections.abc import Iterator
@@ -42,7 +43,8 @@ class _Pairs:
 
 @dataclass(frozen=True, kw_only=True)
 class _Block:
-    """Queries first … stop-1 as a dense [U, n] side, and the passages' pairs with those U ids as a sparse [P, U] side."""
+    """Queries first … stop-1 as a dense [U, n] side, and the passages' pairs with those U ids as a sparse [P,
+    U] side."""
 
     queries: slice
     pairs: slice
@@ -57,7 +59,8 @@ class _Block:
 
 
 def _ranges(offsets_Q1: Tensor, max_elements: int) -> Iterator[tuple[slice, slice]]:
-    """Cut queries so that (pairs of a block) × (queries of a block), which bounds the dense side, stays within max_elements."""
+    """Cut queries so that (pairs of a block) × (queries of a block), which bounds the dense side, stays
+    within max_elements."""
     offsets = offsets_Q1.tolist()
     start = 0
     for stop in range(1, len(offsets)):
@@ -120,7 +123,8 @@ class _Lexical(torch.autograd.Function):
         for block in _blocks(queries, passages, dtype, max_elements):
             values = passage_w[block.kept].to(dtype)
             scores_QP[block.queries] = csr_product(block.crow, block.columns, values, block.dense_Un).T
-        # weights are saved through autograd, so that changing them in place before the backward pass is noticed
+        # weights are saved through autograd, so that changing them in place before the backward pass is
+        # noticed
         ctx.save_for_backward(query_w, passage_w)
         ctx.structure = queries.ids_Z, queries.offsets_N1, passages.ids_Z, passages.offsets_N1, max_elements
         return scores_QP

@@ -1,11 +1,13 @@
-"""Sparse-dense products in compressed rows (CSR): MKL on a CPU, cuSPARSE on CUDA; several times faster than `index_add_` over many rows."""
+"""Sparse-dense products in compressed rows (CSR): MKL on a CPU, cuSPARSE on CUDA; several times faster than
+`index_add_` over many rows."""
 
 import warnings
 
 import torch
 from torch import Tensor
 
-# torch says once per process, at its first CSR tensor, that the layout is in beta: spend that notice here, or every rank prints it
+# torch says once per process, at its first CSR tensor, that the layout is in beta: spend that notice here, or
+# every rank prints it
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor(
@@ -29,7 +31,8 @@ def csr_product(crow: Tensor, columns: Tensor, values: Tensor, dense_XC: Tensor)
 
 
 def transposed_csr(columns_KP: Tensor, values_KP: Tensor, num_columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Transpose of the matrix [K, num_columns] whose row k holds values_KP[k] at columns_KP[k]: crow, columns (= k), values."""
+    """Transpose of the matrix [K, num_columns] whose row k holds values_KP[k] at columns_KP[k]: crow, columns
+    (= k), values."""
     sorted_columns, order = torch.sort(columns_KP.flatten(), stable=True)
     edges = torch.arange(num_columns + 1, dtype=sorted_columns.dtype, device=order.device)
     crow = torch.searchsorted(sorted_columns, edges, out_int32=True)
@@ -38,7 +41,8 @@ def transposed_csr(columns_KP: Tensor, values_KP: Tensor, num_columns: int) -> t
 
 
 def transposed_pattern(rows_Z: Tensor, columns_Z: Tensor, num_columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Transpose of the matrix with entries at (rows_Z, columns_Z), rows ascending: crow, columns, and the order that sorts the values."""
+    """Transpose of the matrix with entries at (rows_Z, columns_Z), rows ascending: crow, columns, and the
+    order that sorts the values."""
     sorted_columns, order = torch.sort(columns_Z, stable=True)
     edges = torch.arange(num_columns + 1, dtype=sorted_columns.dtype, device=order.device)
     return torch.searchsorted(sorted_columns, edges, out_int32=True), rows_Z[order].to(torch.int32), order

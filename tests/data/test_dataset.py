@@ -1,4 +1,5 @@
-"""From recipe to batches: the contract of RetrievalBatch, exact resume, other world sizes, refused changes."""
+"""From recipe to batches: the contract of RetrievalBatch, exact resume, other world sizes, refused
+changes."""
 
 import os
 import signal
@@ -239,7 +240,8 @@ for (batch,) in data.batches(0, 2, int(sys.argv[4]), 2 * data.num_steps_per_epoc
 
 
 def test_killed_reader_continues_with_the_same_batches(tmp_path, opened, corpus, tokenizer):
-    """kill -9 in the middle of serving, workers on; started at the step it had reached, the rest is the same."""
+    """kill -9 in the middle of serving, workers on; started at the step it had reached, the rest is the
+    same."""
     data = opened(num_workers=2)
     (tmp_path / "c.json").write_text(data.config.model_dump_json())
     (tmp_path / "t.json").write_text(tokenizer.to_json())

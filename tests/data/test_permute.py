@@ -30,7 +30,8 @@ def test_any_position_alone_goes_where_it_goes_in_company(size, key, data):
 
 
 def in_plain_integers(position: int, size: int, key: int) -> int:
-    """Six rounds of xor with a hash of the other half, walked until below `size`; Python's integers know no types and no overflow."""
+    """Six rounds of xor with a hash of the other half, walked until below `size`; Python's integers know no
+    types and no overflow."""
     word, bits = 2**64, (size - 1).bit_length()
     halves = [bits // 2, bits - bits // 2]
     while True:

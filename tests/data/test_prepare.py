@@ -38,7 +38,8 @@ def corpus(tmp_path):
 
 
 def test_rows_are_the_records(tmp_path, corpus, tokenizer):
-    """Every record is there once, with the ids transformers gives, sorted by language and length within a shard."""
+    """Every record is there once, with the ids transformers gives, sorted by language and length within a
+    shard."""
     config = data_config(
         corpus, dataset={"query_instruction": "ask: ", "passage_instruction": "text: "}, passage_max_tokens=40
     )
@@ -142,7 +143,8 @@ prepare_data(config, tokenizer, sys.argv[3], num_processes=int(sys.argv[4]), uni
 
 
 def killed_prepares(tmp_path, config, tokenizer, num_kills: int) -> int:
-    """Start `prepare` again and again, kill it after a growing share of a second, let the last one end. Returns how many were killed."""
+    """Start `prepare` again and again, kill it after a growing share of a second, let the last one end.
+    Returns how many were killed."""
     (tmp_path / "config.json").write_text(config.model_dump_json())
     (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
     rng, kills = np.random.default_rng(0), 0

@@ -68,7 +68,8 @@ def test_folder_without_tokenizer(tmp_path):
 
 
 def test_five_token_trap(tokenizer_folder, tmp_path):
-    """transformers 5 makes a vocabulary of five tokens of a folder whose SentencePiece file it does not find."""
+    """transformers 5 makes a vocabulary of five tokens of a folder whose SentencePiece file it does not
+    find."""
     shutil.copy(tokenizer_folder / "tokenizer_config.json", tmp_path)
     with pytest.raises(ConfigError, match=r"model.path"):
         load_tokenizer(tmp_path, vocab_size=600)

@@ -1,4 +1,5 @@
-"""A worker that answers with small batches, or misbehaves as it is told. Without torch: it starts in a moment."""
+"""A worker that answers with small batches, or misbehaves as it is told. Without torch: it starts in a
+moment."""
 
 import os
 

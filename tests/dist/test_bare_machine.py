@@ -1,4 +1,5 @@
-"""Two ranks under DeepSpeed's launcher on a machine without a compiler, without ninja, and with a HOME that cannot be written."""
+"""Two ranks under DeepSpeed's launcher on a machine without a compiler, without ninja, and with a HOME that
+cannot be written."""
 
 import shutil
 import subprocess
@@ -30,8 +31,8 @@ for template in ("zero1", "zero3_offload"):
     module = torch.nn.Linear(4, 1)
     config = build_deepspeed_config(make_config(engine__template=template), ranks.world_size)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
-    for _ in range(2):
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config,
+    dist_init_required=False) for _ in range(2):
         loss = engine(torch.ones(2, 4)).square().mean()
         engine.backward(loss)
         engine.step()

@@ -14,7 +14,8 @@ def _rows(rank, dtype=torch.float64):
 
 
 def _convention(rank, world):
-    """A loss with unequal local row counts, scaled as the docstring says: what each rank's engine would average."""
+    """A loss with unequal local row counts, scaled as the docstring says: what each rank's engine would
+    average."""
     weight = torch.tensor([[0.5, -1.0], [2.0, 0.25]], dtype=torch.float64, requires_grad=True)
     generator = torch.Generator().manual_seed(3)
     inputs = torch.randn(sum(ROWS[:world]), 2, generator=generator, dtype=torch.float64)

@@ -1,4 +1,5 @@
-"""Exported folders: layout, content, what is refused; that nothing half-written stays. Other readers are in tests/peers."""
+"""Exported folders: layout, content, what is refused; that nothing half-written stays. Other readers are in
+tests/peers."""
 
 import json
 

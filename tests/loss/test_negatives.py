@@ -95,7 +95,8 @@ def test_no_queries():
 
 
 def test_every_known_positive_of_a_query_is_no_negative():
-    # query 0 also knows text 9 (columns 3 and 4), query 2 text 8 (column 1); query 1 has one positive, repeated
+    # query 0 also knows text 9 (columns 3 and 4), query 2 text 8 (column 1); query 1 has one positive,
+    # repeated
     known = torch.tensor([[7, 9], [7, 7], [9, 8]])
     batch = replace(_batch(SIZES, HASHES), known_positive_hashes_QM=known)
     negatives = find_negatives(batch, True)

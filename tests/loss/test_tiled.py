@@ -26,7 +26,8 @@ DENSE_ONLY = UnifiedConfig(
 
 
 def _side(rank):
-    """Queries, passages, local group offsets, hashes (some equal across and within groups) and teacher scores of one rank."""
+    """Queries, passages, local group offsets, hashes (some equal across and within groups) and teacher scores
+    of one rank."""
     sizes = GROUPS[rank]
     generator = torch.Generator().manual_seed(50 + rank)
     hashes = torch.randint(0, 9, (sum(sizes),), generator=generator)

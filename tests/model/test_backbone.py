@@ -1,4 +1,5 @@
-"""Encoders that cannot run packed are refused before their weights load; weights that do not fit are errors, not log lines."""
+"""Encoders that cannot run packed are refused before their weights load; weights that do not fit are errors,
+not log lines."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""A stage that lives in one file outside the package trains, checkpoints, resumes, checks its section and warns."""
+"""A stage that lives in one file outside the package trains, checkpoints, resumes, checks its section and
+warns."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""The unified objective on one and two ranks against the formulas written out with torch on padded score matrices."""
+"""The unified objective on one and two ranks against the formulas written out with torch on padded score
+matrices."""
 
 import pytest
 import torch

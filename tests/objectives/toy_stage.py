@@ -1,4 +1,5 @@
-"""A whole training stage in one file: queries and their positives are pulled together by the cosine of their dense vectors.
+"""A whole training stage in one file: queries and their positives are pulled together by the cosine of their
+dense vectors.
 
 docs/architecture.md shows it as the example of a new stage; nothing in megam3 knows it.
 """

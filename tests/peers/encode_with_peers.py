@@ -1,4 +1,5 @@
-"""FOLDER TEXTS.json OUT.npz COLBERT_DIM: encode texts with FlagEmbedding and sentence-transformers. Runs in the peers' environment."""
+"""FOLDER TEXTS.json OUT.npz COLBERT_DIM: encode texts with FlagEmbedding and sentence-transformers. Runs in
+the peers' environment."""
 
 import json
 import sys

@@ -1,4 +1,5 @@
-"""megam3's heads, scores and losses against what FlagEmbedding 1.4.2's own model computed (make_flagembedding_golden.py)."""
+"""megam3's heads, scores and losses against what FlagEmbedding 1.4.2's own model computed
+(make_flagembedding_golden.py)."""
 
 import os
 import subprocess

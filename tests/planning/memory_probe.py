@@ -1,5 +1,5 @@
-"""Training steps in a process of their own, and the most memory they held: python -m tests.planning.memory_probe
-'[{"hidden_size": 32, …}, {…}]'.
+"""Training steps in a process of their own, and the most memory they held: python -m
+tests.planning.memory_probe '[{"hidden_size": 32, …}, {…}]'.
 
 The first case is a small one, which loads what libraries load on first use (some 30 MiB). The figures are the
 last one's, and it is alone in its process, because what an earlier engine leaves to be freed later would be

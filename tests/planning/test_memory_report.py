@@ -147,7 +147,8 @@ def test_the_plan_of_two_ranks_is_within_15_percent_of_the_measured_peak():
 
 
 def test_the_memory_plan_counts_the_queries_that_the_data_plan_serves(encoder):
-    # a token budget, groups of 2, and one dataset with groups of 16, which serves fewer queries of more passages
+    # a token budget, groups of 2, and one dataset with groups of 16, which serves fewer queries of more
+    # passages
     config = load_config(
         "unified",
         [

@@ -1,4 +1,5 @@
-"""A made-up test set and an encoder that is a table: representations of a text depend on its ids alone, as a real model's would."""
+"""A made-up test set and an encoder that is a table: representations of a text depend on its ids alone, as a
+real model's would."""
 
 import numpy as np
 import torch

@@ -58,7 +58,8 @@ def _numbers_received(rank, world):
 
 
 def _score_on_a_rank():
-    """Scores of this rank, and gradients of the sum over ALL ranks of ⟨scores, upstream⟩ to this rank's leaves, per case."""
+    """Scores of this rank, and gradients of the sum over ALL ranks of ⟨scores, upstream⟩ to this rank's
+    leaves, per case."""
     rank, world = comm.rank(), comm.world_size()
     results = []
     for heads, weights in CASES:
@@ -111,7 +112,8 @@ def test_ranks_score_what_one_rank_scores(world):
             list(NUM_PASSAGES[:world]),
             sum(NUM_PASSAGES[:rank]),
         ]
-        # dense passage vectors, the queries' pairs (id and weight) and rows, two heads' score columns: nothing per passage token
+        # dense passage vectors, the queries' pairs (id and weight) and rows, two heads' score columns:
+        # nothing per passage token
         of_queries = 2 * queries.lexical_ids_Z.numel() + queries.multi_KC.numel()
         assert (
             outcomes[rank][4]

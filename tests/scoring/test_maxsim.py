@@ -55,7 +55,8 @@ def test_equals_the_padded_reference_on_ragged_texts(num_queries, num_passages, 
 
 
 def test_padding_cannot_win_the_maximum():
-    # the only row of the passage is opposite to the query: a padded zero row would lift the score from -1 to 0
+    # the only row of the passage is opposite to the query: a padded zero row would lift the score from -1 to
+    # 0
     row = torch.tensor([[1.0, 0.0]])
     one, longer = make_offsets([1]), make_offsets([1, 3])
     scores = maxsim_scores(row, one, torch.cat([-row, row, row, row]), longer)
