@@ -6,7 +6,7 @@ has
 counted its layers asks here: the checks of a recipe (before a device is touched), the loader of weights, the
 tools and the memory plan.
 
-    position ids of a text of 3 tokens      bert 0 1 2         xlm-roberta 2 3 4   (pad_token_id 1: rows 0, 1 hold none)
+    position ids of a text of 3 tokens      bert 0 1 2         xlm-roberta 2 3 4   (rows 0 and 1 hold none)
     tokens that 8194 rows serve             bert 8194          xlm-roberta 8192
 """
 

@@ -250,6 +250,9 @@ def position_rows(encoder: dict[str, Any], section: str, limits: dict[str, int])
     usable = usable_positions(encoder)
     for name, tokens in limits.items():
         if usable is not None and tokens > usable:
-            rule = f"the encoder has positions for {usable} tokens (max_position_embeddings {encoder['max_position_embeddings']})"
+            rule = (
+                f"the encoder has positions for {usable} tokens (max_position_embeddings"
+                f" {encoder['max_position_embeddings']})"
+            )
             remedy = f"lower it to {usable}, or give the encoder more with tools/extend_positions.py"
             yield ConfigError(f"{section}.{name}", tokens, rule, remedy)

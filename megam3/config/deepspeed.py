@@ -116,8 +116,10 @@ def bf16_sums_warning(config: RunConfig, final: dict[str, Any]) -> str | None:
         "chunk_tokens" if batch.chunk_tokens is not None else "accumulation_steps",
     )
     return (
-        f"engine.template = {template}: below ZeRO stage {FP32_SUMS_FROM_STAGE} DeepSpeed sums the gradients of a step in bf16, and"
-        f" data.batch.{field} makes many of them; use zero2 or zero3, which sum in fp32, or engine.precision=fp32"
+        f"engine.template = {template}: below ZeRO stage {FP32_SUMS_FROM_STAGE} DeepSpeed sums"
+        " the gradients of a step in bf16, and"
+        f" data.batch.{field} makes many of them; use zero2 or zero3, which sum in fp32, or"
+        " engine.precision=fp32"
     )
 
 

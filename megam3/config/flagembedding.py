@@ -242,8 +242,10 @@ def _datasets(arguments: _Arguments, notes: list[str]) -> list[dict[str, Any]]:
         if stem.endswith(_NEGATIVES):
             dataset["in_batch_negatives"] = False
             notes.append(
-                f"{stem}: in_batch_negatives: false is now a field instead of the file name's ending; here it also "
-                "holds for the sum and for self-distillation, where FlagEmbedding 1.4 computes a constant loss."
+                f"{stem}: in_batch_negatives: false is now a field instead of the file name's"
+                " ending; here it also "
+                "holds for the sum and for self-distillation, where FlagEmbedding 1.4 computes"
+                " a constant loss."
             )
         datasets.append(dataset)
     return datasets
@@ -259,7 +261,8 @@ def _batch(arguments: _Arguments, notes: list[str]) -> dict[str, Any]:
     per_rank = arguments.integer("per_device_train_batch_size")
     batch: dict[str, Any] = {"global_queries": ranks * per_rank}
     notes.append(
-        f"data.batch.global_queries {ranks * per_rank} = {ranks} processes x {per_rank}; it stays that on any number "
+        f"data.batch.global_queries {ranks * per_rank} = {ranks} processes x {per_rank}; it"
+        " stays that on any number "
         "of ranks."
     )
     if arguments.integer("gradient_accumulation_steps") > 1:
@@ -267,7 +270,8 @@ def _batch(arguments: _Arguments, notes: list[str]) -> dict[str, Any]:
     if "sub_batch_size" in arguments.found:
         batch["chunk_tokens"] = 16384
         notes.append(
-            "--sub_batch_size became data.batch.chunk_tokens (tokens, not texts); the gradients are exact, and it "
+            "--sub_batch_size became data.batch.chunk_tokens (tokens, not texts); the gradients"
+            " are exact, and it "
             "also works with unified fine-tuning."
         )
     return batch
@@ -356,7 +360,8 @@ def _train(arguments: _Arguments) -> dict[str, Any]:
 
 def _always(arguments: _Arguments) -> list[str]:
     notes = [
-        "negatives come from all ranks for every head, with the exact gradient; FlagEmbedding's dense loss alone "
+        "negatives come from all ranks for every head, with the exact gradient; FlagEmbedding's"
+        " dense loss alone "
         "crosses ranks, and its gradient there is 1/ranks of the true one.",
         "batches share dataset and length bucket; padding neither costs anything nor changes a MaxSim score.",
     ]
@@ -364,7 +369,8 @@ def _always(arguments: _Arguments) -> list[str]:
         notes.append("--negatives_cross_device is off there and cannot be turned off here.")
     if not arguments.text("query_instruction_for_retrieval"):
         notes.append(
-            "no query instruction: with --same_dataset_within_batch FlagEmbedding 1.4 writes the word None before "
+            "no query instruction: with --same_dataset_within_batch FlagEmbedding 1.4 writes"
+            " the word None before "
             "each query; here nothing is put there."
         )
     reasons = {

@@ -8,7 +8,8 @@ them.
     stage 0        one stream per parameter: the whole tensor, in the main rank's file
     stage 1 and 2  one stream per parameter group: the partitions of all ranks, one after another; a parameter
     is one place
-    stage 3        one stream per rank: its sub-groups, one after another; a parameter is one place in each (the last one padded)
+    stage 3        one stream per rank: its sub-groups, one after another; a parameter is one place in each
+                   (the last one padded)
 
 Weights and both moments are cut alike. Files are memory-mapped: reading one parameter touches its own bytes
 only.

@@ -49,7 +49,8 @@ def restore(
         zero.checkpoint_event_epilogue()  # the kept ones come back whole
     elif hasattr(parameters[names[0]], "_hp_mapping"):
         _start_moments(zero.single_partition_of_fp32_groups, adamw, saved.adam_steps)
-        zero._lazy_init_hp_params_optimizer_state()  # lets every parameter know its piece of the moments, as the first step would
+        # lets every parameter know its piece of the moments, as the first step would
+        zero._lazy_init_hp_params_optimizer_state()
         _fill_flat_groups(saved, parameters)
     else:
         masters = [master for group in adamw.param_groups for master in group["params"]]

@@ -49,7 +49,8 @@ class Imported:
             found.append(f"no weights for {', '.join(missing)}: train with model.missing_heads=init")
         if self.pooling not in (None, "cls"):
             found.append(
-                f"its dense vector was pooled by {self.pooling!r}; megam3 reads the first token, so the dense "
+                f"its dense vector was pooled by {self.pooling!r}; megam3 reads the first token,"
+                " so the dense "
                 "head begins worse than the model was"
             )
         if self.stripped_prefix:
@@ -119,7 +120,10 @@ def _refuse_missing_shards(folder: Path, state: dict[str, Tensor]) -> None:
     for index in folder.glob("*.index.json"):
         missing = sorted(set(read_json(index)["weight_map"]) - state.keys())
         if missing:
-            rule = f"is incomplete: {index.name} names {missing[0]} and {len(missing) - 1} more that no file holds"
+            rule = (
+                f"is incomplete: {index.name} names {missing[0]} and {len(missing) - 1} more"
+                " that no file holds"
+            )
             raise CheckpointError("import", str(folder), rule, "copy all weight files")
 
 

@@ -76,7 +76,8 @@ def bge_m3_card(
     if is_narrow:
         usage += [
             "",
-            f"The multi-vector head has {width} dimensions: FlagEmbedding must be told so (`colbert_dim={width}`).",
+            f"The multi-vector head has {width} dimensions: FlagEmbedding must be told so"
+            f" (`colbert_dim={width}`).",
         ]
     title = f"An M3 retriever ({', '.join(heads).replace('_', '-')}), up to {max_tokens} tokens"
     return _card(title, "sentence-transformers", "\n".join(usage), _WARNING, facts)
@@ -87,11 +88,15 @@ def multi_vector_card(library: str, max_tokens: int, facts: CardFacts) -> str:
     if library == "PyLate":
         usage = "    from pylate.models import ColBERT\n    ColBERT(FOLDER).encode(TEXTS, is_query=False)"
         note = (
-            "\nPyLate leaves `<s>` out of passages only, so a query has one vector more than in megam3; it sums "
+            "\nPyLate leaves `<s>` out of passages only, so a query has one vector more than in"
+            " megam3; it sums "
             "the maxima where M3 takes their mean.\n"
         )
     else:
-        usage = "    from sentence_transformers import MultiVectorEncoder\n    MultiVectorEncoder(FOLDER).encode(TEXTS)"
+        usage = (
+            "    from sentence_transformers import MultiVectorEncoder\n   "
+            " MultiVectorEncoder(FOLDER).encode(TEXTS)"
+        )
         note = "\nNeeds sentence-transformers 6 or later.\n"
     title = f"The multi-vector head of an M3 retriever, up to {max_tokens} tokens"
     return _card(title, library, usage, note, facts)

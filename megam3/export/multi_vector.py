@@ -18,7 +18,9 @@ _PATHS = {
     "": "sentence_transformers.base.modules.transformer.Transformer",
     "1_Dense": "sentence_transformers.base.modules.dense.Dense",
     "2_Normalize": "sentence_transformers.base.modules.normalize.Normalize",
-    "3_MultiVectorMask": "sentence_transformers.multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask",
+    "3_MultiVectorMask": (
+        "sentence_transformers.multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask"
+    ),
 }
 _NAMES = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
 

@@ -18,7 +18,8 @@ from megam3.errors import ConfigError
 def refuse_sparse() -> ConfigError:
     """The error that `--format sparse` ends with."""
     rule = (
-        "SparseEncoder's SpladePooling takes log(1 + relu) of scores over the whole vocabulary, and no other module "
+        "SparseEncoder's SpladePooling takes log(1 + relu) of scores over the whole vocabulary,"
+        " and no other module "
         "of it weighs a text's own tokens, which is what the lexical head does"
     )
     return ConfigError("format", "sparse", rule, "use bge-m3 (FlagEmbedding, vLLM, M3Embedder) or onnx")

@@ -5,7 +5,7 @@ A group's logits come side by side, own_QG, positive first; `seen_QG` says which
 the query may see. With y the softmax of the teacher's scores over what is seen:
 
     kl_div       −Σ y_i · log softmax(own)_i over the own group
-    m3_kd_loss   Σ_i y_i · (log Σ over the group from its i-th passage on, and over all other columns, of exp − own_i)
+    m3_kd_loss   Σ_i y_i · (log Σ exp over the group from its i-th passage on and all other columns, − own_i)
                  with the positive first, then negatives by falling teacher score: each is learned against
                      what should rank below it
 """

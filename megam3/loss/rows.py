@@ -3,7 +3,7 @@
 With l(s) = −log softmax(s/τ)[positive] per query, over the columns it sees (arXiv 2402.03216, section 3.3):
 
     L     = Σ_h weight_h · l(s_h) / divisor                       h over dense, lexical, multi_vector, sum
-    L'    = Σ_h distill_h · KD_h / heads,   KD_h = −Σ t · log softmax(s_h/τ),   t = softmax(s_sum/τ) without gradient
+    L'    = Σ_h distill_h · KD_h / heads,   KD_h = −Σ t · log softmax(s_h/τ),   t = softmax(s_sum/τ), constant
     total = (L + L') / 2                                          while distilling, else L
 
 A teacher in the records changes each l(s): `kl_div` adds −Σ y · log softmax over the own group, y =

@@ -4,7 +4,7 @@ gradient.
 Per query, over every rank's columns outside the query's own group,
 
     lse_h    log Σ exp(s_h/τ)
-    mean_h   Σ t · s_h/τ,  t = exp(s_sum/τ − lse_sum)        (a second pass, while distilling: t needs lse_sum)
+    mean_h   Σ t · s_h/τ,  t = exp(s_sum/τ − lse_sum)     (a second pass, while distilling: t needs lse_sum)
 
 Ranks exchange these few numbers per query instead of columns of scores. With u and v the gradients of lse_h
 and mean_h, the backward pass forms each tile again and hands the heads' own backward functions

@@ -2,7 +2,7 @@
 functions, no padding.
 
     text 0: <s> a b a </s>     dense         normalize(H[<s>])
-                               lexical       {a: max of both a's, b: ...}; <s>, </s>, <pad>, <unk> weigh nothing and are left out
+                               lexical       {a: max of both a's, b: ...}; special tokens are left out
                                multi-vector  one row each for a, b, a, </s>
 
 Memory is linear in T: distinct (text, id) pairs take the place of an N × L × V tensor.

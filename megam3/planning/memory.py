@@ -4,13 +4,13 @@ representations, loss. Pure arithmetic.
 What a layer of the BERT family (norms after the residuals) keeps for its backward pass, for T tokens of width
 H, inner width I, A heads:
 
-    T·H each    its input (read by query, key and value), query, key, value, attention output, both sums before the norms, the first
-                norm's output (read by the inner product)                                                              8·T·H
-    T·I each    the inner product before and after GELU                                                               2·T·I
-    fp32        log-sum-exp of attention per head                                                                      T·A
-    on a CPU    texts of several lengths: attention outputs per length and joined                                     +T·H
-    dropout     two masks: one byte an entry on CUDA, a factor in full precision on a CPU                             2·T·H entries
-                attention dropout leaves the kernel on a CPU: softmax, mask and product, longest text L              +3·T·A·L
+    8·T·H         its input (read by query, key and value), query, key, value, attention output, both sums
+                  before the norms, the first norm's output (read by the inner product)
+    2·T·I         the inner product before and after GELU
+    T·A           in fp32: log-sum-exp of attention per head
+    +T·H          on a CPU, texts of several lengths: attention outputs per length and joined
+    2·T·H         entries of dropout's two masks: one byte each on CUDA, a factor in full precision on a CPU
+    +3·T·A·L      attention dropout leaves the kernel on a CPU: softmax, mask and product, longest text L
 
 Checkpointed, a layer keeps its input alone, and one layer at a time has all of the above. Offloaded, that
 input waits in host memory.

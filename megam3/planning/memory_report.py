@@ -173,10 +173,13 @@ def table(config: RunConfig, edge: int, step: StepShape, strategy: Strategy, pla
         for name, value in [*plan.states.items(), *plan.step.items()]
     ]
     return [
-        f"Memory of one of {strategy.world_size} ranks in GiB: {config.engine.template} (ZeRO {strategy.zero_stage}),"
-        f" {'bf16' if strategy.precision_bytes == 2 else 'fp32'}, checkpointing {_on(strategy.checkpointing)},"
+        f"Memory of one of {strategy.world_size} ranks in GiB: {config.engine.template} (ZeRO"
+        f" {strategy.zero_stage}),"
+        f" {'bf16' if strategy.precision_bytes == 2 else 'fp32'}, checkpointing"
+        f" {_on(strategy.checkpointing)},"
         f" offload {_on(strategy.activation_offload)}",
-        f"Heaviest step: texts up to {_spaced(edge)} tokens, {_spaced(step.num_queries)} queries and {_spaced(step.num_passages)} passages"
+        f"Heaviest step: texts up to {_spaced(edge)} tokens, {_spaced(step.num_queries)} queries"
+        f" and {_spaced(step.num_passages)} passages"
         f" a rank, {_spaced(step.num_tokens)} tokens in {what}",
         *rows,
         f"  {'peak'.ljust(width)}  {plan.total_bytes / GIB:9.2f}",
@@ -195,7 +198,8 @@ def advice(
     if chunk is not None:
         share = -(-step.num_tokens // chunk)
         return [
-            f"Largest that fits in {limit}: data.batch.chunk_tokens={chunk} ({share} passes for {_spaced(step.num_tokens)} tokens)."
+            f"Largest that fits in {limit}: data.batch.chunk_tokens={chunk} ({share} passes for"
+            f" {_spaced(step.num_tokens)} tokens)."
         ], True
     settings = remedies(model, strategy, step, limit_bytes)
     if settings:
@@ -204,7 +208,8 @@ def advice(
     need = plan_memory(model, strategy, replace(step, chunk_tokens=step.longest_tokens)).total_bytes / GIB
     reason = f"one text at a time needs {need:.1f}"
     return [
-        f"Does not fit in {limit} by any setting known here ({reason}): shorter texts, a smaller batch, or more ranks."
+        f"Does not fit in {limit} by any setting known here ({reason}): shorter texts, a smaller"
+        " batch, or more ranks."
     ], False
 
 

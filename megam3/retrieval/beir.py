@@ -1,7 +1,7 @@
 """Read a test set in BEIR format: corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv in one folder.
 
     corpus.jsonl      {"_id": "d1", "title": "Fonts", "text": "Choose larger fonts …"}
-    queries.jsonl     {"_id": "q1", "text": "bigger letters", "lang": "en"}      the language may also stand under "metadata"
+    queries.jsonl     {"_id": "q1", "text": "bigger letters", "lang": "en"}   or under "metadata"
     qrels/test.tsv    query-id <tab> corpus-id <tab> score, with this header line or without
 
 Only queries with a judgement above 0 are kept: the file often holds the queries of all splits.
