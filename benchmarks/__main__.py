@@ -2,9 +2,9 @@
 
 python -m benchmarks                        all that fit into 20 minutes on two quiet cores
 python -m benchmarks packed maxsim          these two
-python -m benchmarks long_step              8192-token passages at XLM-R's width and vocabulary; minutes, 12 GB
-python -m benchmarks tiled_loss             tiles against whole matrices, and a loss over 65 536 × 65 536; minutes
-python -m benchmarks scaling                slopes of the loss's time and memory, with a plot of the curves; minutes
+python -m benchmarks long_step  8192-token passages at XLM-R's width and vocabulary; minutes, 12 GB
+python -m benchmarks tiled_loss  tiles against whole matrices, and a loss over 65 536 × 65 536; minutes
+python -m benchmarks scaling  slopes of the loss's time and memory, with a plot of the curves; minutes
 """
 
 import argparse
@@ -46,7 +46,10 @@ def main() -> None:
         except RuntimeError as error:
             print(f"  left out: {error}")
         # after each comparison, so that an interrupted run keeps what it has
-        where = f"{machine()} (load average {load:.1f} before the run, {(time.time() - started) / 60:.1f} minutes)"
+        where = (
+            f"{machine()} (load average {load:.1f} before the run,"
+            f" {(time.time() - started) / 60:.1f} minutes)"
+        )
         page = write_report(RESULTS, results, where)
     print(page)
     draw(RESULTS)

@@ -344,7 +344,10 @@ def long_step(repeats: int) -> list[Setting]:
     finding = Finding(
         "8192-token step: peak memory of our process in GiB", peak, f"{peak:.1f}", Budget("<=", 12)
     )
-    note = "Both processes may map 20 GiB and checkpoint layers; ours has the gradient cache on, one passage a chunk."
+    note = (
+        "Both processes may map 20 GiB and checkpoint layers; ours has the gradient cache on,"
+        " one passage a chunk."
+    )
     return [Setting(f"1 query × 8 passages of 8192, {size.label}", _tokens(texts), measured, [finding], note)]
 
 

@@ -39,7 +39,8 @@ class ModelSize:
     @property
     def label(self) -> str:
         """For tables."""
-        return f"{self.num_layers} layers × {self.hidden_size}, vocabulary {f'{self.vocab_size:_}'.replace('_', ' ')}"
+        vocabulary = f"{self.vocab_size:_}".replace("_", " ")
+        return f"{self.num_layers} layers × {self.hidden_size}, vocabulary {vocabulary}"
 
     def config(self) -> XLMRobertaConfig:
         """XLM-R's special ids, offset and epsilon; attention heads of width 64 as in every published size."""

@@ -48,7 +48,8 @@ def _finding_line(finding: Finding) -> str:
 def _setting_lines(setting: Setting) -> list[str]:
     lines = [f"{setting.name}" + (f", {setting.num_tokens} tokens a step" if setting.num_tokens else ""), ""]
     lines += [
-        "| side | s a step (range) | tokens/s | peak RSS, MiB | beyond the loaded model, MiB | loss of the first kept step |"
+        "| side | s a step (range) | tokens/s | peak RSS, MiB | beyond the loaded model, MiB |"
+        " loss of the first kept step |"
     ]
     lines += ["|---|---|---|---|---|---|"]
     lines += [_side_line(measured, setting.num_tokens) for measured in setting.measured]
@@ -62,7 +63,8 @@ def _side_line(measured: Measured, num_tokens: int) -> str:
     speed = f"{num_tokens / median:.0f}" if num_tokens else ""
     loss = measured.samples[0].get("loss")
     return (
-        f"| {measured.side.name} | {median:.3f} ({min(seconds):.3f}–{max(seconds):.3f}) | {speed} | {measured.peak_rss_bytes >> 20} "
+        f"| {measured.side.name} | {median:.3f} ({min(seconds):.3f}–{max(seconds):.3f}) |"
+        f" {speed} | {measured.peak_rss_bytes >> 20} "
         f"| {measured.step_memory_bytes >> 20} | {'' if loss is None else f'{loss:.6f}'} |"
     )
 

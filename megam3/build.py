@@ -110,11 +110,7 @@ def build(config: RunConfig, device: torch.device, guard: RunGuard) -> Run:
                 model_path=config.model.path,
             )
         _report_start(config, state, total_steps, data)
-        rounding = bf16_sums_warning(config, ds_config)
-        if rounding:
-            logger.warning(rounding)
-        attention = report_attention(module, device)
-        logger.log(logging.WARNING if attention.is_slow else logging.INFO, attention.line)
+        _report_arithmetic(config, ds_config, module, device)
     memory_table, planned_bytes = describe_run(config, comm.world_size(), on_gpu=device.type == "cuda")
     for line in memory_table:
         logger.info(line)
@@ -274,6 +270,15 @@ def check_not_past(config: RunConfig, folder: str, step: int, total_steps: int) 
         rule = f"ends at step {total_steps}, and the run is at step {step} already ({folder})"
         remedy = f"raise train.{field}, go back with train.resume_step, or begin anew with train.resume=never"
         raise ConfigError(f"train.{field}", getattr(config.train, field), rule, remedy)
+
+
+def _report_arithmetic(config: RunConfig, ds_config: dict, module: nn.Module, device: torch.device) -> None:
+    """Precision of gradient sums and the way attention runs, where they cost quality or time."""
+    rounding = bf16_sums_warning(config, ds_config)
+    if rounding:
+        logger.warning(rounding)
+    attention = report_attention(module, device)
+    logger.log(logging.WARNING if attention.is_slow else logging.INFO, attention.line)
 
 
 def _report_start(config: RunConfig, state: RunState, total_steps: int, data: TrainingData) -> None:

@@ -3,7 +3,7 @@ in the published layout.
 
 Nothing is downloaded; everything is a function of its seed.
 
-    folder = make_tiny_model_folder(tmp_path)      # XLM-R, 2 layers × 32, vocabulary about 600, with both heads
+    folder = make_tiny_model_folder(tmp_path)  # XLM-R, 2 layers × 32, vocabulary about 600, with both heads
     load_m3(folder, ModelConfig(path=str(folder)))
 """
 

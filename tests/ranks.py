@@ -1,6 +1,6 @@
 """Run a test function on several gloo ranks of this machine.
 
-    def _check(scale):                      # top level of a test module, so that a fresh process can import it
+    def _check(scale):  # top level of a test module, so that a fresh process can import it
         return comm.rank() * scale
 
     run_ranks(_check, 2, 10) == [0, 10]

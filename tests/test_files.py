@@ -22,9 +22,14 @@ def test_a_file_appears_with_its_whole_content(tmp_path: Path) -> None:
 def test_a_failure_keeps_the_old_file_and_leaves_nothing_aside(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError, match="boom"), atomic_file(path, "w") as stream:
-        stream.write("new")
-        raise RuntimeError("boom")
+
+    def write_half() -> None:
+        with atomic_file(path, "w") as stream:
+            stream.write("new")
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        write_half()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -41,9 +46,13 @@ def test_a_folder_appears_with_all_its_files(tmp_path: Path) -> None:
 
 
 def test_a_failed_folder_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="boom"), atomic_folder(tmp_path / "out") as aside:
-        (aside / "a").write_text("x")
-        raise RuntimeError("boom")
+    def fill_half() -> None:
+        with atomic_folder(tmp_path / "out") as aside:
+            (aside / "a").write_text("x")
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fill_half()
     assert list(tmp_path.iterdir()) == []
 
 

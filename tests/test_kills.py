@@ -80,7 +80,8 @@ def test_killed_training_ends_with_the_losses_of_an_undisturbed_run(tmp_path: Pa
     finish(start(place, f"killed-{run}"))
     check_equal(place, f"killed-{run}")
     print(
-        f"{num_kills} kills over {run + 1} runs of {STEPS} steps, after these steps were logged: {killed_after}"
+        f"{num_kills} kills over {run + 1} runs of {STEPS} steps, after these steps were logged:"
+        f" {killed_after}"
     )
     assert len(set(killed_after)) > 2, "kills at different points of the run"
 

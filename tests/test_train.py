@@ -227,8 +227,8 @@ def test_text_over_the_limit_is_cut_and_counted(place: Workplace, calls: dict[st
     manifest = json.loads((place.folder / "store" / "pairs" / "manifest.json").read_text())["totals"]
     assert manifest["truncated"] > 0
     assert (
-        f"pairs: {manifest['truncated']} of {manifest['texts']} texts were longer than their limit and are cut"
-        in calls["healthy"]["said"]
+        f"pairs: {manifest['truncated']} of {manifest['texts']} texts were longer than their"
+        " limit and are cut" in calls["healthy"]["said"]
     )
     assert sum(row["data/truncated_texts"] for row in place.rows("skip")) > 0
 

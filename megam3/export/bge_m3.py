@@ -84,7 +84,9 @@ def read_pooler(source: Path) -> dict[str, Tensor]:
     for file in sorted(source.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
             found |= {
-                match[1]: weights.get_tensor(key) for key in weights.keys() if (match := pattern.match(key))
+                match[1]: weights.get_tensor(key)
+                for key in weights.keys()  # noqa: SIM118
+                if (match := pattern.match(key))
             }
     if not found:
         for file in sorted(source.glob("pytorch_model*.bin")):

@@ -153,7 +153,8 @@ def test_changed_plan_is_refused_by_name(opened, change, names):
     if names:
         with pytest.raises(
             DataError,
-            match=r"data fingerprint = .*: is not the run's: the plan \(seed, batch size, .*changed; restore it",
+            match=r"data fingerprint = .*: is not the run's: the plan \(seed, batch size,"
+            r" .*changed; restore it",
         ):
             other.check_fingerprint(data.fingerprint)
     else:

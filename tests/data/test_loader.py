@@ -75,7 +75,8 @@ def test_killed_worker_is_an_error_and_no_hang():
     os.kill(loader.worker_pids[1], signal.SIGKILL)
     with pytest.raises(
         WorkerError,
-        match=r"was killed by SIGKILL before it answered; the kernel kills processes this way when memory runs out",
+        match=r"was killed by SIGKILL before it answered; the kernel kills processes this way"
+        r" when memory runs out",
     ):
         list(batches)
     loader.close()

@@ -110,7 +110,10 @@ def test_draws_are_uniform_and_depend_on_every_column():
 
 
 def test_same_in_another_process():
-    program = "import numpy as np; from megam3.data.permute import *; print(key_of(1, 'a'), permute(np.arange(9), 10**9, 5).tolist())"
+    program = (
+        "import numpy as np; from megam3.data.permute import *; print(key_of(1, 'a'),"
+        " permute(np.arange(9), 10**9, 5).tolist())"
+    )
     output = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,

@@ -41,7 +41,9 @@ def make_rows(shards, name="d", first_row=0, **options) -> DatasetRows:
 
 def config_of(batch, **fields) -> DataConfig:
     return DataConfig(
-        train=[DatasetConfig(name="d", paths=["x"])], batch=BatchConfig(**batch), length_buckets=EDGES, passage_max_tokens=128,
+        train=[DatasetConfig(name="d", paths=["x"])], batch=BatchConfig(**batch),
+        length_buckets=EDGES,
+        passage_max_tokens=128,
         query_max_tokens=32, **fields,
     )  # fmt: skip
 

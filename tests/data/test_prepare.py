@@ -188,7 +188,8 @@ def test_changed_settings_are_named(tmp_path, corpus, tokenizer, change, message
     prepare(data_config(corpus), tokenizer, tmp_path / "s")
     with pytest.raises(
         DataError,
-        match=rf"store of dataset d = .*{message}.*does not match the recipe; go back to what it was prepared",
+        match=rf"store of dataset d = .*{message}.*does not match the recipe; go back to what it"
+        rf" was prepared",
     ):
         prepare(data_config(corpus, **change), tokenizer, tmp_path / "s")
 

@@ -84,7 +84,8 @@ def test_bad_record(line, message):
 def test_error_for_the_user_names_file_and_line():
     error = BadRecord("pos", None, "must hold at least one passage").at("data.jsonl:12")
     assert str(error).startswith(
-        "data.jsonl:12 pos = None: must hold at least one passage; correct the record, or set data.on_bad_record"
+        "data.jsonl:12 pos = None: must hold at least one passage; correct the record, or set"
+        " data.on_bad_record"
     )
 
 

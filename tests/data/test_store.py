@@ -30,7 +30,8 @@ def test_flipped_token_is_noticed_when_read_and_by_verify(folder):
     fresh = open_dataset(folder, "d")
     with pytest.raises(
         DataError,
-        match=r"store file .*00001.arrow = 0: is a row whose checksum does not match; delete it with its .json",
+        match=r"store file .*00001.arrow = 0: is a row whose checksum does not match; delete it"
+        r" with its .json",
     ):
         fresh.row(first_row)
     with pytest.raises(DataError, match=r"store file .*00001.arrow = '.*': must have checksum"):

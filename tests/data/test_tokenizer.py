@@ -46,7 +46,8 @@ def test_decode_is_readable(tokenizer):
 def test_vocabulary_that_is_not_the_models(tokenizer, tokenizer_folder, rows):
     with pytest.raises(
         ConfigError,
-        match=rf"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {rows} rows; use the tok",
+        match=rf"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {rows}"
+        rf" rows; use the tok",
     ):
         load_tokenizer(tokenizer_folder, vocab_size=rows)
 

@@ -1,7 +1,8 @@
 """Loss and gradients of FlagEmbedding's own unified model where its known faults cannot bite: equal lengths,
 one rank, sorted teacher.
 
-    python tests/peers/make_flagembedding_golden.py OUT.safetensors        (FlagEmbedding 1.4.2, transformers 4.57, safetensors)
+    python tests/peers/make_flagembedding_golden.py OUT.safetensors
+    (FlagEmbedding 1.4.2, transformers 4.57, safetensors)
 
 The encoder is a stand-in that returns given hidden states, so that gradients end exactly where the heads
 begin; heads, scores, losses and distillation are `EncoderOnlyEmbedderM3Model`'s, in float64.

@@ -153,7 +153,8 @@ def test_the_memory_plan_counts_the_queries_that_the_data_plan_serves(encoder):
         "unified",
         [
             encoder(),
-            'data.train=[{"name": "two", "paths": ["x"]}, {"name": "many", "paths": ["y"], "passages_per_query": 16}]',
+            'data.train=[{"name": "two", "paths": ["x"]},'
+            ' {"name": "many", "paths": ["y"], "passages_per_query": 16}]',
             "data.passages_per_query=2",
             "data.batch.buckets=null",
             "data.batch.global_tokens=1000000",
