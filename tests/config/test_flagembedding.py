@@ -21,7 +21,8 @@ model_args="--model_name_or_path BAAI/bge-m3 --cache_dir $HF_HUB_CACHE"
 data_args="--train_data $train_data --train_group_size 8 --query_max_len 512 --passage_max_len 512 \\
     --pad_to_multiple_of 8 --knowledge_distillation True --same_dataset_within_batch True"
 training_args="--output_dir ./out/m3 --overwrite_output_dir --learning_rate 1e-5 --fp16 \\
-    --num_train_epochs 4 --per_device_train_batch_size 2 --dataloader_drop_last True --warmup_ratio 0.1 --gradient_checkpointing \\
+    --num_train_epochs 4 --per_device_train_batch_size 2 \\
+    --dataloader_drop_last True --warmup_ratio 0.1 --gradient_checkpointing \\
     --deepspeed ../../ds_stage0.json --logging_steps 1 --save_steps 1000 --negatives_cross_device \\
     --temperature 0.02 --sentence_pooling_method cls --normalize_embeddings True --kd_loss_type m3_kd_loss \\
     --unified_finetuning True --use_self_distill True --fix_encoder False --self_distill_start_step 0"

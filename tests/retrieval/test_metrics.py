@@ -1,9 +1,9 @@
 """A table worked out by hand.
 
-query  qrels      ranking                 nDCG@10                         Recall@100  MRR@10
+query  qrels      ranking                 nDCG@10                             Recall@100  MRR@10
 a      x:1        x ...                   1                               1           1
 b      x:1        y z x                   1/log2(4) = 0.5                 1           1/3
-c      x:2 y:1    y x                     (1/1 + 2/log2 3) / (2/1 + 1/log2 3)1           1
+c      x:2 y:1    y x                     (1/1 + 2/log2 3) / (2/1 + 1/log2 3)  1        1
 d      x:1 y:1    x at 1, y at 101        1 / (1 + 1/log2 3)              1/2         1
 e      x:1        x at 11                 0                               1           0
 f      x:1        nothing                 0                               0           0
