@@ -129,9 +129,12 @@ def cached_step(
     chunks = [texts.select(start, stop) for start, stop in plan] + [filler] * (num_chunks - len(plan))
     leaves, states = _encode_all(chunks, len(plan), encode)
     after = _RandomState.capture(texts.input_ids_T.device)
+    # every rank is in the loss at the same time: it exchanges representations, and its backward pass their
+    # gradients
     value, aux = loss(leaves)
     value.backward()
     floats = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves.floats()]
+    # the loss's graph holds score matrices: it goes before the first chunk's graph comes
     del value
     gradients = leaves.with_floats(*floats)
 

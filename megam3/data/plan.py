@@ -81,6 +81,8 @@ class Plan:
     def batch(self, number: int) -> PlannedBatch:
         """Batch `number`, counted over all epochs from 0."""
         epoch, index = divmod(number, self.num_batches)
+        # the order of batches is a keyed permutation: nothing is shuffled in memory, whatever the number of
+        # batches
         place = int(permute(np.array([index]), self.num_batches, key_of(self.seed, epoch, "order"))[0])
         cell = int(np.searchsorted(self._cell_ends, place, side="right"))
         start, stop = self.cells[cell].span(place - int(self._cell_ends[cell] - self.cells[cell].num_batches))
@@ -92,6 +94,7 @@ class Plan:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows, passes and strata at positions of a cell."""
         cell = self.cells[number]
+        # likewise the rows of a cell; a batch asks for its own positions alone
         places = permute(positions, cell.size, key_of(self.seed, epoch, "cell", number))
         own = np.flatnonzero(places < cell.num_own)
         rows, passes, strata = np.empty_like(places), np.empty_like(places), np.empty_like(places)
@@ -102,6 +105,7 @@ class Plan:
             rows[own], passes[own] = self._stratum_rows(strata[own], epoch, places[own] - starts)
         if len(own) < len(places):
             assert cell.carried is not None
+            # rows that a smaller bucket could not place in whole batches ride along here
             rest = np.flatnonzero(places >= cell.num_own)
             found = self._resolve(cell.carried.cell, epoch, places[rest] - cell.num_own + cell.carried.start)
             rows[rest], passes[rest], strata[rest] = found

@@ -83,6 +83,7 @@ class SavedStates:
             states = self._open_sub_groups(shards)
         else:
             states = self._open_groups(shards)
+        # one count for all: bias correction differs by it, and a checkpoint that mixes two is damaged
         steps = {float(state["step"]) for state in states}
         assert len(steps) <= 1, f"AdamW counted {steps} steps in one checkpoint"
         self.adam_steps = steps.pop() if steps else 0.0
@@ -96,6 +97,8 @@ class SavedStates:
     def read(self, name: str, kind: str = WEIGHT) -> Tensor:
         """One parameter's fp32 weight or moment in its full shape, on the CPU; a copy."""
         streams, shape = self._streams[kind], self._shapes[name]
+        # a parameter may lie in one stream or, at stage 3, in a piece of every rank's; the last piece carries
+        # padding
         flat = torch.cat(
             [
                 piece
@@ -151,6 +154,7 @@ class SavedStates:
             ]
             self._streams[kind] = [list(parts) for parts in zip(*moments, strict=True)]
         for stream, shapes in enumerate(self._model["param_shapes"]):
+            # DeepSpeed lays a group's parameters end to end, each padded to the alignment of the reduction
             paddings, offset = (shards[0].get("param_alignment_paddings") or {}), 0
             for index, (name, shape) in enumerate(shapes.items()):
                 self._shapes[name], self._places[name] = tuple(shape), [(stream, offset, shape.numel())]
@@ -167,6 +171,7 @@ class SavedStates:
         offset = 0
         for shapes in self._model["param_shapes"]:
             for name, shape in shapes.items():
+                # each rank holds an equal piece, rounded up: what exceeds the parameter is padding
                 count = -(-shape.numel() // len(shards))
                 self._shapes[name] = tuple(shape)
                 self._places[name] = [(rank, offset, count) for rank in range(len(shards))]

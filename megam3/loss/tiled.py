@@ -51,6 +51,7 @@ def _own_groups(
 
     GROUP_TILE_TEXTS queries at a time meet the passages of those queries, of which each keeps its own few.
     """
+    # groups are contiguous: a block of queries meets one contiguous run of passages
     columns_QG, _ = negatives.group_columns()
     sizes = _tile_sizes(queries.num_texts, GROUP_TILE_TEXTS)
     starts = [0, *torch.tensor(sizes).cumsum(0).tolist()]
@@ -144,6 +145,7 @@ def _outside(
         shape = (len(settings.scores), queries.num_texts)
         lowest_HQ = torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=queries.dense_ND.device)
         return OutsideGroup(lowest_HQ, torch.zeros_like(lowest_HQ)[: len(settings.distilled)], lowest_HQ)
+    # queries are few and short, passages many and long: only queries travel
     of_all = gather_queries(queries, counts, {"dense", *settings.heads}).keep_heads(settings.heads)
     tiles = [
         texts.with_floats(*(x.detach() for x in texts.floats())).split(
@@ -184,6 +186,7 @@ def tiled_unified_loss(
     first_column = counts.first_passage if negatives.in_batch_negatives else 0
     own = _own_groups(queries, passages, negatives, first_column, settings)
     rule = find_margin_rule(settings, own["sum"][:, :1].sum(1) if "sum" in own else None, teacher)
+    # the rule's limit is the positive's own score, which is known only after the groups are scored
     seen_QG = rule.exclude_in_group(own.get("sum"), negatives.visible_in_group())
     outside = _outside(queries, passages, negatives, rule, settings, counts, distill, tile_texts)
     logits = {}

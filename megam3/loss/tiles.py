@@ -91,6 +91,7 @@ class TileGrid:
             queries, passages = self.query_tiles[tile.query_tile], self.passage_tiles[tile.passage_tile]
             scores = score_settings_heads(queries, passages, self.settings)
         hidden_QP = ~self.negatives.visible(tile.rows, tile.columns)
+        # own groups are scored once with a graph (tiled.py): counted here too, they would enter twice
         hidden_QP |= self.negatives.in_own_group(tile.rows, tile.columns)
         if self.limit_Q is not None and scores.sum_QP is not None:
             hidden_QP |= scores.sum_QP.detach() > self.limit_Q[tile.rows, None]
@@ -215,6 +216,7 @@ class _OutsideGroup(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         lse_HQ, highest_HQ = _log_sums(grid)
         mean_DQ = _target_means(grid, lse_HQ) if distill else lse_HQ.new_zeros(0, lse_HQ.shape[1])
+        # the grid holds views of what the caller keeps anyway; only the sums are new
         ctx.grid, ctx.counts = grid, counts
         ctx.save_for_backward(lse_HQ)
         first = sum(counts[: comm.rank()])
