@@ -68,7 +68,7 @@ def test_trains_evaluates_exports_and_answers_from_the_users_pairs(pairs, tmp_pa
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [
         row["step"] for row in metrics
     ]
-    assert "stopped at step 4 of 4" in (run / "log.txt").read_text().splitlines()[-1]
+    assert "already finished: step 4 of 4" in (run / "log.txt").read_text().splitlines()[-1]
 
 
 def test_a_recipe_field_that_does_not_exist_is_named_before_anything_is_fetched(tmp_path, monkeypatch, capfd):
