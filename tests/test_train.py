@@ -144,7 +144,7 @@ MESSAGES = {
         "use the tokenizer the encoder was trained with",
     ],
     "no heads": ["head weights are missing", "model.missing_heads: init"],
-    "positions": ["data.passage_max_tokens = 600", "positions for 512 tokens", "tools/extend_positions.py"],
+    "positions": ["data.passage_max_tokens = 600", "positions for 512 tokens", "megam3 extend-positions"],
     "other model": ["step-000002: model_signature", "parameters of another model", "train.resume=never"],
     "other data": [
         "data fingerprint",

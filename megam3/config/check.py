@@ -254,5 +254,5 @@ def position_rows(encoder: dict[str, Any], section: str, limits: dict[str, int])
                 f"the encoder has positions for {usable} tokens (max_position_embeddings"
                 f" {encoder['max_position_embeddings']})"
             )
-            remedy = f"lower it to {usable}, or give the encoder more with tools/extend_positions.py"
+            remedy = f"lower it to {usable}, or give the encoder more with megam3 extend-positions"
             yield ConfigError(f"{section}.{name}", tokens, rule, remedy)

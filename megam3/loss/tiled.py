@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from megam3.batch import Representations
-from megam3.dist import comm
 from megam3.dist.gather import gather_rows
 from megam3.loss.distillation import MarginRule, TeacherGroups, find_margin_rule, teacher_rows
 from megam3.loss.limits import GROUP_TILE_TEXTS, texts_per_tile
@@ -197,4 +196,4 @@ def tiled_unified_loss(
     mean_of = dict(zip(settings.distilled, outside.mean_DQ)) if distill else {}
     rows = _rows(logits, mean_of, seen_QG, settings, teacher)
     hits = {name: part.hit_Q for name, part in logits.items()}
-    return add_up(rows, hits, settings, comm.world_size() / sum(counts.queries))
+    return add_up(rows, hits, settings, counts.row_scale)

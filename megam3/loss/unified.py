@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from megam3.batch import Representations
-from megam3.dist import comm
 from megam3.loss.distillation import TeacherGroups, find_margin_rule, teacher_rows
 from megam3.loss.limits import loss_needs_tiles
 from megam3.loss.negatives import Negatives
@@ -59,15 +58,10 @@ def retrieval_loss(
         negatives.positive_column_Q,
         negatives.visible(),
         settings,
-        row_scale(counts),
+        counts.row_scale,
         distill,
         teacher,
     )
-
-
-def row_scale(counts: RankCounts) -> float:
-    """W / queries of all ranks: what makes the mean over ranks of local sums the mean over all queries."""
-    return comm.world_size() / sum(counts.queries)
 
 
 def _needs_tiles(counts: RankCounts, settings: LossSettings) -> bool:

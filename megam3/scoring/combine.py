@@ -112,6 +112,11 @@ class RankCounts:
     query_rows: tuple[int, ...]
 
     @property
+    def row_scale(self) -> float:
+        """W / queries of all ranks: makes the mean over ranks of local sums the mean over all queries."""
+        return comm.world_size() / sum(self.queries)
+
+    @property
     def first_passage(self) -> int:
         """Column of this rank's first passage among all ranks' passages."""
         return sum(self.passages[: comm.rank()])

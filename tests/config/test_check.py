@@ -265,7 +265,7 @@ def test_positions_shorter_than_the_limit(project: Path) -> None:
     assert message(files=True, data__query_max_tokens=512) == (
         "data.passage_max_tokens = 8192: the encoder has positions for 512 tokens (max_position_embeddings "
         "514); "
-        "lower it to 512, or give the encoder more with tools/extend_positions.py"
+        "lower it to 512, or give the encoder more with megam3 extend-positions"
     )
     check_config(make_config(data__passage_max_tokens=512), 1)
 
