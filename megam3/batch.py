@@ -6,117 +6,23 @@
     K multi-vector rows       Z (text, id) pairs with an id that occurs in the text, ascending by text then id
     a trailing 1 is one more: `cu_seqlens_N1` has N + 1 entries
 
-Nothing is padded. Three texts of 3, 2 and 4 tokens are one stream of 9:
-
-    input_ids_T     0 7 2 | 0 2 | 0 9 8 2
-    position_ids_T  0 1 2 | 0 1 | 0 1 2 3         (the backbone adds its own offset, 2 for XLM-R)
-    cu_seqlens_N1   0       3     5         9
+How texts lie in a stream: `packed_texts.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from itertools import accumulate, chain
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from typing import Self  # Python 3.11, and only a type
+from megam3.packed_texts import PackedTexts, copy_to, map_tensors
 
-
-@dataclass(frozen=True, kw_only=True)
-class PackedTexts:
-    """N texts as one token stream. Lengths also stay on the host: no kernel launch waits for a copy."""
-
-    input_ids_T: Tensor
-    """int64."""
-    position_ids_T: Tensor
-    """int64, from 0 in every text."""
-    cu_seqlens_N1: Tensor
-    """int32, on the device of the stream."""
-    lengths: tuple[int, ...]
-    """Tokens per text, on the host."""
-
-    @property
-    def num_texts(self) -> int:
-        """N."""
-        return len(self.lengths)
-
-    @property
-    def num_tokens(self) -> int:
-        """T."""
-        return int(self.input_ids_T.shape[0])
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of the longest text; 0 without texts."""
-        return max(self.lengths, default=0)
-
-    def to(self, device: torch.device | str) -> PackedTexts:
-        """The same texts on `device`; copies overlap with compute when the source is pinned."""
-        return replace(
-            self,
-            input_ids_T=self.input_ids_T.to(device, non_blocking=True),
-            position_ids_T=self.position_ids_T.to(device, non_blocking=True),
-            cu_seqlens_N1=self.cu_seqlens_N1.to(device, non_blocking=True),
-        )
-
-    def pin_memory(self) -> PackedTexts:
-        """The same texts in page-locked memory; needs a GPU's driver."""
-        return replace(
-            self,
-            input_ids_T=self.input_ids_T.pin_memory(),
-            position_ids_T=self.position_ids_T.pin_memory(),
-            cu_seqlens_N1=self.cu_seqlens_N1.pin_memory(),
-        )
-
-    def text_ids_T(self) -> Tensor:
-        """Index of the text each token belongs to, int64."""
-        lengths_N = (self.cu_seqlens_N1[1:] - self.cu_seqlens_N1[:-1]).long()
-        index_N = torch.arange(self.num_texts, device=lengths_N.device)
-        return torch.repeat_interleave(index_N, lengths_N, output_size=self.num_tokens)
-
-    def select(self, start: int, stop: int) -> PackedTexts:
-        """Texts start..stop-1 as a stream of their own (views, no copy of tokens)."""
-        first, last = sum(self.lengths[:start]), sum(self.lengths[:stop])
-        return PackedTexts(
-            input_ids_T=self.input_ids_T[first:last],
-            position_ids_T=self.position_ids_T[first:last],
-            cu_seqlens_N1=self.cu_seqlens_N1[start : stop + 1] - self.cu_seqlens_N1[start],
-            lengths=self.lengths[start:stop],
-        )
-
-
-def pack_texts(token_ids: Sequence[Sequence[int]]) -> PackedTexts:
-    """Join token id lists (special tokens included) into one stream on the CPU.
-
-    Raises:
-        ValueError: a text without tokens; the encoder would have nothing to read there.
-    """
-    lengths = tuple(len(ids) for ids in token_ids)
-    if 0 in lengths:
-        raise ValueError(
-            f"text {lengths.index(0)} has no tokens; every text needs at least its special tokens"
-        )
-    if not lengths:
-        return pack_stream(torch.zeros(0, dtype=torch.int64), lengths)
-    return pack_stream(torch.cat([torch.as_tensor(ids, dtype=torch.int64) for ids in token_ids]), lengths)
-
-
-def pack_stream(input_ids_T: Tensor, lengths: Sequence[int]) -> PackedTexts:
-    """Texts that already lie one after the other, int64 on the CPU; `lengths` add up to T."""
-    lengths_N = torch.tensor(lengths, dtype=torch.int64)
-    cu_seqlens_N1 = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    cu_seqlens_N1[1:] = lengths_N.cumsum(0)
-    starts_T = torch.repeat_interleave(cu_seqlens_N1[:-1].long(), lengths_N)
-    return PackedTexts(
-        input_ids_T=input_ids_T,
-        position_ids_T=torch.arange(input_ids_T.shape[0]) - starts_T,
-        cu_seqlens_N1=cu_seqlens_N1,
-        lengths=tuple(lengths),
-    )
+_Batch = TypeVar("_Batch")
+"""typing.Self came with Python 3.11."""
 
 
 @runtime_checkable
@@ -151,13 +57,14 @@ class Batch(Protocol):
     def padded_tokens(self) -> int:
         """Tokens a padded pipeline would process."""
 
-    def to(self, device: torch.device | str) -> Self:
-        """The texts on `device`; the rest stays on the host, where the plan and the log read it."""
+    def to(self: _Batch, device: torch.device | str) -> _Batch:
+        """What the model and the loss read on `device`; the rest stays on the host for the log."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalBatch:
-    """One rank's share of one step: Q queries and their groups of passages, the positive first in each group.
+    """One rank's share of one step: Q queries and their groups of passages, the positive (or positives) first
+    in each group.
 
     `texts` holds the Q queries, then the P passages by group: query i owns the passages group_offsets_Q1[i]
     to group_offsets_Q1[i+1] - 1. Two queries with groups of 2 and 1:
@@ -167,7 +74,7 @@ class RetrievalBatch:
 
     texts: PackedTexts
     group_offsets_Q1: Tensor
-    """int64, on the CPU; group sizes may differ."""
+    """int64; group sizes may differ."""
     rows_Q: Tensor
     """int64: row of each query among all datasets; names the sample in logs and resume tests."""
     passage_hashes_P: Tensor
@@ -175,6 +82,9 @@ class RetrievalBatch:
     known_positive_hashes_QM: Tensor | None = None
     """int64: hashes of all positives of the query's record, also those not drawn; shorter rows repeat one.
     None: no record has more than the one drawn."""
+    query_hashes_Q: Tensor | None = None
+    """int64, on the CPU: hash of the query's text; rows that ask the same share their known positives. None:
+    not known, and no row counts as asked twice."""
     teacher_scores_P: Tensor | None = None
     """float32: scores of a teacher (a re-ranker), when the records carry them."""
     in_batch_negatives: bool = True
@@ -183,6 +93,15 @@ class RetrievalBatch:
     language: str = ""
     num_truncated: int = 0
     """Texts of this batch cut at their limit."""
+    group_sizes: tuple[int, ...] = ()
+    """Passages of each query, on the host; read from the offsets where nobody gives them."""
+    positive_counts: tuple[int, ...] = ()
+    """Drawn positives that open each query's group, on the host; () where each has one."""
+
+    def __post_init__(self) -> None:
+        if len(self.group_sizes) != self.num_queries:
+            sizes = (self.group_offsets_Q1[1:] - self.group_offsets_Q1[:-1]).tolist()
+            object.__setattr__(self, "group_sizes", tuple(sizes))
 
     @property
     def rows(self) -> Tensor:
@@ -211,8 +130,10 @@ class RetrievalBatch:
         return len(queries) * max(queries, default=0) + len(passages) * max(passages, default=0)
 
     def to(self, device: torch.device | str) -> RetrievalBatch:
-        """The texts on `device`; bookkeeping stays on the host, where the plan and the log read it."""
-        return replace(self, texts=self.texts.to(device))
+        """All that the loss reads on `device`; rows and hashes of queries stay on the host, where the log and
+        the search for questions asked twice read them without waiting for the device."""
+        moved = map_tensors(self, copy_to(device))
+        return replace(moved, rows_Q=self.rows_Q, query_hashes_Q=self.query_hashes_Q)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +181,19 @@ class Representations:
     """L2-normalised rows of every token but `<s>`."""
     multi_offsets_N1: Tensor
     """int64, on the device: rows of text n."""
+    pair_counts: tuple[int, ...] = ()
+    """Pairs of each text, on the host; read from the offsets where nobody knows them, which waits for the
+    device."""
+    row_counts: tuple[int, ...] = ()
+    """Multi-vector rows of each text, likewise."""
+
+    def __post_init__(self) -> None:
+        for name, offsets in (
+            ("pair_counts", self.lexical_offsets_N1),
+            ("row_counts", self.multi_offsets_N1),
+        ):
+            if len(getattr(self, name)) != offsets.shape[0] - 1:
+                object.__setattr__(self, name, tuple((offsets[1:] - offsets[:-1]).tolist()))
 
     @property
     def num_texts(self) -> int:
@@ -268,46 +202,44 @@ class Representations:
 
     def select(self, start: int, stop: int) -> Representations:
         """Texts start..stop-1 (views, gradients flow)."""
-        lexical, multi = self.lexical_offsets_N1[start : stop + 1], self.multi_offsets_N1[start : stop + 1]
-        z0, z1, k0, k1 = torch.stack([lexical[0], lexical[-1], multi[0], multi[-1]]).tolist()
+        z0, z1 = sum(self.pair_counts[:start]), sum(self.pair_counts[:stop])
+        k0, k1 = sum(self.row_counts[:start]), sum(self.row_counts[:stop])
         return Representations(
             dense_ND=self.dense_ND[start:stop],
             lexical_weights_Z=self.lexical_weights_Z[z0:z1],
             lexical_ids_Z=self.lexical_ids_Z[z0:z1],
-            lexical_offsets_N1=lexical - z0,
+            lexical_offsets_N1=self.lexical_offsets_N1[start : stop + 1] - z0,
             multi_KC=self.multi_KC[k0:k1],
-            multi_offsets_N1=multi - k0,
+            multi_offsets_N1=self.multi_offsets_N1[start : stop + 1] - k0,
+            pair_counts=self.pair_counts[start:stop],
+            row_counts=self.row_counts[start:stop],
         )
 
     def split(self, sizes: Sequence[int]) -> list[Representations]:
         """Consecutive runs of `sizes` texts, which add up to all of them; gradients of all runs come back in
         one tensor.
 
-        One look at the offsets serves all runs. `select` per run would, in the backward pass, make a tensor
-        of the whole size for every run.
+        `select` per run would, in the backward pass, make a tensor of the whole size for every run.
         """
-        edges = [0]
-        for size in sizes:
-            edges.append(edges[-1] + size)
+        edges = [0, *accumulate(sizes)]
         assert edges[-1] == self.num_texts, "the runs must cover all texts"
-        lexical, multi = self.lexical_offsets_N1, self.multi_offsets_N1
-        first_pair, first_row = torch.stack([lexical[edges], multi[edges]]).tolist()
-        pair_counts = [stop - start for start, stop in zip(first_pair, first_pair[1:])]
-        row_counts = [stop - start for start, stop in zip(first_row, first_row[1:])]
-        dense = self.dense_ND.split(list(sizes))
-        weights = self.lexical_weights_Z.split(pair_counts)
-        ids = self.lexical_ids_Z.split(pair_counts)
-        vectors = self.multi_KC.split(row_counts)
+        runs = [slice(start, stop) for start, stop in zip(edges, edges[1:])]
+        pairs = [sum(self.pair_counts[run]) for run in runs]
+        rows = [sum(self.row_counts[run]) for run in runs]
+        dense, vectors = self.dense_ND.split(list(sizes)), self.multi_KC.split(rows)
+        weights, ids = self.lexical_weights_Z.split(pairs), self.lexical_ids_Z.split(pairs)
         return [
             Representations(
-                dense_ND=dense[run],
-                lexical_weights_Z=weights[run],
-                lexical_ids_Z=ids[run],
-                lexical_offsets_N1=lexical[edges[run] : edges[run + 1] + 1] - first_pair[run],
-                multi_KC=vectors[run],
-                multi_offsets_N1=multi[edges[run] : edges[run + 1] + 1] - first_row[run],
+                dense_ND=dense[n],
+                lexical_weights_Z=weights[n],
+                lexical_ids_Z=ids[n],
+                lexical_offsets_N1=self.lexical_offsets_N1[run.start : run.stop + 1] - sum(pairs[:n]),
+                multi_KC=vectors[n],
+                multi_offsets_N1=self.multi_offsets_N1[run.start : run.stop + 1] - sum(rows[:n]),
+                pair_counts=self.pair_counts[run],
+                row_counts=self.row_counts[run],
             )
-            for run in range(len(sizes))
+            for n, run in enumerate(runs)
         ]
 
     def keep_heads(self, heads: Collection[str]) -> Representations:
@@ -321,9 +253,11 @@ class Representations:
                 lexical_weights_Z=kept.lexical_weights_Z[:0],
                 lexical_ids_Z=kept.lexical_ids_Z[:0],
                 lexical_offsets_N1=none_N1,
+                pair_counts=(0,) * self.num_texts,
             )
         if "multi_vector" not in heads:
-            kept = replace(kept, multi_KC=kept.multi_KC[:0], multi_offsets_N1=none_N1)
+            none = (0,) * self.num_texts
+            kept = replace(kept, multi_KC=kept.multi_KC[:0], multi_offsets_N1=none_N1, row_counts=none)
         return kept
 
     def floats(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -349,6 +283,8 @@ def join_representations(parts: Sequence[Representations]) -> Representations:
         lexical_offsets_N1=join_offsets([p.lexical_offsets_N1 for p in parts]),
         multi_KC=torch.cat([p.multi_KC for p in parts]),
         multi_offsets_N1=join_offsets([p.multi_offsets_N1 for p in parts]),
+        pair_counts=tuple(chain.from_iterable(p.pair_counts for p in parts)),
+        row_counts=tuple(chain.from_iterable(p.row_counts for p in parts)),
     )
 
 

@@ -11,41 +11,56 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from megam3.batch import Progress, Representations, pack_texts
+from megam3.batch import Progress, Representations
 from megam3.checkpoint import (
     RunState,
     check_resumable,
     clear_partials,
-    has_same_layout,
+    load_weights,
     newest_complete,
+    read_rollbacks,
     read_state,
     set_aside,
     was_started_by,
     write_started_by,
 )
-from megam3.config.deepspeed import bf16_sums_warning, build_deepspeed_config
+from megam3.config.deepspeed import bf16_sums_warning, build_deepspeed_config, is_half
 from megam3.config.difference import recipe_changes
 from megam3.config.load import dump_config
-from megam3.config.schema import RunConfig
+from megam3.config.schema import ModelConfig, RunConfig
 from megam3.data.dataset import TrainingData, open_on_every_rank
 from megam3.data.notes import data_notes
+from megam3.data.skips import merge_ranges
 from megam3.data.tokenizer import Tokenizer, load_tokenizer
 from megam3.dist import comm
 from megam3.encoders import read_encoder_config
 from megam3.engine.activations import ActivationMemory
-from megam3.engine.deepspeed import Engine, join, model_construction
+from megam3.engine.adamw import Kind as AdamWKind
+from megam3.engine.adamw import choose_adamw
+from megam3.engine.compiled import compile_layers
+from megam3.engine.deepspeed import Engine, check_precision, join, model_construction
+from megam3.engine.kernels import activate_attention, check_kernels, wished_path
+from megam3.engine.optim import group_layout
+from megam3.engine.swapped import check_disk
 from megam3.errors import ConfigError, DataError
-from megam3.model.attention import report_attention
+from megam3.files import write_json
+from megam3.model.attention import report_attention, wish_attention
+from megam3.model.freeze import freeze_parameters
+from megam3.model.hub import hub_source
 from megam3.objectives.base import Objective, find_objective
-from megam3.obs.clock import measure_matmul_peak
+from megam3.obs.clock import forget_peak_memory, measure_matmul_peak
 from megam3.obs.environment import describe_environment
 from megam3.obs.guard import RunGuard
 from megam3.obs.log import setup_logging
 from megam3.obs.run_folder import MODEL_FOLDER, describe_run_folder
-from megam3.planning.memory_report import describe_run
+from megam3.packed_texts import pack_texts
+from megam3.planning.agreement import agreed_lengths, choose_engine
+from megam3.planning.choice import CHOICE_FILE, Choice
+from megam3.planning.memory_report import plan_run
+from megam3.reading import find_first_problem, resolve_reading, turn_encoder
 from megam3.retrieval.beir import BeirDataset, read_beir
-from megam3.retrieval.evaluate import evaluate
-from megam3.trainer import Run, seed_torch
+from megam3.retrieval.evaluate import evaluate, offered_modes
+from megam3.step import Run, seed_torch
 
 logger = logging.getLogger(__name__)
 
@@ -59,60 +74,48 @@ def build(config: RunConfig, device: torch.device, guard: RunGuard) -> Run:
     # 1. the run folder's log
     run_dir = str(config.run_dir)
     setup_logging(run_dir, comm.is_main(), comm.rank())
-    ds_config = build_deepspeed_config(config, comm.world_size(), has_gpu=device.type == "cuda")
+    given, on_gpu = config, device.type == "cuda"
+    longest = agreed_lengths(config)
+    config, choice = choose_engine(config, device, longest)
+    ds_config = build_deepspeed_config(config, comm.world_size(), has_gpu=on_gpu)
+    check_precision(ds_config)
+    dtype = weight_dtype(ds_config)
+    check_kernels(config, device, dtype)
+    adamw = choose_adamw(config.engine.adamw)
+    check_disk(ds_config, config.engine.template)
     # 2. tokenizer, data and test sets: the main rank tokenises what is not in the store yet, the others wait
     tokenizer = load_tokenizer(config.model.path, read_encoder_config(config.model.path).get("vocab_size"))
+    check_first_token(config.model, tokenizer)
     test_sets = [read_beir(folder, config.evaluation.split) for folder in config.evaluation.folders]
     data = open_on_every_rank(config.data, tokenizer, config.store_dir, config.train.seed)
     check_data_kind(config, data)
+    # chosen above too, because what cannot run must be said before an hour of tokenising
+    if longest != (prepared := agreed_lengths(config)):
+        config, choice = choose_engine(given, device, prepared)
+        ds_config = build_deepspeed_config(config, comm.world_size(), has_gpu=on_gpu)
     total_steps = config.train.steps or data.num_steps(config.train.epochs or 0.0)
     # 3. the model; a fixed seed, so that heads from scratch are equal on every rank
     join(device)
+    activate_attention(config.engine.attention, device)
     seed_torch(config.train.seed)
-    dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
     objective = find_objective(config.objective)(config.objective, config.data.batch.chunk_tokens)
-    with model_construction(ds_config):
-        module = objective.load_model(config.model, dtype)
+    bytes_before_model = forget_peak_memory(device)
+    module = _load_module(config, objective, ds_config, dtype)
     signature = model_signature(module)
     shape = objective.shape(module)
     # 4. the engine
-    activations = ActivationMemory(
-        module, config.engine.activation_checkpointing, config.engine.activation_offload
-    )
-    engine = Engine(
-        module,
-        optim=config.optim,
-        is_head_parameter=objective.is_head_parameter,
-        ds_config=ds_config,
-        device=device,
-        total_steps=total_steps,
-        activations=activations,
-    )
+    engine = _make_engine(config, module, objective, ds_config, device, total_steps, adamw)
     # 5. where to start; only then is the run folder described anew
-    state = RunState(
-        progress=Progress(),
-        world_size=comm.world_size(),
-        zero_stage=engine.stage,
-        model_signature=signature,
-        data_fingerprint=data.fingerprint,
-        layout=state_layout(ds_config),
-        recipe=config.model_dump(mode="json"),
-    )
-    state = _start_state(config, run_dir, engine, data, state, total_steps)
+    fresh = _fresh_state(config, ds_config, engine.stage, signature, data.fingerprint)
+    state = _start_state(config, run_dir, engine, data, fresh, total_steps)
     if comm.is_main():
         # a finished run keeps the record of what it trained with
         if state.progress.step < total_steps:
-            describe_run_folder(
-                run_dir,
-                recipe_text=dump_config(config),
-                ds_config=ds_config,
-                environment=describe_environment(device),
-                model_path=config.model.path,
-            )
+            _record_start(config, ds_config, device, choice)
         _report_start(config, state, total_steps, data)
         _report_arithmetic(config, ds_config, module, device)
-    memory_table, planned_bytes = describe_run(config, comm.world_size(), on_gpu=device.type == "cuda")
-    for line in memory_table:
+    memory_plan = plan_run(config, comm.world_size(), on_gpu=on_gpu, longest=prepared)
+    for line in () if memory_plan is None else memory_plan.lines:
         logger.info(line)
     return Run(
         config=config,
@@ -127,14 +130,92 @@ def build(config: RunConfig, device: torch.device, guard: RunGuard) -> Run:
         matmul_peak=measure_matmul_peak(device, dtype),
         evaluate=evaluation(config, engine, objective, tokenizer, test_sets, run_dir),
         guard=guard,
-        planned_bytes=planned_bytes,
+        memory_plan=memory_plan,
+        bytes_before_model=bytes_before_model,
     )
 
 
-def state_layout(ds_config: dict) -> str:
+def _load_module(config: RunConfig, objective: Objective, ds_config: dict, dtype: torch.dtype) -> nn.Module:
+    """The stage's model as it is trained: parts frozen, attention as the recipe wishes."""
+    with model_construction(ds_config):
+        module = objective.load_model(config.model, dtype)
+    freeze_parameters(module, config.model.freeze)
+    wish_attention(module, wished_path(config.engine.attention))
+    return module
+
+
+def _fresh_state(
+    config: RunConfig, ds_config: dict, zero_stage: int, signature: str, data_fingerprint: str
+) -> RunState:
+    """Of a run that begins now."""
+    return RunState(
+        progress=Progress(),
+        world_size=comm.world_size(),
+        zero_stage=zero_stage,
+        model_signature=signature,
+        data_fingerprint=data_fingerprint,
+        layout=state_layout(ds_config, group_layout(config.optim)),
+        recipe=config.model_dump(mode="json"),
+    )
+
+
+def _make_engine(
+    config: RunConfig,
+    module: nn.Module,
+    objective: Objective,
+    ds_config: dict,
+    device: torch.device,
+    total_steps: int,
+    adamw: AdamWKind,
+) -> Engine:
+    settings = config.engine
+    activations = ActivationMemory(module, settings.activation_checkpointing, settings.activation_offload)
+    if settings.compile_layers:
+        logger.info("compiled at their first pass: %d encoder layers", compile_layers(module))
+    return Engine(
+        module,
+        optim=config.optim,
+        is_head_parameter=objective.is_head_parameter,
+        ds_config=ds_config,
+        device=device,
+        total_steps=total_steps,
+        activations=activations,
+        reduces_once=settings.gradient_reduction == "once",
+        adamw=adamw,
+    )
+
+
+def weight_dtype(ds_config: dict) -> torch.dtype:
+    """In which DeepSpeed keeps the weights that passes read."""
+    half = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float16
+    return half if is_half(ds_config) else torch.float32
+
+
+def state_layout(ds_config: dict, groups: Sequence[float | None] = ()) -> str:
     """What decides how weights and moments are cut into files; a checkpoint of another layout is joined by
-    name."""
-    return json.dumps([comm.world_size(), ds_config["zero_optimization"], ds_config["bf16"]], sort_keys=True)
+    name. `groups`: what tells parameter groups apart (`group_layout`)."""
+    cut = [comm.world_size(), ds_config["zero_optimization"], ds_config["bf16"], *groups]
+    return json.dumps(cut, sort_keys=True)
+
+
+def check_first_token(settings: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Refuse to read the dense vector from a first token that the tokenizer does not put there; said now, not
+    after an hour of tokenising.
+
+    Raises:
+        ConfigError: see `find_first_problem`.
+    """
+    reading = resolve_reading(
+        settings.path,
+        turn_encoder(read_encoder_config(settings.path), settings.attention),
+        pooling=settings.pooling,
+        cls_every_tokens=settings.cls_every_tokens,
+        attention=settings.attention,
+    )
+    first_id = tokenizer.prefix[0] if tokenizer.prefix else None
+    problem = find_first_problem(reading, first_id, settings.path)
+    if problem is not None:
+        raise problem
 
 
 def check_data_kind(config: RunConfig, data: TrainingData) -> None:
@@ -162,8 +243,12 @@ def check_data_kind(config: RunConfig, data: TrainingData) -> None:
 
 
 def model_signature(module: nn.Module) -> str:
-    """Hash of every parameter's name and full shape; equal for equal architectures at any ZeRO stage."""
-    shapes = sorted((name, list(getattr(p, "ds_shape", p.shape))) for name, p in module.named_parameters())
+    """Hash of every parameter's name and full shape, and of which are frozen: those have no moments to go on
+    with. Equal for equal architectures at any ZeRO stage."""
+    shapes = sorted(
+        (name, list(getattr(p, "ds_shape", p.shape)), *([] if p.requires_grad else ["frozen"]))
+        for name, p in module.named_parameters()
+    )
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
 
 
@@ -175,7 +260,8 @@ def evaluation(
     test_sets: Sequence[BeirDataset],
     run_dir: str,
 ) -> Callable[[int], dict[str, float]]:
-    """Five-mode evaluation of the model in training, on all ranks together; the files go to run_dir/eval."""
+    """Evaluation of the model in training, in the modes whose heads it trains, on all ranks together; the
+    files go to run_dir/eval."""
 
     def tokenize(texts: Sequence[str], max_tokens: int) -> list[list[int]]:
         return [ids.tolist() for ids in tokenizer.encode(texts, max_tokens)[0]]
@@ -183,11 +269,13 @@ def evaluation(
     def encode_ids(token_ids: Sequence[Sequence[int]]) -> Representations:
         return objective.represent(engine.forward, pack_texts(token_ids).to(engine.device))
 
+    modes = offered_modes(config.objective.scored_heads())
+
     def run(step: int) -> dict[str, float]:
         figures: dict[str, float] = {}
         with engine.inference():
             for dataset in test_sets:
-                result = evaluate(dataset, tokenize, encode_ids, config.evaluation)
+                result = evaluate(dataset, tokenize, encode_ids, config.evaluation, modes)
                 figures |= result.scalars()
                 if comm.is_main():
                     result.write(os.path.join(run_dir, "eval", f"step-{step:06d}-{result.dataset}.json"))
@@ -231,6 +319,9 @@ def _start_state(
     if folder is None:
         return state
     saved = read_state(folder, verify=False)
+    # on the disk since the moment the run went back, when no checkpoint knew of it yet
+    rollbacks = read_rollbacks(run_dir, state.data_fingerprint)
+    state = replace(state, skipped=[[entry.first, entry.stop] for entry in rollbacks])
     check_resumable(folder, saved, state)
     if not config.train.resume_with_other_data:
         data.check_fingerprint(saved.data_fingerprint)
@@ -247,16 +338,13 @@ def _start_state(
             "none of these changes is trained: the run is finished, and its recipe.yaml stays as it is; "
             "choose another name, more train.steps, or train.resume=never to begin anew"
         )
-    if has_same_layout(saved, state):
-        engine.load(folder)
-    else:
-        was, now = (f"{s.world_size} ranks at ZeRO stage {s.zero_stage}" for s in (saved, state))
-        logger.info(
-            "the checkpoint's files were cut otherwise (%s, now %s): joining them by parameter name", was, now
-        )
-        engine.load_elastic(folder)
+    load_weights(engine, folder, saved, state)
     logger.info("resumed from %s", folder)
-    return replace(state, progress=saved.progress)
+    kept = saved.skipped if saved.data_fingerprint == state.data_fingerprint else []
+    skipped = merge_ranges([*kept, *state.skipped])
+    for first, stop in skipped:
+        logger.info("steps %d to %d of the plan are left out: the run has gone round them", first + 1, stop)
+    return replace(state, progress=saved.progress, skipped=skipped, overflows=saved.overflows)
 
 
 def check_not_past(config: RunConfig, folder: str, step: int, total_steps: int) -> None:
@@ -270,6 +358,20 @@ def check_not_past(config: RunConfig, folder: str, step: int, total_steps: int) 
         rule = f"ends at step {total_steps}, and the run is at step {step} already ({folder})"
         remedy = f"raise train.{field}, go back with train.resume_step, or begin anew with train.resume=never"
         raise ConfigError(f"train.{field}", getattr(config.train, field), rule, remedy)
+
+
+def _record_start(config: RunConfig, ds_config: dict, device: torch.device, choice: Choice | None) -> None:
+    """What this start trains with, into the run folder."""
+    run_dir = str(config.run_dir)
+    describe_run_folder(
+        run_dir,
+        recipe_text=dump_config(config),
+        ds_config=ds_config,
+        environment={**describe_environment(device), "model": hub_source(config.model.path)},
+        model_path=config.model.path,
+    )
+    if choice is not None:
+        write_json(os.path.join(run_dir, CHOICE_FILE), choice.record)
 
 
 def _report_arithmetic(config: RunConfig, ds_config: dict, module: nn.Module, device: torch.device) -> None:

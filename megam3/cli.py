@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megam3 import __version__
-from megam3.errors import UserError
+from megam3.errors import UserError, refused_path
 from megam3.files import deny_writing_to_others
 
 USER_ERROR_CODE = 2
@@ -38,6 +38,13 @@ GROUPS = {
             "megam3.commands.show_config", "a recipe resolved: every field, batch sizes, DeepSpeed dictionary"
         ),
         "explain": Subcommand("megam3.commands.explain", "a field of the recipe: type, default, meaning"),
+        "completion": Subcommand(
+            "megam3.commands.completion", "print a script for bash or zsh that completes all of this"
+        ),
+        "init-site": Subcommand(
+            "megam3.commands.init_site",
+            "write Slurm scripts, container files, recipes and DeepSpeed templates",
+        ),
     },
     "Before a run": {
         "extend-positions": Subcommand(
@@ -78,6 +85,9 @@ GROUPS = {
         "evaluate": Subcommand(
             "megam3.commands.evaluate", "five retrieval modes and BM25 on test sets in BEIR format"
         ),
+        "search": Subcommand(
+            "megam3.commands.search", "query your texts with an exported model: terminal, or a local page"
+        ),
         "report": Subcommand("megam3.commands.report", "one HTML page about a run, or several side by side"),
         "export": Subcommand(
             "megam3.commands.export", "a checkpoint in the layout of another library, read back and compared"
@@ -107,8 +117,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         remedy = f"did you mean {near[0]}?" if near else f"use one of: {', '.join(SUBCOMMANDS)}"
         parser.error(f"there is no subcommand {name!r}; {remedy}")
     deny_writing_to_others()
-    module = importlib.import_module(SUBCOMMANDS[name].module)
-    return report_user_errors(module.main, arguments[1:])
+    return report_user_errors(load(name), arguments[1:])
+
+
+def load(name: str) -> Callable[[Sequence[str]], int | None]:
+    """The function behind a subcommand, its module imported."""
+    function: Callable[[Sequence[str]], int | None] = importlib.import_module(SUBCOMMANDS[name].module).main
+    return function
 
 
 def _table() -> str:
@@ -122,11 +137,17 @@ def _table() -> str:
 
 
 def report_user_errors(function: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
-    """Call `function(argv)`; a UserError becomes one message on stderr and exit code 2."""
+    """Call `function(argv)`; a UserError, or a path that the file system refuses, becomes one message on
+    stderr and exit code 2."""
     try:
         return function(argv) or 0
     except UserError as error:
         return print_user_error(error)
+    except OSError as error:
+        refused = refused_path(error, "?", "name another path, or mend that")
+        if refused is None:
+            raise
+        return print_user_error(refused)
 
 
 def print_user_error(error: UserError, speaker: str = "") -> int:

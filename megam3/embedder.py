@@ -4,13 +4,16 @@
     encoded = embedder.encode(["what is a heading?", "A heading names a section."])
     embedder.encode("what is a heading?", heads=["dense"], dense_dim=256).dense_vecs   # one text
     embedder.score([("what is a heading?", "A heading names a section.")])["sum"]
+    embedder.encode(texts, device=["cuda:0", "cuda:1"])          # a process for each
+    with embedder.on_devices(["cuda:0", "cuda:1"]) as several:   # the processes stay for several calls
+        several.encode(texts)
 
 Texts are sorted by length and packed up to a token budget; results come back in the order given.
 """
 
 from __future__ import annotations
 
-import sys
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -18,29 +21,21 @@ from typing import Any, Literal
 import numpy as np
 import tokenizers
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
-from megam3.batch import Representations, pack_texts
-from megam3.config.objective import HEADS, HeadWeights
-from megam3.config.schema import ModelConfig
-from megam3.data.tokenizer import Tokenizer
+from megam3.batch import Representations
+from megam3.config.weights import HEADS, HeadWeights
+from megam3.data.tokenizer import Tokenizer, check_vocabulary
+from megam3.embedder_processes import EncodingProcesses, encoding_processes
 from megam3.errors import ConfigError, DataError
-from megam3.model.backbone import max_text_tokens
-from megam3.model.encoded import (
-    Encoded,
-    lexical_dicts,
-    lexical_match,
-    multi_vector_arrays,
-    truncate_dense,
-)
-from megam3.model.folder import model_folder, pick_device
-from megam3.model.m3 import M3Model, represent
-from megam3.model.pretrained import load_m3, load_tokenizer_of
+from megam3.model.device import Precision, PrecisionWish, pick_device, pick_precision
+from megam3.model.encoded import Encoded, encoded_batch, lexical_match, truncate_dense
+from megam3.model.folder import model_folder
+from megam3.model.inference import load_model, offered_heads, represent_batches, suited_batch_tokens
+from megam3.model.m3 import M3Model, max_model_tokens
+from megam3.model.pretrained import load_tokenizer_of, refuse_missing_heads
+from megam3.obs.progress import encoding_progress
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PAIRS_AT_ONCE = 1024
 _TEXTS_PER_CALL = 1024
 """Texts that go to the tokenizer in one call, which uses all cores; what it returns beside ids is dropped."""
@@ -50,25 +45,26 @@ class M3Embedder:
     """An M3 model and its tokenizer, without gradients.
 
     Args:
-        path: a folder in the published layout (encoder, tokenizer, both heads), or the id of one on the hub.
+        path: a folder that `megam3 export` wrote or of the published layout, or the id of one on the hub.
+            Heads without weights in it are not offered (`heads`).
         device: None: CUDA when there is one.
         precision: auto: bf16 on CUDA, fp32 elsewhere.
 
     Raises:
-        ConfigError, CheckpointError: the folder cannot be served, or the device is not there.
+        ConfigError, CheckpointError: the folder cannot be served, its tokenizer belongs to another model, or
+            the device is not there.
     """
 
-    def __init__(self, path: str, *, device: str | torch.device | None = None, precision: Precision = "auto"):
+    def __init__(
+        self, path: str, *, device: str | torch.device | None = None, precision: PrecisionWish = "auto"
+    ):
         target = pick_device(device)
-        if precision == "auto":
-            precision = "bf16" if target.type == "cuda" else "fp32"
-        if precision not in _DTYPES:
-            raise ConfigError(
-                "precision", precision, f"must be auto or one of {', '.join(_DTYPES)}", "leave it at auto"
-            )
+        own = pick_precision(precision, target)
         path = model_folder(path)
-        model = load_m3(path, ModelConfig(path=path), dtype=_DTYPES[precision])
-        self._take(model.to(target), load_tokenizer_of(path))
+        model = load_model(path, target, own)
+        self._take(model, load_tokenizer_of(path))
+        check_vocabulary(self._text_tokenizer, model.encoder.config.vocab_size, path)
+        self._source = (path, own)
 
     @classmethod
     def from_model(cls, model: M3Model, tokenizer: PreTrainedTokenizerBase) -> M3Embedder:
@@ -77,13 +73,28 @@ class M3Embedder:
         embedder._take(model, tokenizer)
         return embedder
 
+    _source: tuple[str, Precision] | None = None
+    """Where processes read the same model; None: it is in this one alone."""
+    _processes: EncodingProcesses | None = None
+    """Those that encode instead of this one."""
+
     def _take(self, model: M3Model, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.max_tokens = min(8192, max_text_tokens(model.encoder.config), tokenizer.model_max_length)
+        self.max_tokens = min(8192, max_model_tokens(model), tokenizer.model_max_length)
         """Longest text, special tokens included."""
         # what training data is prepared with; a copy, because limits set on the original would change it
         backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._text_tokenizer = Tokenizer(backend, {})
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The heads that are offered; dense vectors need no weights and always are."""
+        return offered_heads(self.model)
+
+    @property
+    def default_batch_tokens(self) -> int:
+        """Tokens encoded at a time unless a caller says otherwise: what suits the device."""
+        return suited_batch_tokens([self.device])
 
     @property
     def device(self) -> torch.device:
@@ -94,6 +105,26 @@ class M3Embedder:
         """Move the model; returns itself."""
         self.model.to(pick_device(device))
         return self
+
+    @contextmanager
+    def on_devices(self, devices: Sequence[str | torch.device]) -> Iterator[M3Embedder]:
+        """The same embedder whose `encode` and `score` use a process for each of `devices`, until the block
+        ends; each holds the model. `["cpu"] * 4` are four processes that share the cores.
+
+        Batches are those of one process, so results are equal to it, to the bit where threads are as many.
+
+        Raises:
+            ConfigError: no device, one that is not there, or a model that was not read from a folder.
+        """
+        if not devices or isinstance(devices, str):
+            raise ConfigError("devices", devices, "must be a list of devices", 'write ["cuda:0", "cuda:1"]')
+        if self._source is None:
+            rule = "needs a model that other processes can read, and this one is in memory alone"
+            raise ConfigError("devices", list(map(str, devices)), rule, "load it by M3Embedder(folder)")
+        several = copy.copy(self)
+        with encoding_processes(*self._source, [pick_device(device) for device in devices]) as processes:
+            several._processes = processes
+            yield several
 
     def token_arrays(self, texts: Sequence[str], *, max_tokens: int | None = None) -> list[np.ndarray]:
         """int32 ids of each text, special tokens included, cut at `max_tokens` (None: what the model takes).
@@ -122,33 +153,38 @@ class M3Embedder:
         """As `token_arrays`, as lists."""
         return [ids.tolist() for ids in self.token_arrays(texts, max_tokens=max_tokens)]
 
+    def token_offsets(self, texts: Sequence[str], *, max_tokens: int) -> list[list[tuple[int, int]]]:
+        """Characters start … stop-1 of each token of `token_arrays`; (0, 0) for special ones."""
+        return self._text_tokenizer.offsets(texts, max_tokens)
+
     def represent_ids(
-        self, token_ids: Sequence[Sequence[int] | np.ndarray], *, batch_tokens: int = 32768
+        self,
+        token_ids: Sequence[Sequence[int] | np.ndarray],
+        *,
+        batch_tokens: int | None = None,
+        heads: Sequence[str] | None = None,
     ) -> Iterator[tuple[list[int], Representations]]:
-        """Batches of (positions in `token_ids`, Representations on the device), see `length_batches`."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            for indices in length_batches([len(ids) for ids in token_ids], batch_tokens):
-                texts = pack_texts([token_ids[i] for i in indices]).to(self.device)  # type: ignore[misc]
-                # entered per batch: between two batches the caller's code runs, under its own gradient mode
-                with torch.no_grad():
-                    representations = represent(self.model, texts)
-                yield indices, representations
-        finally:
-            self.model.train(was_training)
+        """Batches of (positions in `token_ids`, Representations on the device), see `length_batches`.
+
+        Args:
+            batch_tokens: None: 4096 on a CPU, 32768 on a GPU.
+            heads: which to compute; None: all that the model has. The dense vectors always come.
+        """
+        heads = self.model.heads if heads is None else heads
+        batch_tokens = self.default_batch_tokens if batch_tokens is None else batch_tokens
+        yield from represent_batches(self.model, token_ids, batch_tokens, heads)
 
     def encode(
         self,
         texts: str | Sequence[str],
         *,
-        heads: Sequence[str] = HEADS,
+        heads: Sequence[str] | None = None,
         max_tokens: int | None = None,
-        batch_tokens: int = 32768,
+        batch_tokens: int | None = None,
         dense_dim: int | None = None,
         normalize: bool = True,
         output: Literal["numpy", "torch"] = "numpy",
-        device: str | torch.device | None = None,
+        device: str | torch.device | Sequence[str | torch.device] | None = None,
         show_progress: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> Encoded:
@@ -157,45 +193,50 @@ class M3Embedder:
         Args:
             texts: a list of texts; or one text, which gives its single entries instead of lists of one.
             heads: which of dense, lexical and multi_vector to bring back; the others are None in the result.
+                None: all that the model has.
             max_tokens: longer texts are cut; None: as many as the model takes.
-            batch_tokens: tokens encoded at a time.
+            batch_tokens: tokens encoded at a time; None: what suits the device.
             dense_dim: keep this many dimensions of the dense vector (of models trained for it: Matryoshka).
             normalize: scale a shortened dense vector to length 1 again; whole ones have length 1 anyway.
             output: kind of the arrays.
-            device: move the model there first.
+            device: move the model there first; a list of several: a process for each, see `on_devices`.
             show_progress: a bar on stderr.
             progress: called with the number of texts each batch finished.
 
         Raises:
-            ConfigError: an unknown head or output, or a limit or dimension the model does not have.
+            ConfigError: an unknown output, or a head, limit or dimension the model does not have.
             DataError: something that is not a string.
         """
+        options: dict[str, Any] = dict(
+            heads=heads,
+            max_tokens=max_tokens,
+            batch_tokens=batch_tokens,
+            dense_dim=dense_dim,
+            normalize=normalize,
+            output=output,
+        )
         if isinstance(texts, str):
-            options: dict[str, Any] = {
-                "max_tokens": max_tokens,
-                "batch_tokens": batch_tokens,
-                "device": device,
-            }
-            return self.encode(
-                [texts], heads=heads, dense_dim=dense_dim, normalize=normalize, output=output, **options
-            ).first()
+            return self.encode([texts], device=device, **options).first()
+        heads = self.heads if heads is None else heads
         self._check_output(heads, dense_dim, output)
+        if isinstance(device, list | tuple):
+            with self.on_devices(device) as several:
+                return several.encode(texts, show_progress=show_progress, progress=progress, **options)
         if device is not None:
-            self.to(device)
+            self.to(device)  # type: ignore[arg-type]
         dense = np.zeros((len(texts), self.model.encoder.config.hidden_size), dtype=np.float32)
         lexical: list[dict[str, float]] = [{} for _ in texts]
         multi: list[np.ndarray] = [np.zeros((0, 0), dtype=np.float32) for _ in texts]
         token_ids = self.token_arrays(texts, max_tokens=max_tokens)
-        with _reporting(len(texts), show_progress, progress) as report:
-            for indices, batch in self.represent_ids(token_ids, batch_tokens=batch_tokens):
+        with encoding_progress(len(texts), show_progress, progress) as report:
+            for indices, part in self._parts(token_ids, heads, batch_tokens):
                 if "dense" in heads:
-                    dense[indices] = batch.dense_ND.float().cpu().numpy()
-                if "lexical" in heads:
-                    for index, weights in zip(indices, lexical_dicts(batch)):
-                        lexical[index] = weights
-                if "multi_vector" in heads:
-                    for index, vectors in zip(indices, multi_vector_arrays(batch)):
-                        multi[index] = vectors
+                    dense[indices] = part.dense_vecs
+                for place, index in enumerate(indices):
+                    if "lexical" in heads:
+                        lexical[index] = part.lexical_weights[place]
+                    if "multi_vector" in heads:
+                        multi[index] = part.colbert_vecs[place]
                 report(len(indices))
         convert: Callable[[np.ndarray], Any] = torch.from_numpy if output == "torch" else np.asarray
         return Encoded(
@@ -204,12 +245,23 @@ class M3Embedder:
             [convert(rows) for rows in multi] if "multi_vector" in heads else None,
         )
 
+    def _parts(
+        self, token_ids: Sequence[np.ndarray], heads: Sequence[str], batch_tokens: int | None
+    ) -> Iterator[tuple[list[int], Encoded]]:
+        """(positions in `token_ids`, what is encoded of them) batch by batch, here or in the processes."""
+        if self._processes is not None:
+            yield from self._processes.encode(token_ids, heads, batch_tokens)
+            return
+        for indices, batch in self.represent_ids(token_ids, batch_tokens=batch_tokens, heads=heads):
+            yield indices, encoded_batch(batch, heads)
+
     def _check_output(self, heads: Sequence[str], dense_dim: int | None, output: str) -> None:
         for head in [heads] if isinstance(heads, str) else heads:
             if isinstance(heads, str) or head not in HEADS:
                 raise ConfigError(
                     "heads", heads, f"must be a list of {', '.join(HEADS)}", "check the spelling"
                 )
+        self.require_heads(heads, "heads")
         width = self.model.encoder.config.hidden_size
         if dense_dim is not None and not 0 < dense_dim <= width:
             raise ConfigError(
@@ -218,28 +270,39 @@ class M3Embedder:
         if output not in ("numpy", "torch"):
             raise ConfigError("output", output, "must be numpy or torch", "leave it at numpy")
 
+    def require_heads(self, heads: Sequence[str], field: str) -> None:
+        """Refuse heads that the model does not have; `field` is where they were asked for.
+
+        Raises:
+            ConfigError: the first of them.
+        """
+        refuse_missing_heads(self.heads, heads, field)
+
     def score(
         self,
         pairs: Sequence[tuple[str, str]] | tuple[str, str],
         *,
         weights: HeadWeights | None = None,
         max_tokens: int | None = None,
-        batch_tokens: int = 32768,
+        batch_tokens: int | None = None,
     ) -> dict[str, Any]:
         """Scores of (query, passage) pairs: `dense`, `lexical`, `multi_vector` and `sum`, each float32 [n].
 
         `multi_vector` is a mean over query tokens; `sum` weighs them 1 / 0.3 / 1, unless weights are
-        given (arXiv 2402.03216, section 4). One pair of strings gives one number for each name.
+        given (arXiv 2402.03216, section 4). One pair of strings gives one number for each name. A head that
+        the model does not have gives no score, and then there is a sum only by weights that leave it out.
 
         Raises:
+            ConfigError: weights for a head that the model does not have.
             DataError: something that is not a pair of strings.
         """
         if len(pairs) == 2 and all(isinstance(text, str) for text in pairs) and not isinstance(pairs, str):
             one = self.score([pairs], weights=weights, max_tokens=max_tokens, batch_tokens=batch_tokens)  # type: ignore[list-item]
             return {name: float(values[0]) for name, values in one.items()}
         _check_pairs(pairs)
-        weights = weights or HeadWeights(dense=1.0, lexical=0.3, multi_vector=1.0)
-        scores = {head: np.zeros(len(pairs), dtype=np.float32) for head in HEADS}
+        if weights is not None:
+            self.require_heads([head for head in HEADS if getattr(weights, head) > 0], "weights")
+        scores = {head: np.zeros(len(pairs), dtype=np.float32) for head in self.heads}
         for start in range(0, len(pairs), _PAIRS_AT_ONCE):
             block = pairs[start : start + _PAIRS_AT_ONCE]
             texts = list(dict.fromkeys(text for pair in block for text in pair))
@@ -248,32 +311,18 @@ class M3Embedder:
             for i, (query, passage) in enumerate(block, start):
                 q, p = row[query], row[passage]
                 scores["dense"][i] = encoded.dense_vecs[q] @ encoded.dense_vecs[p]
-                scores["lexical"][i] = lexical_match(encoded.lexical_weights[q], encoded.lexical_weights[p])
-                scores["multi_vector"][i] = (
-                    (encoded.colbert_vecs[q] @ encoded.colbert_vecs[p].T).max(axis=1).mean()
-                )
-        scores["sum"] = sum(getattr(weights, head) * values for head, values in scores.items()).astype(
-            np.float32
-        )
+                if "lexical" in scores:
+                    scores["lexical"][i] = lexical_match(
+                        encoded.lexical_weights[q], encoded.lexical_weights[p]
+                    )
+                if "multi_vector" in scores:
+                    products_KL = encoded.colbert_vecs[q] @ encoded.colbert_vecs[p].T
+                    scores["multi_vector"][i] = products_KL.max(axis=1).mean()
+        if weights is not None or len(scores) == len(HEADS):
+            weights = weights or HeadWeights(dense=1.0, lexical=0.3, multi_vector=1.0)
+            total = sum(getattr(weights, head) * values for head, values in scores.items())
+            scores["sum"] = np.asarray(total, dtype=np.float32)
         return scores
-
-
-def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Positions of texts, longest first, in batches of at most `batch_tokens`; a longer one goes alone.
-
-    >>> list(length_batches([2, 9, 3, 4], 7))
-    [[1], [3, 2], [0]]
-    """
-    batch: list[int] = []
-    used = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and used + lengths[index] > batch_tokens:
-            yield batch
-            batch, used = [], 0
-        batch.append(index)
-        used += lengths[index]
-    if batch:
-        yield batch
 
 
 def _check_pairs(pairs: Sequence[Any]) -> None:
@@ -284,19 +333,3 @@ def _check_pairs(pairs: Sequence[Any]) -> None:
         # a string of two letters would pass as a pair of texts
         if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise DataError(f"pairs[{index}]", pair, "is not a pair of strings", remedy)
-
-
-@contextmanager
-def _reporting(
-    total: int, show: bool, progress: Callable[[int], None] | None
-) -> Iterator[Callable[[int], None]]:
-    """A function that takes the number of texts just finished; draws a bar on stderr if `show`."""
-    with Progress(console=Console(file=sys.stderr), disable=not show) as bar:
-        task = bar.add_task("encoding", total=total)
-
-        def report(count: int) -> None:
-            bar.advance(task, count)
-            if progress is not None:
-                progress(count)
-
-        yield report

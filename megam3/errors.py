@@ -6,7 +6,16 @@ about it. The command line prints them without a traceback; our own bugs are ass
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
+
+REFUSALS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
+)
+"""What a file system answers that is full, read-only, not ours, or asked for a path that cannot be: a
+person's matter, no fault of the code."""
+MAX_SHOWN_PATH = 200
 
 
 class UserError(ValueError):
@@ -39,6 +48,23 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """Training met a value it must not continue from, such as a non-finite loss."""
+
+
+def refused_path(error: OSError, path: str, remedy: str) -> UserError | None:
+    """What a person reads when the file system refuses a path for one of REFUSALS; None for other errors.
+
+    Args:
+        path: where the error names none.
+    """
+    if error.errno not in REFUSALS:
+        return None
+    where = shown_path(str(error.filename or path))
+    return UserError("file", where, f"cannot be used ({error.strerror})", remedy)
+
+
+def shown_path(path: str) -> str:
+    """`path`, cut to what a message can hold."""
+    return path if len(path) <= MAX_SHOWN_PATH else f"{path[:MAX_SHOWN_PATH]}…"
 
 
 class GroupedConfigError(ConfigError):

@@ -1,6 +1,6 @@
 """Files and folders that appear whole or not at all, and JSON: the one way to write what others read.
 
-    with atomic_file(path) as stream: ...      path.HOST-PID.tmp is written, flushed to disk, then renamed
+    with atomic_file(path) as stream: ...      path.HOST-PID-THREAD.tmp is written, flushed, then renamed
     with atomic_folder(path) as aside: ...     .path.partial is filled, flushed, then renamed
     write_json(path, value)                    the same for one JSON document
 
@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,8 @@ _ABANDONED_SECONDS = 24 * 3600.0
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "wb", *, durable: bool = True) -> Iterator[IO[Any]]:
     """A stream whose content gets the name `path` if the block raises nothing; `mode` is wb or w (UTF-8)."""
-    aside = Path(f"{path}.{socket.gethostname()}-{os.getpid()}.tmp")
+    # two threads may write the same file at once, a heartbeat and the loop for one
+    aside = Path(f"{path}.{socket.gethostname()}-{os.getpid()}-{threading.get_native_id()}.tmp")
     try:
         with open(aside, mode, encoding=None if "b" in mode else "utf-8") as stream:
             yield stream
@@ -51,10 +53,10 @@ def is_abandoned(aside: Path) -> bool:
     Its process has ended, when that was on this host; of another host's process nothing is known, so its file
     must be older than a day. Files named otherwise are not ours.
     """
-    named = re.fullmatch(r".+\.(?P<host>[^/]+)-(?P<pid>\d+)\.tmp", aside.name)
+    named = re.fullmatch(r".+\.(?P<host>[^/]+)-(?P<pid>\d+)-(?P<thread>\d+)\.tmp", aside.name)
     if named is None:
         return False
-    if not aside.name.endswith(f".{socket.gethostname()}-{named['pid']}.tmp"):
+    if not aside.name.endswith(f".{socket.gethostname()}-{named['pid']}-{named['thread']}.tmp"):
         with contextlib.suppress(OSError):
             return time.time() - aside.stat().st_mtime > _ABANDONED_SECONDS
         return False
@@ -77,11 +79,21 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
+        permit_as_umask_does(aside)
         flush_tree(aside)
         aside.rename(final)
         flush_folder(final.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def permit_as_umask_does(folder: Path) -> None:
+    """Let others read what the umask lets them read: safetensors makes files that only their owner can."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode & 0o777 | 0o666 & ~mask)
 
 
 def deny_writing_to_others() -> None:
@@ -99,7 +111,16 @@ def write_json(path: str | Path, value: object, *, durable: bool = True) -> None
 
 def read_json(path: str | Path) -> Any:
     """The JSON document in `path`; OSError and ValueError are the caller's to explain."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return parse_json(Path(path).read_text(encoding="utf-8"))
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """`json.loads` whose every failure is a ValueError: a hundred thousand opening brackets exhaust the
+    parser's stack, which is a RecursionError otherwise and no fault of the caller's."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
 
 
 def file_digest(path: str | Path) -> str:

@@ -24,9 +24,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from megam3.batch import PackedTexts, Representations, join_representations, pack_texts
+from megam3.batch import Representations, join_representations
 from megam3.cost import plan_chunks
 from megam3.dist import comm
+from megam3.packed_texts import LexicalPairs, PackedTexts
 
 Aux = TypeVar("Aux")
 
@@ -56,7 +57,21 @@ class _RandomState:
 
 
 def _filler(device: torch.device) -> PackedTexts:
-    return pack_texts([FILLER_IDS]).to(device)
+    """One text of FILLER_IDS, made where it is needed: copies of so little would make the host wait."""
+    length = len(FILLER_IDS)
+    no_pairs = LexicalPairs(
+        ids_Z=torch.zeros(0, dtype=torch.int64, device=device),
+        offsets_N1=torch.zeros(2, dtype=torch.int64, device=device),
+        pair_T=torch.zeros(length, dtype=torch.int64, device=device),
+        counts=(0,),
+    )
+    return PackedTexts(
+        input_ids_T=torch.zeros(length, dtype=torch.int64, device=device),
+        position_ids_T=torch.arange(length, device=device),
+        cu_seqlens_N1=torch.arange(0, length + 1, length, dtype=torch.int32, device=device),
+        lengths=(length,),
+        lexical=no_pairs,
+    )
 
 
 def _weighted_sum(representations: Representations, gradients: Sequence[Tensor]) -> Tensor:
@@ -93,10 +108,12 @@ def _encode_all(
     """Step 1: representations of the real chunks, as leaves, and the random state before every chunk."""
     parts, states = [], []
     for chunk in chunks:
+        # before the pass, so that the second one draws the same dropout masks
         states.append(_RandomState.capture(chunk.input_ids_T.device))
         with torch.no_grad():
             parts.append(encode(chunk))
     joined = join_representations(parts[:num_real]) if num_real else parts[0].select(0, 0)
+    # leaves: the loss's backward pass ends here, and the encoder has no graph yet
     return joined.with_floats(*(x.detach().requires_grad_() for x in joined.floats())), states
 
 
@@ -121,6 +138,8 @@ def cached_step(
     plan = [(0, texts.num_texts)] if texts.num_texts else []
     if chunk_tokens is not None:
         plan = plan_chunks(texts.lengths, chunk_tokens)
+    # a rank that fits one chunk must not take the plain pass while others are in chunks: their collectives
+    # would not match
     num_chunks = 1 if chunk_tokens is None else max(1, comm.max_over_ranks(len(plan)))
     if num_chunks == 1:
         return _single_pass(texts, encode, loss, backward)
@@ -133,6 +152,7 @@ def cached_step(
     # gradients
     value, aux = loss(leaves)
     value.backward()
+    # a head that no loss reads has no gradient; zeros keep the number of tensors the same on every rank
     floats = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves.floats()]
     # the loss's graph holds score matrices: it goes before the first chunk's graph comes
     del value

@@ -36,12 +36,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megam3.checkpoint.folders import MARKER, step_names
+from megam3.data.source import format_of
 from megam3.errors import DataError, TrainingError
 from megam3.files import file_digest, read_json, write_json
+from megam3.model.hub import is_hub_id, resolve_model
 from megam3.obs.metrics import read_metrics
 from megam3.obs.stop import EXIT_REQUEUE, EXIT_STOPPED
 from megam3.pipeline_file import REFERENCE, Pipeline, Stage
@@ -67,23 +70,52 @@ class StageResult:
     """Exit code of the stage's process."""
 
 
-def figures(result: StageResult) -> str:
-    """The main figures of a stage as text: last loss, negatives, ndcg@10; empty where there are none."""
+def figures(result: StageResult) -> dict[str, Any]:
+    """The main figures of a stage: last loss, negatives, ndcg@10 by test set and mode; empty where there are
+    none."""
     command, output = result.stage.command, result.output
     if command == "train" and (output / "metrics.jsonl").is_file():
         rows = [row for row in read_metrics(output / "metrics.jsonl") if "loss/total" in row]
-        return f"step {rows[-1]['step']}, loss {rows[-1]['loss/total']:.4f}" if rows else ""
+        return {"step": rows[-1]["step"], "loss": rows[-1]["loss/total"]} if rows else {}
     if command == "mine" and (report := Path(f"{output}.report.json")).is_file():
         found = read_json(report)
-        return f"{found['queries']} queries, {found['negatives']} negatives"
+        return {"queries": found["queries"], "negatives": found["negatives"]}
     if command == "evaluate" and output.is_dir():
         results = [read_result(path) for path in sorted(output.glob("*.json"))]
-        return "; ".join(
-            f"{each.dataset} ndcg@10 "
-            + " ".join(f"{m} {r.overall['ndcg@10']:.3f}" for m, r in each.modes.items())
-            for each in results
-        )
-    return ""
+        return {
+            "ndcg@10": {
+                each.dataset: {mode: scores.overall["ndcg@10"] for mode, scores in each.modes.items()}
+                for each in results
+            }
+        }
+    return {}
+
+
+def figures_text(result: StageResult) -> str:
+    """The same in one line."""
+    found = figures(result)
+    if "loss" in found:
+        return f"step {found['step']}, loss {found['loss']:.4f}"
+    if "negatives" in found:
+        return f"{found['queries']} queries, {found['negatives']} negatives"
+    return "; ".join(
+        f"{dataset} ndcg@10 " + " ".join(f"{mode} {score:.3f}" for mode, score in modes.items())
+        for dataset, modes in found.get("ndcg@10", {}).items()
+    )
+
+
+def stage_facts(result: StageResult) -> dict[str, Any]:
+    """A line of the table at the end, for programs."""
+    return {
+        "name": result.stage.name,
+        "command": result.stage.command,
+        "status": result.status,
+        "seconds": round(result.seconds, 1),
+        "exit_code": result.code,
+        "output": str(result.output),
+        "log": str(result.folder / LOG),
+        "figures": figures(result),
+    }
 
 
 def stage_folder(pipeline: Pipeline, name: str) -> Path:
@@ -163,11 +195,7 @@ def run_pipeline(pipeline: Pipeline, say: Callable[[str], None]) -> Iterator[Sta
     Raises:
         DataError: an input, or the output of an earlier stage, is not there.
     """
-    for stage in pipeline.stages:
-        for name in stage.input_names:
-            if not Path(pipeline.inputs[name]).exists():  # before the first stage, which may run for days
-                where, rule = f"inputs.{name} of stage {stage.name}", "does not exist"
-                raise DataError(where, pipeline.inputs[name], rule, "correct the path")
+    pipeline = _with_local_inputs(pipeline)
     before = ""
     for stage in pipeline.stages:
         arguments = resolve(pipeline, stage)
@@ -176,6 +204,22 @@ def run_pipeline(pipeline: Pipeline, say: Callable[[str], None]) -> Iterator[Sta
         yield result
         if result.status in ("failed", "stopped"):
             return
+
+
+def _with_local_inputs(pipeline: Pipeline) -> Pipeline:
+    """Inputs as paths that are there, models of the hub downloaded: before the first stage, which may run for
+    days."""
+    inputs = dict(pipeline.inputs)
+    for stage in pipeline.stages:
+        for name in stage.input_names:
+            given = inputs[name]
+            if Path(given).exists():
+                continue
+            if format_of(given) is not None or not is_hub_id(given):
+                where = f"inputs.{name} of stage {stage.name}"
+                raise DataError(where, given, "does not exist", "correct the path")
+            inputs[name] = resolve_model(given).folder
+    return replace(pipeline, inputs=inputs)
 
 
 def check_finished(result: StageResult) -> None:

@@ -110,7 +110,8 @@ class BucketStep:
 
 
 def queries_in_buckets(data: DataConfig, passages_per_query: int, is_text: bool = False) -> list[BucketStep]:
-    """The step of each bucket for groups of this size; `is_text`: texts for pretraining, one passage each.
+    """The step of each bucket for groups of one positive and this many minus one negatives, to which
+    `data.positives_per_query` adds; `is_text`: texts for pretraining, one passage each.
 
     With a token budget the number fits even when every text is as long as the bucket's edge: memory is never
     a matter of luck.
@@ -124,7 +125,7 @@ def queries_in_buckets(data: DataConfig, passages_per_query: int, is_text: bool 
     for index, edge in enumerate(bucket_edges(data)):
         query_tokens = 0 if is_text else min(edge, data.query_max_tokens)
         passage_tokens = min(edge, data.passage_max_tokens)
-        group = 1 if is_text else passages_per_query
+        group = 1 if is_text else passages_per_query + data.positives_per_query - 1
         if table is not None:
             queries = table[index].global_queries
         elif batch.global_queries is not None:

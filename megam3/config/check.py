@@ -7,21 +7,18 @@ everything at once.
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
+import os
 from pathlib import Path
-from typing import Any
 
 from megam3.config.batch_size import bucket_table, edge_problems, size_problems
-from megam3.config.schema import DataConfig, EvaluationConfig, OptimConfig, RunConfig, TrainConfig
-from megam3.encoders import HEAD_FILES, find_packing_problem, read_encoder_config, usable_positions
+from megam3.config.model_checks import Problems, adapters, model_folder, projection
+from megam3.config.schema import MODE_HEADS, DataConfig, EvaluationConfig, OptimConfig, RunConfig, TrainConfig
 from megam3.errors import ConfigError, raise_all
 
 MAX_NAME_BYTES = 200
 """File systems end names at 255 bytes; what is left is for the suffixes of files written aside."""
 MIN_TEXT_TOKENS = 3
 """The two special tokens and one of the text."""
-
-Problems = Iterator[ConfigError]
 
 
 def check_config(config: RunConfig, world_size: int, *, files: bool = True) -> None:
@@ -32,6 +29,7 @@ def check_config(config: RunConfig, world_size: int, *, files: bool = True) -> N
     """
     problems = [
         *run_name(config.name),
+        *run_folder(config),
         *size_problems(config.data),
         *batch_limits(config.data, world_size),
         *world_size_divides(config.data, world_size),
@@ -39,13 +37,23 @@ def check_config(config: RunConfig, world_size: int, *, files: bool = True) -> N
         *edge_problems(config.data),
         *datasets(config.data),
         *run_length(config.train, config.evaluation),
+        *evaluated_figures(config),
         *activation_offload(config),
+        *compiled_layers(config),
         *optimizer(config.optim),
         *config.objective.problems(),
         *evaluation_needs_ranking(config),
+        *several_positives(config),
+        *projection(config),
+        *adapters(config),
     ]
     if files:
-        problems += [*data_files(config.data), *evaluation_folders(config.evaluation), *model_folder(config)]
+        problems += [
+            *output_folder(config),
+            *data_files(config.data),
+            *evaluation_folders(config.evaluation),
+            *model_folder(config),
+        ]
     raise_all(problems)
 
 
@@ -60,6 +68,16 @@ def run_name(name: str) -> Problems:
         yield ConfigError("name", shown, rule, remedy)
     elif len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
         yield ConfigError("name", shown, f"must have at most {MAX_NAME_BYTES} bytes", remedy)
+
+
+def run_folder(config: RunConfig) -> Problems:
+    """A run continues: DeepSpeed looks for the files of a checkpoint by a pattern that begins with their
+    folder."""
+    folder = str(Path(config.run_dir).absolute())
+    found = [character for character in "*?[" if character in folder]
+    if found:
+        rule = f"leads to a folder with {' '.join(found)} in its path, which DeepSpeed reads as a pattern"
+        yield ConfigError("output_dir", folder, rule, "name a folder without * ? and [")
 
 
 def world_size_divides(data: DataConfig, world_size: int) -> Problems:
@@ -129,6 +147,13 @@ def datasets(data: DataConfig) -> Problems:
                 rule,
                 "use at least 2, or in_batch_negatives: true",
             )
+        if data.batch.global_queries == 1 and (dataset.passages_per_query or data.passages_per_query) < 2:
+            yield ConfigError(
+                "data.batch.global_queries",
+                1,
+                f"one query and its one passage ({dataset.name}) are told apart from nothing: the loss is 0",
+                "use at least 2, or passages_per_query of at least 2 with negatives in the records",
+            )
 
 
 def run_length(train: TrainConfig, evaluation: EvaluationConfig) -> Problems:
@@ -160,6 +185,14 @@ def activation_offload(config: RunConfig) -> Problems:
         )
 
 
+def compiled_layers(config: RunConfig) -> Problems:
+    """Attention by runs depends on every length of a batch: layers would be compiled for each batch anew."""
+    if config.engine.compile_layers and config.engine.attention == "sdpa":
+        rule = "needs the varlen kernel: with engine.attention=sdpa each batch would be compiled for anew"
+        remedy = "set engine.attention=auto, or engine.compile_layers=false"
+        yield ConfigError("engine.compile_layers", True, rule, remedy)
+
+
 def optimizer(optim: OptimConfig) -> Problems:
     """AdamW's decays lie in [0, 1)."""
     for index, beta in enumerate(optim.betas):
@@ -172,6 +205,27 @@ def optimizer(optim: OptimConfig) -> Problems:
             )
 
 
+def evaluated_figures(config: RunConfig) -> Problems:
+    """Whatever follows a figure of the evaluation needs evaluations, in a mode whose heads are trained."""
+    train, evaluation = config.train, config.evaluation
+    for field in ("keep_best", "early_stopping"):
+        followed = getattr(train, field)
+        if followed is None:
+            continue
+        if not (evaluation.folders and train.evaluate_every_steps):
+            rule = "follows a figure of the evaluation, and there is none during this run"
+            remedy = "set train.evaluate_every_steps and evaluation.folders, or leave it out"
+            yield ConfigError(f"train.{field}", followed.metric, rule, remedy)
+        elif config.objective.can_evaluate:
+            heads = {"dense", *config.objective.scored_heads()}
+            missing = [head for head in MODE_HEADS[followed.mode] if head not in heads]
+            if missing:
+                rule = f"needs the heads {', '.join(missing)}, which this stage does not train"
+                offered = [mode for mode, needed in MODE_HEADS.items() if heads.issuperset(needed)]
+                remedy = f"follow one of {', '.join(offered)}"
+                yield ConfigError(f"train.{field}.mode", followed.mode, rule, remedy)
+
+
 def evaluation_needs_ranking(config: RunConfig) -> Problems:
     """Only a stage whose model ranks passages can be evaluated on test sets."""
     if config.evaluation.folders and not config.objective.can_evaluate:
@@ -179,6 +233,15 @@ def evaluation_needs_ranking(config: RunConfig) -> Problems:
         yield ConfigError(
             "evaluation.folders", config.evaluation.folders, rule, "leave it empty in this stage"
         )
+
+
+def output_folder(config: RunConfig) -> Problems:
+    """No part of the run folder's path is a file."""
+    for place in (config.run_dir, *config.run_dir.parents):
+        if os.path.isfile(place):  # False, and no error, where it may not be looked at
+            field = "name" if place == config.run_dir else "output_dir"
+            rule = f"{place} is a file, and the run wants a folder there"
+            yield ConfigError(field, getattr(config, field), rule, "name a folder, or remove the file")
 
 
 def data_files(data: DataConfig) -> Problems:
@@ -210,49 +273,9 @@ def evaluation_folders(evaluation: EvaluationConfig) -> Problems:
             )
 
 
-def model_folder(config: RunConfig) -> Problems:
-    """The encoder's folder is there, runs packed, has the heads the stage needs and positions for every limit
-    in use."""
-    try:
-        encoder = read_encoder_config(config.model.path)
-    except ConfigError as error:
-        yield error
-        return
-    problem = find_packing_problem(encoder, config.model.path)
-    if problem is not None:
-        yield problem
-        return
-    yield from head_files(config)
-    yield from config.objective.encoder_problems(encoder)
-    limits = {name: getattr(config.data, name) for name in ("query_max_tokens", "passage_max_tokens")}
-    yield from position_rows(encoder, "data", limits)
-    if config.evaluation.folders:
-        limits = {
-            name: getattr(config.evaluation, name) for name in ("query_max_tokens", "passage_max_tokens")
-        }
-        yield from position_rows(encoder, "evaluation", limits)
-
-
-def head_files(config: RunConfig) -> Problems:
-    """Heads that are not to be started from scratch are there; said now, not after an hour of tokenising."""
-    if config.model.missing_heads == "init":
-        return
-    wanted = [HEAD_FILES[head] for head in config.objective.scored_heads() if head in HEAD_FILES]
-    missing = [name for name in wanted if not (Path(config.model.path) / name).is_file()]
-    if missing:
-        rule = f"head weights are missing ({', '.join(missing)})"
-        remedy = "set model.missing_heads: init to start these heads from scratch"
-        yield ConfigError("model.path", config.model.path, rule, remedy)
-
-
-def position_rows(encoder: dict[str, Any], section: str, limits: dict[str, int]) -> Problems:
-    """No text is longer than the encoder's position table."""
-    usable = usable_positions(encoder)
-    for name, tokens in limits.items():
-        if usable is not None and tokens > usable:
-            rule = (
-                f"the encoder has positions for {usable} tokens (max_position_embeddings"
-                f" {encoder['max_position_embeddings']})"
-            )
-            remedy = f"lower it to {usable}, or give the encoder more with megam3 extend-positions"
-            yield ConfigError(f"{section}.{name}", tokens, rule, remedy)
+def several_positives(config: RunConfig) -> Problems:
+    """Texts for pretraining have no positives to draw."""
+    wanted = config.data.positives_per_query
+    if wanted > 1 and config.objective.data_kind != "pair":
+        rule = f"objective.kind={config.objective.kind} reads texts, which have no positives"
+        yield ConfigError("data.positives_per_query", wanted, rule, "leave it at 1")

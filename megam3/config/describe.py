@@ -39,11 +39,40 @@ def describe_field(name: str) -> str:
     Raises:
         ConfigError: there is no such field; names the nearest.
     """
+    parts, sections = _sections_of(name)
+    return "\n\n".join(_block(name, parts, section) for section in sections)
+
+
+def field_facts(name: str) -> list[dict[str, Any]]:
+    """As `describe_field`, for programs: one entry a stage that has the field.
+
+    Raises:
+        ConfigError: there is no such field; names the nearest.
+    """
+    parts, sections = _sections_of(name)
+    facts = []
+    for section in sections:
+        field = section.model_fields[parts[-1]]
+        inner = [model for model in sections_at(parts) if model is not section]
+        facts.append(
+            {
+                "name": name,
+                "type": type_name(field),
+                "default": default_text(field),
+                "section": section.__name__,
+                "meaning": " ".join("".join(_description(field, inner)).split()),
+                "fields": {key: _sentence(f) for model in inner for key, f in model.model_fields.items()},
+            }
+        )
+    return facts
+
+
+def _sections_of(name: str) -> tuple[tuple[str, ...], list[type[BaseModel]]]:
     parts = tuple(part for part in name.split(".") if not part.isdecimal())
     sections = [s for s in sections_at(parts[:-1]) if parts and parts[-1] in s.model_fields]
     if not sections:
         raise _unknown(name)
-    return "\n\n".join(_block(name, parts, section) for section in sections)
+    return parts, sections
 
 
 def _unknown(name: str) -> ConfigError:
@@ -63,8 +92,8 @@ def _block(name: str, parts: tuple[str, ...], section: type[BaseModel]) -> str:
     inner = [model for model in sections_at(parts) if model is not section]
     lines = [
         name,
-        f"  type     {_type_name(field)}",
-        f"  default  {_default(field)}",
+        f"  type     {type_name(field)}",
+        f"  default  {default_text(field)}",
         f"  section  {path}: {about}",
         *_description(field, inner),
     ]
@@ -85,7 +114,8 @@ def _sentence(field: FieldInfo) -> str:
     return " ".join((field.description or "").split()).split(". ")[0]
 
 
-def _default(field: FieldInfo) -> str:
+def default_text(field: FieldInfo) -> str:
+    """A field's default as a recipe would write it."""
     if field.is_required():
         return "none: required"
     value = field.get_default(call_default_factory=True)
@@ -94,7 +124,8 @@ def _default(field: FieldInfo) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def _type_name(field: FieldInfo) -> str:
+def type_name(field: FieldInfo) -> str:
+    """A field's type with its bounds, in words."""
     return _with_bounds(_name_of(field.annotation), field.metadata)
 
 

@@ -117,14 +117,14 @@ def _written_at(path: Path, where: dict[Path, str]) -> str:
     return ""
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """Sections named anywhere in a type: itself, in a list, in a union."""
     if annotation is ObjectiveConfig:
         yield from objective_kinds().values()
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):
-        yield from _models_in(argument)
+        yield from models_in(argument)
 
 
 def sections_at(path: Path) -> list[type[BaseModel]]:
@@ -133,7 +133,7 @@ def sections_at(path: Path) -> list[type[BaseModel]]:
     for part in path:
         if isinstance(part, str):
             fields = [section.model_fields[part] for section in sections if part in section.model_fields]
-            sections = [model for field in fields for model in _models_in(field.annotation)]
+            sections = [model for field in fields for model in models_in(field.annotation)]
     return sections
 
 
@@ -153,7 +153,7 @@ def all_fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterat
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}"
         is_list = getattr(field.annotation, "__origin__", None) is list
-        for model in _models_in(field.annotation):
+        for model in models_in(field.annotation):
             yield from all_fields(model, f"{prefix}{name}.{'0.' if is_list else ''}")
 
 

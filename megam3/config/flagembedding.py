@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megam3.config.flagembedding_arguments import DEFAULTS, Arguments
 from megam3.errors import ConfigError
 
 MODULES = ("FlagEmbedding.finetune.embedder.encoder_only.m3", "FlagEmbedding.BGE_M3.run")
@@ -29,42 +30,22 @@ _ALIASES = {
     "nproc-per-node": "nproc_per_node",
     "train_batch_size": "per_device_train_batch_size",
 }
-_DEFAULTS = {
-    "train_group_size": "8",
-    "query_max_len": "32",
-    "passage_max_len": "128",
-    "temperature": "0.02",
-    "per_device_train_batch_size": "8",
-    "gradient_accumulation_steps": "1",
-    "num_train_epochs": "3",
-    "learning_rate": "5e-5",
-    "warmup_ratio": "0",
-    "weight_decay": "0",
-    "max_grad_norm": "1.0",
-    "seed": "42",
-    "nproc_per_node": "1",
-    "nnodes": "1",
-    "self_distill_start_step": "-1",
-    "lr_scheduler_type": "linear",
-    "shuffle_ratio": "0",
-    "logging_steps": "500",
-}
-"""FlagEmbedding's and transformers' own, of the arguments that are mapped."""
 _MAPPED = {
-    *_DEFAULTS,
+    *DEFAULTS,
     *("model_name_or_path", "train_data", "output_dir", "colbert_dim", "query_instruction_for_retrieval"),
     *("passage_instruction_for_retrieval", "query_instruction_format", "passage_instruction_format"),
     *("knowledge_distillation", "kd_loss_type", "unified_finetuning", "use_self_distill", "deepspeed"),
     *("sub_batch_size", "gradient_checkpointing", "fp16", "bf16", "max_steps", "save_steps", "run_name"),
     *("sentence_pooling_method", "normalize_embeddings", "negatives_cross_device", "warmup_steps"),
-    *("fix_encoder", "fix_position_embedding", "use_mrl", "save_total_limit", "max_example_num_per_dataset"),
+    *("fix_encoder", "fix_position_embedding", "save_total_limit", "max_example_num_per_dataset"),
+    *("use_mrl", "mrl_dims"),
     *("same_dataset_within_batch", "small_threshold", "drop_threshold"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_num_workers"),
 }
 _WITHOUT_MEANING = {
     *("config_name", "tokenizer_name", "cache_dir", "trust_remote_code", "use_fast_tokenizer", "token"),
     *("cache_path", "pad_to_multiple_of", "overwrite_output_dir", "dataloader_drop_last", "report_to"),
-    *("save_strategy", "logging_dir", "ddp_find_unused_parameters", "remove_unused_columns", "mrl_dims"),
+    *("save_strategy", "logging_dir", "ddp_find_unused_parameters", "remove_unused_columns"),
     *("save_only_model", "optim", "do_train", "ddp_timeout", "save_safetensors", "logging_strategy"),
 }
 _LAUNCHER = {
@@ -158,7 +139,7 @@ def migrate(script: str) -> Migration:
     Raises:
         ConfigError: no call, an unknown argument, a missing required one, or a value of the wrong kind.
     """
-    arguments = _Arguments(parse_arguments(find_command(script)))
+    arguments = Arguments(parse_arguments(find_command(script)))
     notes = _always(arguments)
     group = arguments.integer("train_group_size")
     output = Path(arguments.text("output_dir") or "runs/m3")
@@ -182,43 +163,25 @@ def migrate(script: str) -> Migration:
     return Migration(recipe=recipe, notes=notes)
 
 
-class _Arguments:
-    """Typed access; a default is FlagEmbedding's own."""
-
-    def __init__(self, found: Mapping[str, list[str]]):
-        self.found = found
-
-    def text(self, name: str) -> str | None:
-        values = self.found.get(name)
-        return values[0] if values else _DEFAULTS.get(name)
-
-    def flag(self, name: str, default: bool = False) -> bool:
-        if name not in self.found:
-            return default
-        return not self.found[name] or self.found[name][0].lower() not in ("false", "0", "no")
-
-    def number(self, name: str) -> float:
-        text = self.text(name)
-        try:
-            return float(text or "")
-        except ValueError:
-            raise ConfigError("command", f"--{name} {text}", "is not a number", "correct it") from None
-
-    def integer(self, name: str) -> int:
-        return int(self.number(name))
-
-
-def _model(arguments: _Arguments) -> dict[str, Any]:
+def _model(arguments: Arguments) -> dict[str, Any]:
     path = arguments.text("model_name_or_path")
     if path is None:
         raise ConfigError("command", "--model_name_or_path", "is required and missing", "add it")
     width = arguments.text("colbert_dim")
     narrow = {"multi_vector_dim": int(width)} if width and int(width) > 0 else {}
+    pooling = arguments.text("sentence_pooling_method") or "cls"
+    chosen: dict[str, Any] = {}
+    if pooling != "cls":
+        chosen["pooling"] = {"last_token": "last"}.get(pooling, pooling)
+    parts = {"fix_encoder": "encoder", "fix_position_embedding": "positions"}
+    frozen = [part for name, part in parts.items() if arguments.flag(name)]
+    if frozen:
+        chosen["freeze"] = frozen
     # FlagEmbedding starts missing heads at random without a word
-    return {"path": path, "missing_heads": "init", **narrow}
+    return {"path": path, "missing_heads": "init", **narrow, **chosen}
 
 
-def _datasets(arguments: _Arguments, notes: list[str]) -> list[dict[str, Any]]:
+def _datasets(arguments: Arguments, notes: list[str]) -> list[dict[str, Any]]:
     paths = arguments.found.get("train_data") or []
     if not paths:
         raise ConfigError("command", "--train_data", "is required and missing", "add it")
@@ -251,7 +214,7 @@ def _datasets(arguments: _Arguments, notes: list[str]) -> list[dict[str, Any]]:
     return datasets
 
 
-def _batch(arguments: _Arguments, notes: list[str]) -> dict[str, Any]:
+def _batch(arguments: Arguments, notes: list[str]) -> dict[str, Any]:
     processes = arguments.text("nproc_per_node") or "1"
     ranks = (int(processes) if processes.isdecimal() else 1) * arguments.integer("nnodes")
     if not processes.isdecimal():
@@ -277,7 +240,7 @@ def _batch(arguments: _Arguments, notes: list[str]) -> dict[str, Any]:
     return batch
 
 
-def _objective(arguments: _Arguments, notes: list[str]) -> dict[str, Any]:
+def _objective(arguments: Arguments, notes: list[str]) -> dict[str, Any]:
     objective: dict[str, Any] = {"kind": "unified", "temperature": arguments.number("temperature")}
     if not arguments.flag("unified_finetuning"):
         # without a second head there is no sum to learn or to teach from
@@ -291,12 +254,18 @@ def _objective(arguments: _Arguments, notes: list[str]) -> dict[str, Any]:
             notes.append(
                 "self_distill_start_step counts optimizer steps and is resumed; theirs counts micro-batches."
             )
+    if arguments.flag("use_mrl"):
+        dims = arguments.integers("mrl_dims")
+        if not dims:
+            remedy = "write --mrl_dims 64 128 256, or remove --use_mrl"
+            raise ConfigError("command", "--use_mrl", "says nothing without --mrl_dims", remedy)
+        objective["matryoshka_dims"] = sorted(set(dims))
     if arguments.flag("knowledge_distillation"):
         objective["teacher"] = arguments.text("kd_loss_type") or "kl_div"
     return objective
 
 
-def _optim(arguments: _Arguments, notes: list[str]) -> dict[str, Any]:
+def _optim(arguments: Arguments, notes: list[str]) -> dict[str, Any]:
     optim: dict[str, Any] = {
         "lr": arguments.number("learning_rate"),
         "weight_decay": arguments.number("weight_decay"),
@@ -329,7 +298,7 @@ def _optim(arguments: _Arguments, notes: list[str]) -> dict[str, Any]:
     return optim
 
 
-def _engine(arguments: _Arguments, notes: list[str]) -> dict[str, Any]:
+def _engine(arguments: Arguments, notes: list[str]) -> dict[str, Any]:
     stage = re.search(r"stage_?([0-3])", arguments.text("deepspeed") or "")
     template = f"zero{stage[1]}" if stage else "zero0"
     if arguments.text("deepspeed") and not stage:
@@ -338,12 +307,15 @@ def _engine(arguments: _Arguments, notes: list[str]) -> dict[str, Any]:
         )
     precision = "bf16" if arguments.flag("bf16") else "auto"
     if arguments.flag("fp16"):
-        notes.append("--fp16 became engine.precision auto: bf16 on GPUs (no loss scaling), fp32 on CPUs.")
+        notes.append(
+            "--fp16 became engine.precision auto: bf16 on GPUs (no loss scaling), fp32 on CPUs; cards without"
+            " bf16 take engine.precision=fp16 and a template from zero1 on."
+        )
     checkpointing = arguments.flag("gradient_checkpointing")
     return {"template": template, "precision": precision, "activation_checkpointing": checkpointing}
 
 
-def _train(arguments: _Arguments) -> dict[str, Any]:
+def _train(arguments: Arguments) -> dict[str, Any]:
     train: dict[str, Any] = {"seed": arguments.integer("seed")}
     if arguments.text("max_steps") and arguments.integer("max_steps") > 0:
         train["steps"] = arguments.integer("max_steps")
@@ -358,7 +330,7 @@ def _train(arguments: _Arguments) -> dict[str, Any]:
     return train
 
 
-def _always(arguments: _Arguments) -> list[str]:
+def _always(arguments: Arguments) -> list[str]:
     notes = [
         "negatives come from all ranks for every head, with the exact gradient; FlagEmbedding's"
         " dense loss alone "
@@ -373,14 +345,10 @@ def _always(arguments: _Arguments) -> list[str]:
             " the word None before "
             "each query; here nothing is put there."
         )
-    reasons = {
-        "fix_encoder": "freezing the encoder has no counterpart; all weights are trained.",
-        "fix_position_embedding": "freezing the position rows has no counterpart; they are trained.",
-        "use_mrl": "Matryoshka dimensions have no counterpart; the full width is trained.",
-    }
-    notes += [f"--{name}: {reason}" for name, reason in reasons.items() if arguments.flag(name)]
-    if (arguments.text("sentence_pooling_method") or "cls") != "cls":
-        notes.append("--sentence_pooling_method: the dense head reads the first token, as M3 does.")
+    if arguments.flag("use_mrl"):
+        notes.append(
+            "--use_mrl became objective.matryoshka_dims; the loss of the full width is trained beside them."
+        )
     if not arguments.flag("normalize_embeddings", default=True):
         notes.append("--normalize_embeddings False: dense vectors are always normalised here.")
     for name in ("max_example_num_per_dataset", "small_threshold", "drop_threshold"):

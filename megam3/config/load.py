@@ -146,10 +146,16 @@ def _apply_override(data: dict[str, Any], override: str, where: dict[recipe_yaml
     for position, part in enumerate(parts):
         step = _step_into(node, part, path, override)
         path = (*path, step)
+        is_new = isinstance(node, dict) and node.get(step) is None
+        if isinstance(node, list) and step == len(node):
+            node.append({})  # one behind the last: a new entry
+            is_new = True
+        if is_new:
+            where[path] = f"override {override}"  # what is missing in it is missing here
         if position == len(parts) - 1:
             node[step] = value
-        elif isinstance(node, dict) and node.get(step) is None:
-            node[step] = {}
+        elif is_new and isinstance(node, dict):
+            node[step] = [] if parts[position + 1].isdecimal() else {}
         node = node[step]
     # what an override wrote hides the recipe's own lines below it
     for known in [known for known in where if known[: len(path)] == path]:
@@ -168,12 +174,12 @@ def _step_into(node: Any, part: str, path: recipe_yaml.Path, override: str) -> s
             f"is a value, so it has no part {part!r}",
             f"set {field} itself, or remove the rest",
         )
-    if not part.isdecimal() or int(part) >= len(node):
-        last = f"0 to {len(node) - 1}" if node else "none, the list is empty"
+    if not part.isdecimal() or int(part) > len(node):
+        present = f"0 to {len(node) - 1}, or " if node else ""
         raise ConfigError(
             f"{field} (override {override})",
             part,
             f"is a list of {len(node)}, and this is no index of it",
-            f"use an index: {last}",
+            f"use an index: {present}{len(node)} to append",
         )
     return int(part)

@@ -21,52 +21,17 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from megam3.config.section import Section, Seed
+from megam3.config.weights import (
+    HeadName,
+    HeadWeights,
+    LossWeights,
+    ScoreTemperatures,
+    SparsityConfig,
+    over_losses,
+    preset_weights,
+)
+from megam3.encoders import is_causal
 from megam3.errors import ConfigError
-
-
-class HeadWeights(Section):
-    """One weight per head."""
-
-    dense: NonNegativeFloat = 1.0
-    """Weight of the dense head."""
-    lexical: NonNegativeFloat = 1.0
-    """Weight of the lexical head."""
-    multi_vector: NonNegativeFloat = 1.0
-    """Weight of the multi-vector head."""
-
-
-HEADS = tuple(HeadWeights.model_fields)
-"""dense, lexical, multi_vector: names of the heads, in the order of every table."""
-
-HeadName = Literal["dense", "lexical", "multi_vector"]
-
-
-class LossWeights(HeadWeights):
-    """One weight per head and one for their sum."""
-
-    sum: NonNegativeFloat = 1.0
-    """Weight of the combined score's own loss; 0 leaves it out."""
-
-
-M3_SUM = HeadWeights(dense=1.0, lexical=0.3, multi_vector=1.0)
-"""w1, w2, w3 of the combined score: arXiv 2402.03216v4, section 3.3, and FlagEmbedding 1.4.2
-(`ensemble_score`)."""
-M3_LOSS = LossWeights(dense=1.0, lexical=0.1, multi_vector=1.0, sum=1.0)
-"""λ1, λ2, λ3 and 1: arXiv 2402.03216v4, section 3.3, and FlagEmbedding 1.4.2
-(`EncoderOnlyEmbedderM3Model.forward`)."""
-M3_DISTILL = HeadWeights(dense=1.0, lexical=0.1, multi_vector=1.0)
-"""The same λ on the distillation losses."""
-ONES = HeadWeights(dense=1.0, lexical=1.0, multi_vector=1.0)
-"""arXiv 2402.03216v1, section 3.3: every weight 1."""
-ONES_AND_SUM = LossWeights(dense=1.0, lexical=1.0, multi_vector=1.0, sum=1.0)
-"""The same, with the combined score."""
-
-
-def preset_weights(preset: str) -> dict[str, HeadWeights]:
-    """The weight tables of a preset, by their field in `UnifiedConfig`."""
-    if preset == "m3":
-        return {"sum_weights": M3_SUM, "loss_weights": M3_LOSS, "distill_weights": M3_DISTILL}
-    return {"sum_weights": ONES, "loss_weights": ONES_AND_SUM, "distill_weights": ONES}
 
 
 class ObjectiveConfig(Section):
@@ -96,9 +61,25 @@ class ObjectiveConfig(Section):
         """Heads whose scores over the global batch the loss holds; none for a stage that ranks nothing."""
         return ()
 
+    def num_dimensions(self) -> int:
+        """Lengths at which the dense vector is scored besides its own."""
+        return 0
+
     def tiling(self) -> Literal["auto", "always", "never"]:
         """Whether those scores are formed in tiles."""
         return "auto"
+
+    def predictions_per_token(self) -> float:
+        """Rows a token that a masked-LM head projects onto the vocabulary; 0: there is no such head."""
+        return 0.0
+
+    def has_decoder(self) -> bool:
+        """Whether a one-layer decoder of the encoder's width reads its output."""
+        return False
+
+    def has_bag_of_words(self) -> bool:
+        """Whether one more of those rows is pooled by text."""
+        return False
 
     def needs_scores(self) -> str | None:
         """Field of this section that is idle without teacher scores in the records; None: not asked for."""
@@ -120,12 +101,33 @@ class PretrainConfig(ObjectiveConfig):
     """Share of the other tokens that a row of the decoder does not read (the paper's 0.5)."""
     decoder_weight: PositiveFloat = 1.0
     """Weight of the decoder's loss beside the encoder's (the paper adds them)."""
+    bag_of_words_weight: NonNegativeFloat = 0.0
+    """Weight of the bag-of-words loss beside them, which trains the tokens other than `<s>` (DupMAE,
+    arXiv 2211.08769); 0: off. Costs the vocabulary's products of every token."""
     mask_token_share: float = Field(default=0.8, ge=0, le=1)
     """Share of hidden tokens that become `<mask>` (BERT, arXiv 1810.04805)."""
     random_token_share: float = Field(default=0.1, ge=0, le=1)
     """Share of hidden tokens that become a random one; the rest stays."""
     mask_seed: Seed = 0
     """Selects the masks, together with step and row."""
+
+    def predictions_per_token(self) -> float:
+        """Of the encoder its masked tokens, of the decoder all, of the bag of words all."""
+        return self.encoder_mask_share + self.decoder + (self.bag_of_words_weight > 0)
+
+    def has_decoder(self) -> bool:
+        """As the recipe says."""
+        return self.decoder
+
+    def has_bag_of_words(self) -> bool:
+        """Where it has a weight."""
+        return self.bag_of_words_weight > 0
+
+    def encoder_problems(self, encoder: Mapping[str, Any]) -> Iterator[ConfigError]:
+        """A hidden token is guessed from both sides."""
+        if is_causal(encoder):
+            rule = "masked language modelling needs both directions, and the encoder reads left to right"
+            yield ConfigError("objective.kind", self.kind, rule, "set model.attention: bidirectional")
 
     def problems(self) -> Iterator[ConfigError]:
         """The two shares of replaced tokens are parts of one whole."""
@@ -149,7 +151,9 @@ class UnifiedConfig(ObjectiveConfig):
     """Weights of: the released code and later paper; the paper's first version (all 1); heads alone, without
     sum and distillation."""
     temperature: PositiveFloat = 0.02
-    """Divides every score before the softmax."""
+    """Divides every score before the softmax (arXiv 2402.03216, section 4.1, and FlagEmbedding 1.4.2)."""
+    temperatures: ScoreTemperatures = ScoreTemperatures()
+    """Temperatures of single scores, in their InfoNCE and in distillation, over `temperature`."""
     sum_weights: HeadWeights | None = None
     """Weights of the heads in the combined score; what is not given: the preset's."""
     loss_weights: LossWeights | None = None
@@ -162,6 +166,17 @@ class UnifiedConfig(ObjectiveConfig):
     """Optimizer steps before self-distillation begins."""
     teacher: Literal["kl_div", "m3_kd_loss"] | None = None
     """Distillation from teacher scores in the records; None: off."""
+    teacher_temperature: PositiveFloat = 1.0
+    """Divides the teacher's scores before their softmax (FlagEmbedding 1.4.2 takes them as they are: 1)."""
+    teacher_student_temperature: PositiveFloat | None = None
+    """Divides a score before the softmax that the teacher is compared with, with `kl_div` (arXiv 1503.02531,
+    section 2, takes one temperature for both); None: the score's own, as FlagEmbedding 1.4.2."""
+    teacher_weights: LossWeights | None = None
+    """Weight of the teacher's loss on each score, beside the InfoNCE's in `loss_weights`; None: the same, as
+    FlagEmbedding 1.4.2; what is not given: that of `loss_weights`."""
+    teacher_keeps_infonce: bool | None = None
+    """Train InfoNCE beside the teacher's loss; None: with `kl_div` (added to it), not with `m3_kd_loss` (in
+    its place), as FlagEmbedding 1.4.2."""
     matryoshka_dims: list[PositiveInt] | None = Field(default=None, min_length=1)
     """Also train the first d entries of the dense vector to rank by themselves, for each d here, ascending
     (arXiv 2205.13147); the mean of their losses is added to the dense head's; None: off."""
@@ -169,13 +184,16 @@ class UnifiedConfig(ObjectiveConfig):
     """Weight of each of `matryoshka_dims` in that mean; None: 1 each, as the paper's."""
     both_directions: bool = False
     """Also rank the queries for each drawn positive, by the dense head; added to its loss."""
+    sparsity: SparsityConfig | None = None
+    """Regulariser of the lexical weights, added to the loss as it is; None: off."""
     maxsim: Literal["mean", "sum"] = "mean"
     """Mean over query tokens (the paper) or plain sum (ColBERT)."""
     loss_tiles: Literal["auto", "always", "never"] = "auto"
     """Compute the loss in tiles, without a score matrix: exact, about twice the scoring time; auto: past 64 M
     scores a head, or 4 GB of MaxSim's winners."""
     mask_false_negatives: bool = True
-    """Leave out columns whose text equals the query's positive."""
+    """Leave out columns whose text equals a known positive of the query: any in its record, drawn or not, and
+    any of another row of the batch that asks the same."""
     false_negative_margin: float | None = None
     """Leave out columns whose score exceeds the positive's by more than this; None: off."""
     false_negative_margin_source: Literal["sum", "teacher"] = "sum"
@@ -198,19 +216,45 @@ class UnifiedConfig(ObjectiveConfig):
                 completed[name] = preset.model_copy(update=table.model_dump(exclude_unset=True))
             elif isinstance(table, dict):
                 completed[name] = {**preset.model_dump(), **table}
+        completed["teacher_weights"] = over_losses(completed)
         return completed
 
     def problems(self) -> Iterator[ConfigError]:
         """Something must be trained, and each head once."""
         if len(set(self.heads)) < len(self.heads):
             yield ConfigError("objective.heads", self.heads, "names a head twice", "name each head once")
-        for name in ("sum_weights", "loss_weights", "distill_weights"):
+        for name in ("sum_weights", "loss_weights", "distill_weights", "teacher_weights"):
             weights = getattr(self, name)
             if weights is not None and not any(weights.model_dump().values()):
-                off = "self_distill: false" if name == "distill_weights" else "null for the preset's"
+                offs = {"distill_weights": "self_distill: false", "teacher_weights": "teacher: null"}
+                off = offs.get(name, "null for the preset's")
                 remedy = f"set one above 0, or {off}"
                 yield ConfigError(f"objective.{name}", weights.model_dump(), "all weights are 0", remedy)
         yield from self._dense_problems()
+        yield from self._teacher_problems()
+        if self.sparsity is not None and "lexical" not in self.heads:
+            rule = "regularises lexical weights, and objective.heads has no lexical head"
+            remedy = "add lexical to objective.heads, or leave it out"
+            yield ConfigError("objective.sparsity", self.sparsity.kind, rule, remedy)
+
+    def _teacher_problems(self) -> Iterator[ConfigError]:
+        """Settings of a teacher need one, and of a kind that reads them."""
+        settings = {
+            "teacher_weights": self.teacher_weights,
+            "teacher_student_temperature": self.teacher_student_temperature,
+            "teacher_keeps_infonce": self.teacher_keeps_infonce,
+        }
+        for name, value in settings.items():
+            if value is not None and self.teacher is None:
+                rule = "says how a teacher is learned from, and objective.teacher names none"
+                yield ConfigError(f"objective.{name}", value, rule, "set objective.teacher, or leave it out")
+        if self.teacher == "m3_kd_loss" and self.teacher_student_temperature is not None:
+            rule = (
+                "m3_kd_loss compares a group with all other columns, which have the score's own temperature"
+            )
+            remedy = "use teacher: kl_div, or set objective.temperatures"
+            value = self.teacher_student_temperature
+            yield ConfigError("objective.teacher_student_temperature", value, rule, remedy)
 
     def _dense_problems(self) -> Iterator[ConfigError]:
         """What is added to the dense head's loss needs that loss; dimensions and weights fit each other."""
@@ -241,6 +285,10 @@ class UnifiedConfig(ObjectiveConfig):
     def scored_heads(self) -> tuple[HeadName, ...]:
         """`heads`, in the order of every table."""
         return tuple(name for name in ("dense", "lexical", "multi_vector") if name in self.heads)
+
+    def num_dimensions(self) -> int:
+        """Of `matryoshka_dims`."""
+        return len(self.matryoshka_dims or ())
 
     def tiling(self) -> Literal["auto", "always", "never"]:
         """`loss_tiles`."""

@@ -171,6 +171,9 @@ def _checkpoint_layers(module: nn.Module, function: Callable) -> None:
     layers = []
     if encoder is not None and encoder.supports_gradient_checkpointing:
         encoder.activation_checkpointing_enable()
+        # transformers lets the embeddings' output require a gradient, which only the old, reentrant way
+        # needs: frozen layers below the lowest trained one would be saved and walked through
+        encoder.disable_input_require_grads()
         # an encoder has no cache, but transformers warns at every layer that it switches it off
         encoder.config.use_cache = False
         # transformers keeps the function to call on each layer; ours is handed the input that is saved

@@ -37,6 +37,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 WEIGHT = "weight"
 
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What moves in DeepSpeed's DynamicLossScaler."""
+
 Place = tuple[int, int, int]
 """(stream, offset, count)."""
 
@@ -62,18 +65,21 @@ def weights_only_loads() -> Iterator[None]:
 class SavedStates:
     """The parameters of one checkpoint folder: `read(name, kind)`, kind `WEIGHT` or one of `MOMENTS`."""
 
-    def __init__(self, folder: str):
-        """Open the files of `folder` (any ZeRO stage and world size); tensors are read when asked for."""
+    def __init__(self, folder: str, files: Sequence[str] | None = None):
+        """Open the files of `folder` (any ZeRO stage and world size); tensors are read when asked for.
+
+        Args:
+            files: names of `list_files`, where somebody has listed them already.
+        """
         root = os.path.join(folder, TAG)
-        files = sorted(os.listdir(root), key=_rank_in_name)
+        files = list_files(folder) if files is None else files
         shards = [
             _load(os.path.join(root, file))["optimizer_state_dict"]
             for file in files
             if file.endswith("_optim_states.pt")
         ]
-        self._model = _load(
-            os.path.join(root, next(file for file in files if file.endswith("_model_states.pt")))
-        )
+        models = [os.path.join(root, file) for file in files if file.endswith("_model_states.pt")]
+        self._model = _load(models[0])
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, list[Place]] = {}
         self._streams: dict[str, list[list[Tensor]]] = {}
@@ -83,6 +89,9 @@ class SavedStates:
             states = self._open_sub_groups(shards)
         else:
             states = self._open_groups(shards)
+        self.scaler = _scaler_state(shards[0]) if shards else {}
+        """Where fp16's loss scaler was; empty in other precisions. Its settings are the recipe's."""
+        self._frozen = _join_frozen(models) if shards and len(models) == len(shards) else {}
         # one count for all: bias correction differs by it, and a checkpoint that mixes two is damaged
         steps = {float(state["step"]) for state in states}
         assert len(steps) <= 1, f"AdamW counted {steps} steps in one checkpoint"
@@ -114,14 +123,14 @@ class SavedStates:
         return tuple(kind for kind in MOMENTS if kind in self._streams)
 
     def untrained(self) -> dict[str, Tensor]:
-        """Buffers, frozen parameters of an unpartitioned model, and second names of shared parameters."""
+        """Buffers, frozen parameters, and second names of shared parameters."""
         module, shared = self._model["module"], self._model.get("shared_params") or {}
         own = {
             name: tensor.detach().clone().float()
             for name, tensor in module.items()
             if name not in self._places and tensor.numel()
         }
-        return own | {alias: self.read(name) for alias, name in dict(shared).items()}
+        return own | self._frozen | {alias: self.read(name) for alias, name in dict(shared).items()}
 
     def _open_whole(self) -> list[dict]:
         optimizer, names = self._model["optimizer"], self._model[NAMES]
@@ -179,11 +188,37 @@ class SavedStates:
         return [state for rank in states for state in rank]
 
 
+def list_files(folder: str) -> list[str]:
+    """Names of DeepSpeed's files in the checkpoint folder `folder`, by rank."""
+    return sorted(os.listdir(os.path.join(folder, TAG)), key=_rank_in_name)
+
+
 def consolidate(folder: str) -> dict[str, Tensor]:
     """fp32 weights by parameter name from the checkpoint folder `folder` (any ZeRO stage and world size), on
     the CPU."""
     saved = SavedStates(folder)
     return {name: saved.read(name) for name in saved.names} | saved.untrained()
+
+
+def _scaler_state(shard: dict) -> dict[str, Any]:
+    scaler = shard.get("loss_scaler")
+    if not isinstance(scaler, DynamicLossScaler):
+        return {}
+    return {name: getattr(scaler, name) for name in SCALER_STATE}
+
+
+def _join_frozen(files: Sequence[str]) -> dict[str, Tensor]:
+    """Frozen parameters that stage 3 has cut: each rank's file holds an equal piece, the last one padded."""
+    shapes = _load(files[0]).get("frozen_param_shapes") or {}
+    if not shapes or _load(files[0]).get("frozen_param_fragments") is None:
+        return {}
+    pieces = [_load(file)["frozen_param_fragments"] for file in files]
+    return {
+        name: torch.cat([piece[name].flatten() for piece in pieces])[: torch.Size(shape).numel()]
+        .reshape(tuple(shape))
+        .float()
+        for name, shape in shapes.items()
+    }
 
 
 def _cut(tensors: Sequence[Tensor], offset: int, count: int) -> Iterator[Tensor]:

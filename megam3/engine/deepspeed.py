@@ -15,29 +15,57 @@ global gradient.
 """
 
 import contextlib
+import importlib
 import logging
 import math
 import os
+import socket
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from megam3.config.schema import OptimConfig
 from megam3.dist import comm
 from megam3.engine.activations import ActivationMemory
-from megam3.engine.consolidate import NAMES, TAG, SavedStates, weights_only_loads
+from megam3.engine.adamw import Kind, build_adamw, settle_steps
+from megam3.engine.consolidate import NAMES, TAG, SavedStates, list_files, weights_only_loads
 from megam3.engine.elastic import restore
-from megam3.engine.optim import build_adamw, parameter_groups
+from megam3.engine.optim import parameter_groups
+from megam3.engine.reduction import SingleReduction
 from megam3.engine.schedule import learning_rate_factor
+from megam3.engine.swapped import keeps_states_in_files, states_in_sight
+from megam3.errors import CheckpointError, ConfigError
 
 # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, once per call and rank
 warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
+
+
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon, which its engine does in every start, without compiling it.
+
+    Nobody here trains with Muon, and its decorators load torch's compiler: 1.0 of the 5.2 seconds of
+    processor time to the first step (docs/experiments.md).
+    """
+
+    def compile_nothing(*arguments: Any, **named: Any) -> Callable[[Callable], Callable]:
+        return lambda function: function
+
+    with mock.patch.object(deepspeed.runtime.compiler, "compile", compile_nothing):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+
+_import_muon_uncompiled()
+
+FileWriter = Callable[[Any, str, Callable[[Any, str], Any]], Any]
+"""(contents, path, DeepSpeed's own writer of them)."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +78,11 @@ class UpdateResult:
     """Learning rate of the encoder."""
     skipped: bool
     """True: the gradient was not finite (or the caller asked for it) and no weight moved."""
+    loss_scale: float | None = None
+    """What the loss was multiplied by in this step (fp16); None: nothing."""
+    overflowed: bool = False
+    """Skipped because the scaled gradient overflowed fp16, and the scale is lower now: part of loss scaling,
+    no sign of ill health."""
 
 
 def join(device: torch.device) -> None:
@@ -68,6 +101,20 @@ def join(device: torch.device) -> None:
             backend, store=torch.distributed.HashStore(), rank=0, world_size=1
         )
     deepspeed.init_distributed(auto_mpi_discovery=False)
+
+
+def check_precision(ds_config: dict) -> None:
+    """Refuse a precision that the device does not compute in, before any weight is read.
+
+    Raises:
+        ConfigError: such as fp16 on a CPU without instructions for it, where DeepSpeed's engine would stop.
+    """
+    device = get_accelerator()
+    for name, is_supported in (("fp16", device.is_fp16_supported), ("bf16", device.is_bf16_supported)):
+        if ds_config.get(name, {}).get("enabled") and not is_supported():
+            rule = f"this machine's {device.device_name()} does not compute in it"
+            remedy = f"use {'bf16' if name == 'fp16' else 'fp16'} or fp32"
+            raise ConfigError("engine.precision", name, rule, remedy)
 
 
 @contextlib.contextmanager
@@ -92,6 +139,8 @@ class Engine:
         device: torch.device,
         total_steps: int,
         activations: ActivationMemory,
+        reduces_once: bool = False,
+        adamw: Kind = "fused",
     ):
         """Wrap `module` (moved to `device` by DeepSpeed).
 
@@ -99,6 +148,9 @@ class Engine:
             is_head_parameter: by name, which parameters train at optim.head_lr.
             ds_config: the final dictionary (`megam3.config.deepspeed`).
             total_steps: shapes the learning rate.
+            reduces_once: ZeRO 2 and 3 reduce gradients at the end of a step instead of after every backward
+                pass (`megam3.engine.reduction`); the other stages do so anyway.
+            adamw: from `choose_adamw`.
         """
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.device, self.stage = device, ds_config["zero_optimization"]["stage"]
@@ -109,9 +161,9 @@ class Engine:
         name_of = {id(parameter): name for name, parameter in module.named_parameters()}
         self._names = [name_of[id(parameter)] for group in groups for parameter in group["params"]]
         self._peak_lrs = [group.pop("peak_lr") for group in groups]
-        self._torch_optimizer = build_adamw(groups, optim, device)
+        self._torch_optimizer = build_adamw(groups, optim, adamw)
         self._group_settings = [
-            {name: group[name] for name in ("betas", "eps", "weight_decay")}
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
             for group in self._torch_optimizer.param_groups
         ]
         self._torch_optimizer.register_step_pre_hook(self._guard_update)
@@ -122,6 +174,11 @@ class Engine:
             # nobody to reduce with: DeepSpeed would copy all gradients into a flat buffer and back, a fifth
             # of a step at XLM-R's vocabulary
             self._engine.enable_backward_allreduce = False
+        self._reduction = SingleReduction(self._engine) if reduces_once and self.stage >= 2 else None
+        self._scales_loss = bool(ds_config.get("fp16", {}).get("enabled"))
+        if self._scaler is not None:
+            # at the lowest scale an overflow is a gradient that is not finite: engine.on_nonfinite decides
+            self._scaler.raise_error_at_min_scale = False
         self._is_ready = True
 
     @property
@@ -134,6 +191,11 @@ class Engine:
         """Checkpointing and offload of this model."""
         return self._activations
 
+    @property
+    def _scaler(self) -> Any:
+        """fp16's; not kept, since DeepSpeed puts another one in its place when it loads a checkpoint."""
+        return self._engine.optimizer.loss_scaler if self._scales_loss else None
+
     def forward(self, *args: Any) -> Any:
         """Call the model. Under ZeRO-3 its parameters are gathered by this call: the module alone cannot be
         called."""
@@ -143,7 +205,8 @@ class Engine:
     def step_scope(self) -> Iterator[None]:
         """Spans all forward and backward passes of one optimizer step."""
         self._engine.train()
-        with self._activations.step():
+        reduction = contextlib.nullcontext() if self._reduction is None else self._reduction.step()
+        with self._activations.step(), reduction:
             yield
 
     @contextlib.contextmanager
@@ -183,48 +246,89 @@ class Engine:
             group["lr"] = peak * factor
         self._drop_update, self._skipped = drop, False
         self._norm = self._plain_norm() if self.stage == 0 else math.nan
+        scaler = self._scaler
+        scale = None if scaler is None else float(scaler.cur_scale)
         self._engine.step()
+        overflowed = scale is not None and bool(self._engine.optimizer.overflow)
+        is_lowest = scaler is not None and scale == float(scaler.min_scale)
         # a ZeRO optimizer that met a non-finite norm by itself has not called AdamW at all
         self._norm = self._zero_norm() if self.stage > 0 else self._norm
         return UpdateResult(
-            self._norm, self._optim.lr * factor, self._skipped or not math.isfinite(self._norm)
+            self._norm,
+            self._optim.lr * factor,
+            self._skipped or overflowed or not math.isfinite(self._norm),
+            scale,
+            overflowed and not drop and not is_lowest,
         )
 
-    def save(self, folder: str) -> list[str]:
+    def save(self, folder: str, write: FileWriter | None = None) -> list[str]:
         """Write this rank's part of weights and optimizer state under folder/engine; returns its files,
-        relative to folder."""
+        relative to folder.
+
+        `write` is called in place of DeepSpeed's own writer, once a file, and may put the writing off: the
+        contents are live tensors, which the next step changes. (DeepSpeed's DecoupledCheckpointEngine also
+        writes beside the training, but hands live tensors to a second process and holds the next optimizer
+        step until that has written them; it needs libaio and keeps no copy.)
+        """
         written: list[str] = []
         writer = self._engine.checkpoint_engine
         save = writer.save
 
         def save_and_note(state_dict: Any, path: str) -> Any:
             written.append(os.path.relpath(path, folder))
-            return save(state_dict, path)
+            return save(state_dict, path) if write is None else write(state_dict, path, save)
 
+        copies_files = self._engine.zero_nvme_offload_optimizer
         writer.save = save_and_note
+        # states on a disk are saved like any others, not as copies of DeepSpeed's files
+        self._engine.zero_nvme_offload_optimizer = lambda: False
         try:
-            self._engine.save_checkpoint(
-                folder, tag=TAG, save_latest=False, client_state={NAMES: self._names}
-            )
+            with states_in_sight(self._engine.optimizer):
+                self._engine.save_checkpoint(
+                    folder, tag=TAG, save_latest=False, client_state={NAMES: self._names}
+                )
         finally:
             writer.save = save
+            self._engine.zero_nvme_offload_optimizer = copies_files
         return written
 
     def load(self, folder: str) -> None:
         """Read what `save` wrote at the same world size and ZeRO stage; nothing is unpickled but tensors and
         DeepSpeed's bookkeeping."""
+        if keeps_states_in_files(self._engine.optimizer):
+            self.load_elastic(folder)
+            return
         with weights_only_loads():
             path, _ = self._engine.load_checkpoint(folder, tag=TAG, load_lr_scheduler_states=False)
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}/{TAG}"
-        # the recipe decides, not the checkpoint: DeepSpeed brings back betas, eps and decay with the moments
+        # the recipe decides, not the checkpoint: DeepSpeed brings back betas, eps, decay and what else the
+        # AdamW of that run had to say of its groups with the moments
         for group, settings in zip(self._torch_optimizer.param_groups, self._group_settings, strict=True):
             group.update(settings)
+        settle_steps(self._torch_optimizer)
 
     def load_elastic(self, folder: str) -> None:
         """Read what an engine of any world size and ZeRO stage wrote: weights, moments and AdamW's step
-        count, by parameter name."""
+        count, by parameter name, and where fp16's scaler was; collective.
+
+        Rank 0 lists the files for all: listed by W ranks, a folder of W files is W² questions to a shared
+        file system, and each rank might see another answer.
+
+        Raises:
+            CheckpointError: this rank does not see a file that rank 0 lists.
+        """
+        files = comm.gather_objects_json(list_files(folder) if comm.is_main() else [])[0]
+        try:
+            saved = SavedStates(folder, files)
+        except FileNotFoundError as error:
+            who = f"rank {comm.rank()} on {socket.gethostname()}"
+            rule = f"{who} does not see {error.filename}, which rank 0 lists"
+            remedy = "give output_dir on a file system that all nodes share"
+            raise CheckpointError("checkpoint", folder, rule, remedy) from None
+        if self._scaler is not None and saved.scaler:
+            vars(self._scaler).update(saved.scaler)
         restore(
-            SavedStates(folder),
+            saved,
             self._engine.module,
             self._engine.optimizer,
             self._torch_optimizer,

@@ -13,14 +13,14 @@ import torch
 from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from megam3.dist import comm
+from megam3.engine.adamw import step_count
 from megam3.engine.consolidate import MOMENTS, SavedStates
+from megam3.engine.swapped import begin_moments, states_in_sight
 
 
 @torch.no_grad()
@@ -44,8 +44,10 @@ def restore(
         # unseen
         zero.persistent_parameters[0].partition(zero.persistent_parameters)
     if partitioned:
-        _start_moments(zero.fp32_partitioned_groups_flat, adamw, saved.adam_steps)
-        _fill_partitions(saved, parameters)
+        with states_in_sight(zero, writable=True):
+            _start_moments(zero.fp32_partitioned_groups_flat, adamw, saved.adam_steps)
+            begin_moments(zero)
+            _fill_partitions(saved, parameters, zero, adamw)
         zero.checkpoint_event_epilogue()  # the kept ones come back whole
     elif hasattr(parameters[names[0]], "_hp_mapping"):
         _start_moments(zero.single_partition_of_fp32_groups, adamw, saved.adam_steps)
@@ -59,24 +61,29 @@ def restore(
 
 
 def _start_moments(masters: Sequence[Tensor], adamw: torch.optim.Optimizer, steps: float) -> None:
-    """AdamW allocates its state in its first step; a fused kernel counts steps on the device, the others on
-    the CPU."""
+    """AdamW allocates its state in its first step."""
     for master in masters:
-        device = master.device if adamw.param_groups[0].get("fused") else torch.device("cpu")
         adamw.state[master] = {kind: torch.zeros_like(master, requires_grad=False) for kind in MOMENTS}
-        adamw.state[master]["step"] = torch.tensor(steps, dtype=torch.float32, device=device)
+        adamw.state[master]["step"] = step_count(steps, master, adamw)
 
 
-def _fill_partitions(saved: SavedStates, parameters: dict[str, nn.Parameter]) -> None:
+def _fill_partitions(
+    saved: SavedStates, parameters: dict[str, nn.Parameter], zero: Any, adamw: torch.optim.Optimizer
+) -> None:
     """ZeRO-3: this rank's slice of every parameter."""
     for name in saved.names:
         parameter = parameters[name]
         partition: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
         weight = _own_slice(saved.read(name), partition)
         partition.data.copy_(weight)
-        safe_set_local_fp32_param(parameter, weight)
+        # not by DeepSpeed's safe_set_local…: with states in files it would read and write a whole sub-group
+        # for each parameter and kind
+        sub_group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+        master = zero.fp32_partitioned_groups_flat[sub_group]
+        own = slice(offset, offset + weight.numel())
+        master.data[own] = weight
         for kind in saved.moments:
-            safe_set_local_optimizer_state(parameter, _own_slice(saved.read(name, kind), partition), kind)
+            adamw.state[master][kind].data[own] = _own_slice(saved.read(name, kind), partition)
 
 
 def _own_slice(value: Tensor, partition: Tensor) -> Tensor:

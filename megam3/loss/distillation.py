@@ -1,13 +1,13 @@
 """What a teacher's scores of a query's own group do, and the margin rule that takes likely positives out.
 Pure.
 
-A group's logits come side by side, own_QG, positive first; `seen_QG` says which places hold a passage that
-the query may see. With y the softmax of the teacher's scores over what is seen:
+A group's logits come side by side, own_QG, drawn positives first; `seen_QG` says which places hold a passage
+that the query may see. With y the softmax over what is seen of the teacher's scores / teacher_temperature:
 
     kl_div       −Σ y_i · log softmax(own)_i over the own group
     m3_kd_loss   Σ_i y_i · (log Σ exp over the group from its i-th passage on and all other columns, − own_i)
-                 with the positive first, then negatives by falling teacher score: each is learned against
-                     what should rank below it
+                 with the drawn positives first, then negatives, either by falling teacher score: each is
+                     learned against what should rank below it
 """
 
 from collections.abc import Callable
@@ -16,12 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megam3.loss.positives import Positives, highest_of
 from megam3.loss.settings import LossSettings
 
 
 @dataclass(frozen=True)
 class TeacherGroups:
-    """Teacher scores of each query's own group, positive first."""
+    """Teacher scores of each query's own group, drawn positives first."""
 
     scores_QG: Tensor
     """float; anything where a shorter group has no passage."""
@@ -52,23 +53,26 @@ class MarginRule:
             return visible_QP & ~above_QP.bool()
         return visible_QP
 
-    def exclude_in_group(self, sum_QG: Tensor | None, visible_QG: Tensor) -> Tensor:
-        """The same over the own groups side by side; the positive, which comes first, always stays."""
+    def exclude_in_group(self, sum_QG: Tensor | None, visible_QG: Tensor, positives: Positives) -> Tensor:
+        """The same over the own groups side by side; the drawn positives, which come first, always stay."""
         if self.limit_Q is not None and sum_QG is not None:
             visible_QG = visible_QG & ~(sum_QG.detach() > self.limit_Q[:, None])
         elif self.above_QG is not None:
             visible_QG = visible_QG & ~self.above_QG
-        visible_QG[:, :1] = True
-        return visible_QG
+        return visible_QG | positives.is_positive(visible_QG.shape[1])
 
 
 def find_margin_rule(
-    settings: LossSettings, positive_sum_Q: Tensor | None, teacher: TeacherGroups | None
+    settings: LossSettings,
+    positive_sum_Q: Tensor | None,
+    teacher: TeacherGroups | None,
+    positives: Positives,
 ) -> MarginRule:
     """The rule these settings ask for.
 
     Args:
-        positive_sum_Q: combined score of each query's positive; None where no combined score is formed.
+        positive_sum_Q: combined score of each query's positive, of several the highest; None where no
+            combined score is formed.
         teacher: None when the batch carries no teacher scores, of which the rule then knows nothing.
     """
     margin = settings.false_negative_margin
@@ -79,24 +83,39 @@ def find_margin_rule(
         return MarginRule(positive_sum_Q.detach() + margin, None)
     if teacher is None:
         return MarginRule(None, None)
-    limit_Q1 = teacher.scores_QG[:, :1].sum(1, keepdim=True) + margin
+    if teacher.scores_QG.shape[1] == 0:
+        return MarginRule(None, teacher.exists_QG)
+    is_positive_QG = positives.is_positive(teacher.scores_QG.shape[1])
+    limit_Q1 = highest_of(teacher.scores_QG, is_positive_QG) + margin
     return MarginRule(None, (teacher.scores_QG > limit_Q1) & teacher.exists_QG)
 
 
 def teacher_rows(
-    kind: str, own_QG: Tensor, others_Q: Callable[[], Tensor], teacher: TeacherGroups, seen_QG: Tensor
+    settings: LossSettings,
+    name: str,
+    own_QG: Tensor,
+    others_Q: Callable[[], Tensor],
+    teacher: TeacherGroups,
+    seen_QG: Tensor,
+    positives: Positives,
 ) -> Tensor:
-    """Teacher distillation of one score, per query.
+    """Teacher distillation of the score `name`, per query.
 
     Args:
-        own_QG: logits of the own group, positive first.
+        own_QG: logits of the own group, drawn positives first, at the score's own temperature.
         others_Q: gives log Σ exp over every column the query sees outside its own group; asked by
             `m3_kd_loss` alone.
         seen_QG: places that hold a passage the query may see.
     """
-    if kind == "kl_div":
-        return kl_div_rows(own_QG, teacher.scores_QG, seen_QG)
-    return m3_kd_rows(own_QG, others_Q(), teacher.scores_QG, seen_QG)
+    scores_QG = teacher.scores_QG / settings.teacher_temperature
+    if settings.teacher == "m3_kd_loss":
+        is_positive_QG = positives.is_positive(own_QG.shape[1])
+        return m3_kd_rows(own_QG, others_Q(), scores_QG, seen_QG, is_positive_QG)
+    if settings.student_temperature is not None:
+        # from s/τ to s/τ_student; what is not seen holds the lowest number, which must not overflow
+        rescale = settings.temperatures[name] / settings.student_temperature
+        own_QG = own_QG.masked_fill(~seen_QG, 0.0) * rescale
+    return kl_div_rows(own_QG, scores_QG, seen_QG)
 
 
 def _target(scores_QG: Tensor, seen_QG: Tensor) -> Tensor:
@@ -110,7 +129,9 @@ def kl_div_rows(own_QG: Tensor, scores_QG: Tensor, seen_QG: Tensor) -> Tensor:
     return -(_target(scores_QG, seen_QG) * torch.log_softmax(own_QG, dim=1)).sum(1)
 
 
-def m3_kd_rows(own_QG: Tensor, others_Q: Tensor, scores_QG: Tensor, seen_QG: Tensor) -> Tensor:
+def m3_kd_rows(
+    own_QG: Tensor, others_Q: Tensor, scores_QG: Tensor, seen_QG: Tensor, is_positive_QG: Tensor
+) -> Tensor:
     """The masked sequence, per query (FlagEmbedding's `m3_kd_loss`; its order of negatives is made here,
     whatever the record's).
 
@@ -123,8 +144,10 @@ def m3_kd_rows(own_QG: Tensor, others_Q: Tensor, scores_QG: Tensor, seen_QG: Ten
         return own_QG.sum(1) + others_Q
     lowest = torch.finfo(own_QG.dtype).min
     rank_QG = scores_QG.masked_fill(~seen_QG, float("-inf"))
-    rank_QG = torch.cat([torch.full_like(rank_QG[:, :1], float("inf")), rank_QG[:, 1:]], dim=1)
     order_QG = rank_QG.argsort(dim=1, descending=True, stable=True)
+    # two stable sorts: positives before negatives, and either by falling score
+    later_QG = (~is_positive_QG).gather(1, order_QG).to(torch.int8)
+    order_QG = order_QG.gather(1, later_QG.argsort(dim=1, stable=True))
     target_QG, seen_QG, own_QG = (
         x.gather(1, order_QG) for x in (_target(scores_QG, seen_QG), seen_QG, own_QG)
     )

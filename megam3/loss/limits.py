@@ -6,7 +6,7 @@ MaxSim's own chunk sizes lie beside it, in megam3/scoring/chunks.py.
 
 MATRIX_SCORES = 1 << 26
 """Scores of one head held at once before the loss goes over to tiles: 256 MB in fp32, times
-SCORE_MATRICES."""
+`score_matrices`."""
 
 WINNERS = 1 << 30
 """MaxSim's (query row, passage) pairs held at once before the loss goes over to tiles: 4 GB of winners."""
@@ -23,9 +23,28 @@ GROUP_TILE_TEXTS = 64
 """The tiled loss scores this many queries against their own groups at a time, of which each query keeps
 one."""
 
-SCORE_MATRICES = 17
-"""fp32 matrices queries × passages alive at the peak of the plain loss: per score (3 heads, sum) itself,
-masked logits, log-probabilities and one gradient; and the distillation's target."""
+MATRICES_PER_SCORE = 4
+"""fp32 matrices queries × passages of one score at the peak of the plain loss: itself, masked logits,
+log-probabilities and one gradient."""
+
+MATRICES_PER_DIMENSION = 1.5
+"""The same of each Matryoshka dimension, beside the dense head alone."""
+
+MATRICES_IN_MAXSIM = 5
+"""Of them all, those that are left when MaxSim's backward pass runs: a gradient a score, and one score."""
+
+
+def score_matrices(num_heads: int, num_dimensions: int = 0) -> float:
+    """fp32 matrices queries × passages alive at the peak of the plain loss: of every head and, where there
+    are several, of their sum and the distillation's target.
+
+    >>> score_matrices(3), score_matrices(1)
+    (17.0, 4.0)
+    """
+    if num_heads > 1:
+        # the dimensions' own come and go while fewer are alive
+        return MATRICES_PER_SCORE * (num_heads + 1) + 1.0
+    return MATRICES_PER_SCORE + MATRICES_PER_DIMENSION * num_dimensions
 
 
 def loss_needs_tiles(num_queries: int, num_columns: int, query_rows: int, num_passages: int) -> bool:

@@ -6,8 +6,9 @@ With l(s) = −log softmax(s/τ)[positive] per query, over the columns it sees (
     L'    = Σ_h distill_h · KD_h / heads,   KD_h = −Σ t · log softmax(s_h/τ),   t = softmax(s_sum/τ), constant
     total = (L + L') / 2                                          while distilling, else L
 
-A teacher in the records changes each l(s): `kl_div` adds −Σ y · log softmax over the own group, y =
-softmax(teacher scores of the group); `m3_kd_loss` replaces it (see distillation.py).
+Every score has a temperature τ of its own where the recipe says so. A teacher in the records adds, per score,
+weight · (−Σ y · log softmax over the own group), y = softmax(teacher scores of the group / its temperature),
+with `kl_div`; `m3_kd_loss` stands in the place of l(s) unless the recipe keeps both (see distillation.py).
 
 Rows are one rank's queries. Values are `row_scale` × local sum, row_scale = W / (queries of all ranks):
 `megam3.dist.gather` derives why.
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megam3.loss.settings import LossSettings
+from megam3.loss.settings import NAMES, LossSettings
 
 RowLoss = Callable[[str], Tensor]
 """Name of a score → its loss per query, [Q]."""
@@ -55,10 +56,11 @@ def collect_rows(
     """
     is_taught = has_teacher and settings.teacher is not None
     rows: dict[str, Tensor] = {}
-    for name in settings.trained:
-        if not is_taught or settings.teacher != "m3_kd_loss":
+    for name in NAMES:
+        # records without teacher scores train InfoNCE, whatever the settings ask of the others
+        if name in settings.trained and (settings.keeps_infonce or not is_taught):
             rows[name] = infonce(name)
-        if is_taught:
+        if is_taught and name in settings.taught:
             rows[f"teacher_{name}"] = taught(name)
     for name in settings.distilled if distill else ():
         rows[f"distill_{name}"] = distilled(name)
@@ -70,6 +72,7 @@ def add_up(
 ) -> LossTerms:
     """Weigh the rows of `collect_rows` into the total; `hits` say per score where it ranks the positive
     first."""
+    # hits are there also where no loss is trained, and the total must be a tensor all the same
     first = torch.zeros((), device=next(iter(hits.values())).device)
     distilled = torch.zeros_like(first)
     for name, row in rows.items():
@@ -77,7 +80,8 @@ def add_up(
             weight = getattr(settings.distill_weights, name.removeprefix("distill_"))
             distilled = distilled + weight / settings.distill_divisor * row.sum()
         else:
-            weight = getattr(settings.loss_weights, name.removeprefix("teacher_"))
+            table = settings.teacher_weights if name.startswith("teacher_") else settings.loss_weights
+            weight = getattr(table, name.removeprefix("teacher_"))
             first = first + weight / settings.loss_divisor * row.sum()
     total = (first + distilled) / 2 if any(name.startswith("distill_") for name in rows) else first
     return LossTerms(

@@ -11,6 +11,7 @@ plain loss, or two while distilling.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from megam3.dist.gather import gather_rows
 from megam3.loss.distillation import MarginRule, TeacherGroups, find_margin_rule, teacher_rows
 from megam3.loss.limits import GROUP_TILE_TEXTS, texts_per_tile
 from megam3.loss.negatives import Negatives
+from megam3.loss.positives import Positives, highest_of, hit_rows, infonce_rows
 from megam3.loss.rows import LossTerms, add_up, collect_rows
 from megam3.loss.settings import LossSettings
 from megam3.loss.tiles import OutsideGroup, TileGrid, score_settings_heads, sum_outside_group
@@ -35,7 +37,7 @@ def _default_tile_texts(counts: RankCounts, settings: LossSettings) -> int:
     """Texts per side of a tile; the same on every rank, because it is a function of all ranks' counts."""
     if "multi_vector" not in settings.heads:
         return texts_per_tile(0)
-    return texts_per_tile(sum(counts.query_rows) / max(1, sum(counts.queries)))
+    return texts_per_tile(sum(counts.rows_by_query) / max(1, sum(counts.queries)))
 
 
 def _own_groups(
@@ -53,9 +55,8 @@ def _own_groups(
     # groups are contiguous: a block of queries meets one contiguous run of passages
     columns_QG, _ = negatives.group_columns()
     sizes = _tile_sizes(queries.num_texts, GROUP_TILE_TEXTS)
-    starts = [0, *torch.tensor(sizes).cumsum(0).tolist()]
-    stops_Q = (negatives.group_stop_Q - first_column).tolist()
-    edges = [0, *(stops_Q[stop - 1] if stop else 0 for stop in starts[1:])]
+    starts = [0, *accumulate(sizes)]
+    edges = [sum(negatives.group_sizes[:stop]) for stop in starts]
     parts: dict[str, list[Tensor]] = {name: [] for name in settings.scores}
     blocks = passages.split([stop - start for start, stop in zip(edges, edges[1:])])
     for index, (query_block, passage_block) in enumerate(zip(queries.split(sizes), blocks)):
@@ -67,7 +68,7 @@ def _own_groups(
     return {name: torch.cat(each) for name, each in parts.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _QueryLogits:
     """Logits of one score as each query sees them: its own group's, and a summary of all other columns."""
 
@@ -76,11 +77,7 @@ class _QueryLogits:
     """log Σ exp over the other columns."""
     highest_Q: Tensor
     """The highest of them."""
-
-    @property
-    def positive_Q(self) -> Tensor:
-        """Logit of the positive."""
-        return self.own_QG[:, :1].sum(1)
+    positives: Positives
 
     @property
     def lse_Q(self) -> Tensor:
@@ -88,16 +85,45 @@ class _QueryLogits:
         return torch.logaddexp(self.own_QG.logsumexp(1), self.others_Q)
 
     @property
+    def infonce_Q(self) -> Tensor:
+        """InfoNCE of the drawn positives."""
+        if self.positives.most == 1:
+            # without queries a group has no columns either: a sum is a function of them all the same
+            return self.lse_Q - self.own_QG[:, :1].sum(1)
+        most = self.positives.most
+        positive_QD, exists_QD = self.own_QG[:, :most], self.positives.is_positive(most)
+        negatives_Q = torch.logaddexp(self._rivals_QG().logsumexp(1), self.others_Q)
+        return infonce_rows(positive_QD, exists_QD, negatives_Q)
+
+    @property
     def hit_Q(self) -> Tensor:
-        """Whether the positive is above everything else."""
-        rivals = torch.cat([self.own_QG[:, 1:], self.highest_Q[:, None]], dim=1).detach()
-        return self.positive_Q.detach() > rivals.amax(1)
+        """Share of the drawn positives that are above everything else."""
+        most = self.positives.most
+        rivals_QG = torch.cat([self._rivals_QG(), self.highest_Q[:, None]], dim=1)
+        exists_QD = self.positives.is_positive(most)
+        if self.own_QG.shape[1] == 0:
+            return self.highest_Q
+        return hit_rows(self.own_QG[:, :most], exists_QD, rivals_QG.amax(1))
+
+    def _rivals_QG(self) -> Tensor:
+        """The own group, its drawn positives hidden."""
+        is_positive_QG = self.positives.is_positive(self.own_QG.shape[1])
+        return self.own_QG.masked_fill(is_positive_QG, torch.finfo(self.own_QG.dtype).min)
+
+
+def _best_positive(sum_QG: Tensor, positives: Positives) -> Tensor:
+    """Combined score of each query's positive, of several the highest; detached."""
+    most = positives.most
+    if sum_QG.shape[1] == 0:
+        return sum_QG.detach().sum(1)
+    return highest_of(sum_QG[:, :most], positives.is_positive(most)).squeeze(1)
 
 
 def _rows(
     logits: dict[str, _QueryLogits],
     mean_of: dict[str, Tensor],
     seen_QG: Tensor,
+    positives: Positives,
     settings: LossSettings,
     teacher: TeacherGroups | None,
 ) -> dict[str, Tensor]:
@@ -105,9 +131,8 @@ def _rows(
 
     def taught(name: str) -> Tensor:
         assert teacher is not None
-        assert settings.teacher is not None
         part = logits[name]
-        return teacher_rows(settings.teacher, part.own_QG, lambda: part.others_Q, teacher, seen_QG)
+        return teacher_rows(settings, name, part.own_QG, lambda: part.others_Q, teacher, seen_QG, positives)
 
     def distilled(name: str) -> Tensor:
         # Σ t·s over everything = Σ over the own group + (share of the others) · (their mean)
@@ -121,7 +146,7 @@ def _rows(
         settings,
         has_teacher=teacher is not None,
         distill=bool(mean_of),
-        infonce=lambda name: logits[name].lse_Q - logits[name].positive_Q,
+        infonce=lambda name: logits[name].infonce_Q,
         taught=taught,
         distilled=distilled,
     )
@@ -184,16 +209,23 @@ def tiled_unified_loss(
     queries, passages = queries.keep_heads(settings.heads), passages.keep_heads(settings.heads)
     first_column = counts.first_passage if negatives.in_batch_negatives else 0
     own = _own_groups(queries, passages, negatives, first_column, settings)
-    rule = find_margin_rule(settings, own["sum"][:, :1].sum(1) if "sum" in own else None, teacher)
+    positives = negatives.positives()
+    positive_sum_Q = _best_positive(own["sum"], positives) if "sum" in own else None
+    rule = find_margin_rule(settings, positive_sum_Q, teacher, positives)
     # the rule's limit is the positive's own score, which is known only after the groups are scored
-    seen_QG = rule.exclude_in_group(own.get("sum"), negatives.visible_in_group())
+    seen_QG = rule.exclude_in_group(own.get("sum"), negatives.visible_in_group(), positives)
     outside = _outside(queries, passages, negatives, rule, settings, counts, distill, tile_texts)
     logits = {}
     for index, name in enumerate(settings.scores):
         lowest = torch.finfo(own[name].dtype).min
-        own_QG = (own[name] / settings.temperature).masked_fill(~seen_QG, lowest)
-        logits[name] = _QueryLogits(own_QG, outside.lse_HQ[index], outside.highest_HQ[index])
+        own_QG = (own[name] / settings.temperatures[name]).masked_fill(~seen_QG, lowest)
+        logits[name] = _QueryLogits(
+            own_QG=own_QG,
+            others_Q=outside.lse_HQ[index],
+            highest_Q=outside.highest_HQ[index],
+            positives=positives,
+        )
     mean_of = dict(zip(settings.distilled, outside.mean_DQ)) if distill else {}
-    rows = _rows(logits, mean_of, seen_QG, settings, teacher)
+    rows = _rows(logits, mean_of, seen_QG, positives, settings, teacher)
     hits = {name: part.hit_Q for name, part in logits.items()}
     return add_up(rows, hits, settings, counts.row_scale)

@@ -95,7 +95,8 @@ class TileGrid:
         hidden_QP |= self.negatives.in_own_group(tile.rows, tile.columns)
         if self.limit_Q is not None and scores.sum_QP is not None:
             hidden_QP |= scores.sum_QP.detach() > self.limit_Q[tile.rows, None]
-        named = {name: x.detach() / self.settings.temperature for name, x in scores.by_name().items()}
+        tau = self.settings.temperatures
+        named = {name: x.detach() / tau[name] for name, x in scores.by_name().items()}
         masked = {name: x.masked_fill_(hidden_QP, torch.finfo(x.dtype).min) for name, x in named.items()}
         return TileLogits(masked, hidden_QP)
 
@@ -173,7 +174,7 @@ def _tile_gradients(
             queries.with_floats(*leaves[:3]), passages.with_floats(*leaves[3:]), grid.settings
         )
     logits = grid.logits(tile, scores)
-    scale, rows, names = 1.0 / grid.settings.temperature, tile.rows, grid.settings.scores
+    rows, names = tile.rows, grid.settings.scores
     # in place: a tile's logits are this function's own
     probabilities = {
         name: logits.by_name[name].sub_(lse_HQ[index, rows, None]).exp_().masked_fill_(logits.hidden_QP, 0.0)
@@ -181,6 +182,7 @@ def _tile_gradients(
     }
     outputs, upstream = [], []
     for index, name in enumerate(names):
+        scale = 1.0 / grid.settings.temperatures[name]
         grad_QP = probabilities[name] * (grad_lse_HQ[index, rows, None] * scale)
         if grad_mean_DQ.shape[0] and name in grid.settings.distilled:
             on_mean_Q = grad_mean_DQ[grid.settings.distilled.index(name), rows] * scale

@@ -13,15 +13,28 @@ import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from megam3.encoders import FAMILIES, find_packing_problem, position_offset
+from megam3.encoders import (
+    FAMILIES,
+    Direction,
+    find_direction_problem,
+    find_packing_problem,
+    is_causal,
+    position_offset,
+)
 from megam3.errors import CheckpointError
-from megam3.model.attention import PACKED_ATTENTION, choose_attention, equal_length_runs
+from megam3.model.attention import (
+    PACKED_ATTENTION,
+    choose_attention,
+    equal_length_runs,
+    wished_attention,
+)
 from megam3.model.rows import select_unique_rows
 
 # weights a checkpoint may carry although the bare encoder has no place for them: poolers, task heads, and
@@ -43,6 +56,15 @@ def check_encoder_config(config: PretrainedConfig, source: str) -> None:
         raise problem
 
 
+def reads_causally(config: PretrainedConfig) -> bool:
+    """Whether the encoder reads left to right."""
+    field = FAMILIES[config.model_type].direction_field
+    facts: dict[str, object] = {"model_type": config.model_type}
+    if field and hasattr(config, field):
+        facts[field] = getattr(config, field)
+    return is_causal(facts)
+
+
 def first_position(config: PretrainedConfig) -> int:
     """What the encoder's position ids start at: pad_token_id + 1 for the RoBERTa families (row 2 for XLM-R),
     else 0."""
@@ -59,17 +81,18 @@ def load_backbone(
     *,
     hidden_dropout: float | None = None,
     attention_dropout: float | None = None,
+    attention: Direction | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """The encoder in folder `source`, without pooler, set to packed attention; an HfDeepSpeedConfig that is
-    alive partitions it.
+    alive partitions it. `attention`: see `load_encoder_config`.
 
     Raises:
         ConfigError: an encoder that cannot be served.
         CheckpointError: no readable folder, or weights that do not fit the config.
     """
-    config = load_encoder_config(source)
-    _override_dropout(config, hidden_dropout, attention_dropout)
+    config = load_encoder_config(source, attention)
+    override_dropout(config, hidden_dropout, attention_dropout)
     options = {
         "config": config,
         "attn_implementation": PACKED_ATTENTION,
@@ -81,7 +104,7 @@ def load_backbone(
             encoder, report = AutoModel.from_pretrained(
                 source, output_loading_info=True, trust_remote_code=False, **options
             )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, UnpicklingError) as error:
         raise CheckpointError(
             "model.path", source, f"the encoder's weights cannot be loaded ({error})", "check the folder"
         ) from error
@@ -109,24 +132,47 @@ def build_backbone(config: PretrainedConfig, *, dtype: torch.dtype = torch.float
     )
 
 
-def load_encoder_config(source: str) -> PretrainedConfig:
+def load_encoder_config(source: str, attention: Direction | None = None) -> PretrainedConfig:
     """The config in folder `source`, checked to be one that runs packed.
 
+    Args:
+        attention: read a model made left to right in this direction; None: as its config says.
+
     Raises:
-        ConfigError: an encoder that cannot be served.
+        ConfigError: an encoder that cannot be served, or not in this direction.
         CheckpointError: no readable config.json.
     """
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(
             "model.path",
             source,
             f"holds no readable config.json ({error})",
             "give a Hugging Face encoder folder",
         ) from error
+    if attention is not None:
+        config = turn_config(config, attention, source)
     check_encoder_config(config, source)
     return config
+
+
+def turn_config(config: PretrainedConfig, attention: Direction, source: str) -> PretrainedConfig:
+    """`config` with its text read in direction `attention`; transformers reads the field that is set here, so
+    a folder with this config gives the same vectors there.
+
+    Raises:
+        ConfigError: an encoder that reads in both directions only.
+    """
+    problem = find_direction_problem(config.model_type, attention, source)
+    if problem is not None:
+        raise problem
+    field = FAMILIES[config.model_type].direction_field
+    if not field or reads_causally(config) == (attention == "causal"):
+        return config
+    # built anew, not set: Gemma 3 halves its windows when it is built for both directions
+    turned = {**config.to_dict(), field: (attention == "causal") == (field == "is_causal")}
+    return type(config).from_dict(turned)
 
 
 def encode_packed(
@@ -152,7 +198,13 @@ def encode_packed(
             encoder, one, one, torch.tensor([0, 1], dtype=torch.int32, device=one.device), (1,)
         )[:0]
     order_T = None
-    choice = choose_attention(encoder.config, input_ids_T.device, encoder.dtype, encoder.training)
+    choice = choose_attention(
+        encoder.config,
+        input_ids_T.device,
+        encoder.dtype,
+        encoder.training,
+        wished_attention(encoder),
+    )
     if choice.kernel == "runs":
         order_T, lengths = _equal_lengths_together(lengths, cu_seqlens_N1)
     if order_T is not None:
@@ -165,8 +217,17 @@ def encode_packed(
         lengths=lengths,
         max_length=max(lengths),
         kernel=choice.kernel,
+        **_direction_options(encoder.config),
     ).last_hidden_state.squeeze(0)
     return hidden_TD if order_T is None else select_unique_rows(hidden_TD, order_T.argsort())
+
+
+def _direction_options(config: PretrainedConfig) -> dict[str, bool]:
+    """What a family that can read left to right must be told: the direction, which its layers do not know,
+    and to keep no keys for generation."""
+    if not FAMILIES[config.model_type].direction_field:
+        return {}
+    return {"causal": reads_causally(config), "use_cache": False}
 
 
 def _equal_lengths_together(
@@ -206,7 +267,7 @@ def _quiet_transformers() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _override_dropout(config: PretrainedConfig, hidden: float | None, attention: float | None) -> None:
+def override_dropout(config: PretrainedConfig, hidden: float | None, attention: float | None) -> None:
     """Write the recipe's probabilities over the encoder's own, under the names its family uses."""
     names = {"hidden_dropout_prob": hidden, "embedding_dropout": hidden, "mlp_dropout": hidden}
     names |= {"attention_probs_dropout_prob": attention, "attention_dropout": attention}

@@ -45,22 +45,27 @@ def cross_attention(
         assert isinstance(found, Tensor)  # the log-sum-exps come too only where they are asked for
         return found
     together = _equal_halves(tuple(rows), tuple(keys))
-    # split and cat: index_select was measured twice as slow on CPUs (docs/experiments.md)
-    streams = [
-        torch.cat([parts[half] for half in together.order])
-        for parts in (query_RHd.split(rows), key_KHd.split(keys), value_KHd.split(keys))
-    ]
+    # halves of one size, or sorted ones, stay where they are: no operation then looks at a single text
+    in_place = together.order == tuple(range(len(rows)))
+    streams = [query_RHd, key_KHd, value_KHd]
+    if not in_place:
+        # split and cat: index_select was measured twice as slow on CPUs (docs/experiments.md)
+        parts_of = (query_RHd.split(rows), key_KHd.split(keys), value_KHd.split(keys))
+        streams = [torch.cat([parts[half] for half in together.order]) for parts in parts_of]
     row_sizes = [group.count * group.rows for group in together.groups]
     key_sizes = [group.count * group.keys for group in together.groups]
-    attended: dict[int, Tensor] = {}
-    order = iter(together.order)
+    outputs: list[Tensor] = []
     for group, *parts in zip(
         together.groups, streams[0].split(row_sizes), streams[1].split(key_sizes), streams[2].split(key_sizes)
     ):
         q, k, v = (x.unflatten(0, (group.count, -1 if len(x) else 0)).transpose(1, 2) for x in parts)
         out = scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        # out first: zip stops at its end without taking one more half
-        attended |= {half: one for one, half in zip(out.unbind(), order)}
+        outputs.append(out.flatten(0, 1))
+    joined_RHd = torch.cat(outputs)
+    if in_place:
+        return joined_RHd
+    sizes = [rows[half] for half in together.order]
+    attended = dict(zip(together.order, joined_RHd.split(sizes), strict=True))
     return torch.cat([attended[half] for half in range(len(rows))])
 
 

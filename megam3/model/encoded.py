@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,16 @@ def multi_vector_arrays(representations: Representations) -> list[np.ndarray]:
     """Per text its multi-vector rows, float32 [tokens - 1, C]."""
     rows, offsets = representations.multi_KC.float().cpu().numpy(), representations.multi_offsets_N1.tolist()
     return [rows[start:stop].copy() for start, stop in zip(offsets, offsets[1:])]
+
+
+def encoded_batch(representations: Representations, heads: Collection[str]) -> Encoded:
+    """What is asked for of one batch, on the host."""
+    dense_ND = representations.dense_ND
+    return Encoded(
+        dense_ND.float().cpu().numpy() if "dense" in heads else None,
+        lexical_dicts(representations) if "lexical" in heads else None,
+        multi_vector_arrays(representations) if "multi_vector" in heads else None,
+    )
 
 
 def lexical_match(query: dict[str, float], passage: dict[str, float]) -> float:

@@ -13,9 +13,6 @@ digits. Multi-vector rows are as many as tokens: their norm is taken in fp32, bu
 dtype, which halves what MaxSim keeps and moves.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -37,50 +34,23 @@ def dense_vectors(hidden_TD: Tensor, cu_seqlens_N1: Tensor) -> Tensor:
     return normalize_rows(first_ND.to(torch.promote_types(hidden_TD.dtype, torch.float32)))
 
 
-@dataclass(frozen=True)
-class LexicalStructure:
-    """The distinct non-special ids of each text, and which token feeds which of them."""
-
-    ids_Z: Tensor
-    """int64, ascending within a text."""
-    offsets_N1: Tensor
-    """int64: pairs of text n are offsets_N1[n] … offsets_N1[n+1]-1."""
-    pair_T: Tensor
-    """int64: the pair of each token; Z for special tokens, which feed none."""
-
-
-def lexical_structure(
-    input_ids_T: Tensor, text_ids_T: Tensor, num_texts: int, special_ids: Sequence[int]
-) -> LexicalStructure:
-    """Find the distinct (text, id) pairs of a stream. It waits for the device once, so run it before the
-    encoder."""
-    keep_T = torch.ones_like(input_ids_T, dtype=torch.bool)
-    for special_id in special_ids:
-        keep_T &= input_ids_T != special_id
-    # one sortable key per token; ids are below 2**31, so text and id share an int64
-    keys = ((text_ids_T << 31) | input_ids_T)[keep_T]
-    pairs_Z, pair_of_kept = torch.unique(keys, sorted=True, return_inverse=True)
-    pair_T = torch.full_like(input_ids_T, pairs_Z.shape[0]).masked_scatter(keep_T, pair_of_kept)
-    counts_N = torch.bincount(pairs_Z >> 31, minlength=num_texts)
-    offsets_N1 = torch.cat([counts_N.new_zeros(1), counts_N.cumsum(0)])
-    return LexicalStructure(pairs_Z & 0x7FFFFFFF, offsets_N1, pair_T)
-
-
-def lexical_weights(logits_T: Tensor, structure: LexicalStructure) -> Tensor:
+def lexical_weights(logits_T: Tensor, pair_T: Tensor, num_pairs: int) -> Tensor:
     """[Z]: max over a pair's tokens of relu(logit), in fp32 at least. The gradient goes to the arg-max; equal
-    tokens share it evenly."""
+    tokens share it evenly.
+
+    Args:
+        pair_T: 1 + the pair each token feeds, 0 for special tokens (`LexicalPairs.pair_T`).
+        num_pairs: Z, known on the host.
+    """
     weights_T = torch.relu(logits_T.to(torch.promote_types(logits_T.dtype, torch.float32)))
-    num_pairs = structure.ids_Z.shape[0]
-    # special tokens fall into one spare bucket at the end
+    # special tokens fall into one spare bucket at the start
     weights = weights_T.new_zeros(num_pairs + 1).scatter_reduce(
-        0, structure.pair_T, weights_T, "amax", include_self=True
+        0, pair_T, weights_T, "amax", include_self=True
     )
-    return weights[:num_pairs]
+    return weights[1:]
 
 
-def multi_vector_rows(
-    projected_TC: Tensor, text_ids_T: Tensor, cu_seqlens_N1: Tensor
-) -> tuple[Tensor, Tensor]:
+def multi_vector_rows(projected_TC: Tensor, cu_seqlens_N1: Tensor) -> tuple[Tensor, Tensor]:
     """([K, C], [N + 1]): normalised rows of every token but each text's first, K = T - N, and the offsets of
     each text's rows."""
     num_texts = cu_seqlens_N1.shape[0] - 1

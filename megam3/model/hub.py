@@ -22,11 +22,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from megam3.config.schema import RunConfig
 from megam3.errors import ConfigError
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
 # not the other frameworks' weights, which double the download
-_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors", "*.pt", "pytorch_model*.bin")
+_SMALL_PATTERNS = ("*.json", "*.txt", "*.model", "*.pt")
+_PATTERNS = (*_SMALL_PATTERNS, "*.safetensors", "pytorch_model*.bin")
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,31 @@ class ResolvedModel:
     """Commit of the hub, for env.json; None for a local folder."""
 
 
-def resolve_model(path_or_id: str) -> ResolvedModel:
+def is_hub_id(name: str) -> bool:
+    """Whether this is `owner/name` or `owner/name@revision`, and not a path.
+
+    >>> is_hub_id("BAAI/bge-m3@5617a9f"), is_hub_id("./models/encoder"), is_hub_id("encoder")
+    (True, False, False)
+    """
+    return bool(_HUB_ID.match(name))
+
+
+def hub_source(folder: str | Path) -> dict[str, str] | None:
+    """Repository and commit that a folder of the hub's cache holds; None for any other folder.
+
+    >>> hub_source("/home/me/.cache/huggingface/hub/models--BAAI--bge-m3/snapshots/5617a9f")
+    {'repository': 'BAAI/bge-m3', 'revision': '5617a9f'}
+    """
+    place = Path(folder)
+    kind, _, name = place.parent.parent.name.partition("--")
+    if kind != "models" or place.parent.name != "snapshots":
+        return None
+    return {"repository": name.replace("--", "/", 1), "revision": place.name}
+
+
+def resolve_model(path_or_id: str, *, weights: bool = True) -> ResolvedModel:
     """The local folder of `path_or_id`, downloaded when it is a hub id (`owner/name` or
-    `owner/name@revision`).
+    `owner/name@revision`); `weights=False` leaves the encoder's weights out, for whoever reads its sizes.
 
     Raises:
         ConfigError: neither a folder nor an id, an id the hub does not have, or no network and no copy.
@@ -48,12 +72,13 @@ def resolve_model(path_or_id: str) -> ResolvedModel:
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
         return ResolvedModel(str(folder), None)
-    if not _HUB_ID.match(path_or_id):
+    if not is_hub_id(path_or_id):
         remedy = "give a local folder, or a hub id of the form owner/name"
         raise ConfigError("model", path_or_id, "no such folder", remedy)
     name, _, revision = path_or_id.partition("@")
     try:
-        snapshot = snapshot_download(name, revision=revision or None, allow_patterns=list(_PATTERNS))
+        patterns = list(_PATTERNS if weights else _SMALL_PATTERNS)
+        snapshot = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         rule = f"no such folder, and the hub does not give it ({type(error).__name__})"
         remedy = "correct the name or revision, or log in with `hf auth login` if it is private"
@@ -64,6 +89,20 @@ def resolve_model(path_or_id: str) -> ResolvedModel:
         raise ConfigError("model", path_or_id, rule, remedy) from None
     # the cache names a snapshot's folder by its commit
     return ResolvedModel(str(snapshot), Path(snapshot).name)
+
+
+def with_local_model(config: RunConfig, *, weights: bool = True) -> RunConfig:
+    """The recipe with `model.path` as a folder: checks and training read its files, and the folder of a hub's
+    snapshot names the commit, so that a run continues from the same weights. `weights`: see `resolve_model`.
+
+    Raises:
+        ConfigError: see `resolve_model`.
+    """
+    path = config.model.path
+    if Path(path).expanduser().is_dir() or not is_hub_id(path):
+        return config
+    model = config.model.model_copy(update={"path": resolve_model(path, weights=weights).folder})
+    return config.model_copy(update={"model": model})
 
 
 def push_folder(folder: str | Path, repository: str) -> str:

@@ -69,6 +69,8 @@ class _TiedCrossEntropy(torch.autograd.Function):
             grad = grad.to(rows.dtype)
             grad_MD[part] = grad @ weight_VD
             grad_VD += grad.T @ rows
+            # else they would live on beside the next chunk's logits: a third tensor of 1 GB
+            del log_p, grad
         ctx.save_for_backward(grad_MD, grad_VD, grad_V)
         ctx.dtypes = weight_VD.dtype, bias_V.dtype
         ctx.mark_non_differentiable(losses_M)
@@ -96,13 +98,18 @@ def tied_cross_entropy(
     return _TiedCrossEntropy.apply(rows_MD, weight_VD, bias_V, targets_M, scale_M, chunk_rows)
 
 
-def fill_lm_head(head: MaskedLMHead, folder: Path) -> None:
-    """Copy the published `lm_head` of a model folder into `head`; a warning where there is none.
+def fill_lm_head(head: MaskedLMHead, folder: Path, *, required: bool = False) -> None:
+    """Copy the published `lm_head` of a model folder into `head`; a warning where there is none, or an error
+    where it is `required`.
 
     Raises:
-        CheckpointError: an unreadable weight file, or a head of other sizes.
+        CheckpointError: an unreadable weight file, a head of other sizes, or a required one that is missing.
     """
     found = _read_lm_head(folder)
+    if not found and required:
+        rule = "holds no masked-LM head (lm_head.*), from which the expansion head starts"
+        remedy = "name a masked-language model's folder, or set model.missing_heads: init to start at random"
+        raise CheckpointError("model.path", str(folder), rule, remedy)
     if not found:
         logger.warning(
             "model.path = %s: holds no lm_head, so the masked-LM head starts at random and its loss near"

@@ -3,7 +3,9 @@
 By default rows already there stay as they are, and new rows repeat them in a cycle: position p takes the row
 of position p mod (old number of positions). Other beginnings are a choice (`PositionMethod`).
 Local order thus keeps its meaning everywhere from the start, as is usual for long variants of BERT-like
-encoders. arXiv 2402.03216 does not say how its rows began, only that RetroMAE training on long texts follows.
+encoders. Before any training `tile` and `interpolate` predict masked words of long texts equally well, and
+`random` worse (docs/experiments.md); of the two, `tile` alone leaves short texts as they were, hence the
+default. arXiv 2402.03216 does not say how its rows began, only that RetroMAE training on long texts follows.
 
     offset 2, 3 old positions:  rows  – – a b c   →   – – a b c a b c a
     (the first two rows belong to padding)
@@ -21,7 +23,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from megam3.errors import CheckpointError, ConfigError
+from megam3.files import atomic_folder
 from megam3.model.backbone import first_position, load_encoder_config
+from megam3.model.rotary import is_rotary
+from megam3.model_files import read_model_object, refuse_links_out
 
 PositionMethod = Literal["tile", "interpolate", "random"]
 """How new rows begin; see `extend_position_rows`."""
@@ -75,13 +80,9 @@ def extend_folder(
     """
     source, out = Path(source), Path(out)
     config = load_encoder_config(str(source))
-    if config.model_type == "modernbert":
-        raise ConfigError(
-            "IN",
-            str(source),
-            "is a ModernBERT model, whose positions are rotary: it has no rows to add",
-            "use it as it is",
-        )
+    if is_rotary(config):
+        rule = f"is a {config.model_type} model, whose positions are rotary: it has no rows to add"
+        raise ConfigError("IN", str(source), rule, "scale its angles with --method ntk or yarn")
     offset = first_position(config)
     old = config.max_position_embeddings - offset
     if max_tokens <= old:
@@ -93,12 +94,16 @@ def extend_folder(
         )
     if out.exists():
         raise CheckpointError("OUT", str(out), "exists already", "remove it or choose another name")
+    refuse_links_out(source, "IN")
     name, weights = _read_weights(source)
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
     weight_files = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
-    shutil.copytree(source, aside, ignore=lambda _, names: [n for n in names if n.endswith(weight_files)])
-    try:
+    with atomic_folder(out) as aside:
+        shutil.copytree(
+            source,
+            aside,
+            ignore=lambda _, names: [n for n in names if n.endswith(weight_files)],
+            dirs_exist_ok=True,
+        )
         weights[name] = extend_position_rows(weights[name], max_tokens, offset, method)
         save_file(
             {key: tensor.contiguous() for key, tensor in weights.items()},
@@ -109,9 +114,6 @@ def extend_folder(
         _update_json(aside / "tokenizer_config.json", "model_max_length", max_tokens)
         if (aside / "sentence_bert_config.json").exists():
             _update_json(aside / "sentence_bert_config.json", "max_seq_length", max_tokens)
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return old, max_tokens
 
 
@@ -137,7 +139,7 @@ def _read_weights(source: Path) -> tuple[str, dict[str, Tensor]]:
 
 
 def _update_json(file: Path, key: str, value: int) -> None:
-    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    content = read_model_object(file) if file.exists() else {}
     file.write_text(
         json.dumps({**content, key: value}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from megam3.config.schema import ModelConfig
 from megam3.errors import ConfigError
 from megam3.model.backbone import encode_packed, first_position, load_backbone
+from megam3.model.bag_of_words import bag_of_words_loss
 from megam3.model.cross_attention import cross_attention
 from megam3.model.masked_lm import MaskedLMHead, fill_lm_head, tied_cross_entropy
 
@@ -123,15 +124,17 @@ class RetroMAE(nn.Module):
         hidden_M: Tensor,
         order_T: Tensor,
         decoded_T: Tensor,
+        bag_2Z: Tensor | None,
         mask_share: float,
-        scales: tuple[float, float],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, and the summed cross-entropies of encoder and decoder without a graph.
+        scales: tuple[float, float, float],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The loss, and the summed cross-entropies of encoder, decoder and bags of words without a graph.
 
         Args:
             hidden_M: stream positions that the encoder must tell.
             order_T: see `key_order`; decoded_T: bool, tokens the decoder must tell.
-            scales: factor of each summed cross-entropy of the encoder, of the decoder.
+            bag_2Z: see `distinct_ids`; None: no bag-of-words term.
+            scales: factor of each summed cross-entropy of the encoder, of the decoder, of the bags.
         """
         hidden_TD = encode_packed(self.encoder, masked_ids_T, position_ids_T, cu_seqlens_N1, lengths)
         rows, targets = [hidden_TD.index_select(0, hidden_M)], [input_ids_T[hidden_M]]
@@ -151,7 +154,15 @@ class RetroMAE(nn.Module):
         rows_MD, bias_V = self.lm_head(torch.cat(rows))
         weight_VD = cast(nn.Embedding, self.encoder.get_input_embeddings()).weight
         loss, losses_M = tied_cross_entropy(rows_MD, weight_VD, bias_V, torch.cat(targets), scale_M)
-        return loss, losses_M[: len(targets[0])].sum(), losses_M[len(targets[0]) :].sum()
+        bag_sum = losses_M.new_zeros(())
+        if bag_2Z is not None:
+            # every token but <s>, whose vector has its own task in the decoder
+            rows_TD, bias_V = self.lm_head(hidden_TD[position_ids_T > 0])
+            pooled = [length - 1 for length in lengths]
+            text_Z, id_Z = bag_2Z
+            bag, bags_N = bag_of_words_loss(rows_TD, weight_VD, bias_V, pooled, text_Z, id_Z, scales[2])
+            loss, bag_sum = loss + bag, bags_N.sum()
+        return loss, losses_M[: len(targets[0])].sum(), losses_M[len(targets[0]) :].sum(), bag_sum
 
     def _decode(
         self,
@@ -187,7 +198,11 @@ def load_retromae(path: str, config: ModelConfig, *, has_decoder: bool, dtype: t
         positions.
     """
     encoder = load_backbone(
-        path, hidden_dropout=config.hidden_dropout, attention_dropout=config.attention_dropout, dtype=dtype
+        path,
+        hidden_dropout=config.hidden_dropout,
+        attention_dropout=config.attention_dropout,
+        attention=config.attention,
+        dtype=dtype,
     )
     model = RetroMAE(encoder, has_decoder=has_decoder)
     fill_lm_head(model.lm_head, Path(path))

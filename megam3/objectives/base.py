@@ -7,16 +7,17 @@ stage is one file beside this one: a subclass of Objective, and the section of t
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from megam3.batch import PackedTexts, Progress, Representations
+from megam3.batch import Progress, Representations
 from megam3.config.objective import ObjectiveConfig
 from megam3.config.schema import ModelConfig
 from megam3.encoders import EncoderShape
+from megam3.packed_texts import PackedTexts
 
 Section = TypeVar("Section", bound=ObjectiveConfig)
 
@@ -57,6 +58,17 @@ class Objective(ABC, Generic[Section]):
         Raises:
             ConfigError, CheckpointError: the folder cannot be used.
         """
+
+    def prepare(self, batches: Sequence[Any], progress: Progress) -> Sequence[Any]:
+        """What `run` receives for each batch of an optimizer step; collective, before the first pass.
+
+        Stages whose loss divides by a count over the whole step take that count here. By default `run`
+        receives the batches themselves, and a step is the mean over them.
+
+        Args:
+            batches: this rank's share of every accumulated batch, on the device.
+        """
+        return batches
 
     @abstractmethod
     def run(self, engine: Trainee, batch: Any, progress: Progress) -> dict[str, Tensor]:

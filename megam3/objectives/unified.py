@@ -3,12 +3,13 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megam3.batch import PackedTexts, Progress, Representations, RetrievalBatch
+from megam3.batch import Progress, Representations, RetrievalBatch
 from megam3.config.objective import UnifiedConfig
 from megam3.config.schema import ModelConfig
 from megam3.encoders import EncoderShape
@@ -18,10 +19,12 @@ from megam3.loss.distillation import TeacherGroups
 from megam3.loss.negatives import find_negatives, group_rows
 from megam3.loss.rows import LossTerms
 from megam3.loss.settings import resolve_settings
+from megam3.loss.sparsity import sparsity_loss
 from megam3.loss.unified import retrieval_loss
 from megam3.model.m3 import M3Model, encoder_shape, is_head_parameter, represent
 from megam3.model.pretrained import load_m3
 from megam3.objectives.base import Objective, Trainee
+from megam3.packed_texts import PackedTexts
 from megam3.scoring.combine import count_over_ranks
 
 
@@ -76,17 +79,15 @@ class UnifiedObjective(Objective[UnifiedConfig]):
                 )
 
     def _loss(self, representations: Representations, batch: RetrievalBatch, step: int) -> LossTerms:
-        settings, device = self._settings, representations.dense_ND.device
+        settings = self._settings
         queries, passages = representations.split([batch.num_queries, batch.num_passages])
-        counts = count_over_ranks(queries, passages)
-        # without in-batch negatives a query meets its own group alone
-        columns = counts.passages if batch.in_batch_negatives else None
-        negatives = find_negatives(batch, self.section.mask_false_negatives, columns).to(device)
+        counts = count_over_ranks(queries, passages, batch.query_hashes_Q)
+        negatives = find_negatives(batch, self.section.mask_false_negatives, counts)
         teacher = None
         wants_teacher = settings.teacher is not None or settings.margin_source == "teacher"
         if wants_teacher and batch.teacher_scores_P is not None:
             columns_QG, exists_QG = negatives.group_columns()
-            scores_QG = group_rows(batch.teacher_scores_P, batch.group_offsets_Q1, 0.0).to(device)
+            scores_QG = group_rows(batch.teacher_scores_P, batch.group_offsets_Q1, batch.group_sizes, 0.0)
             teacher = TeacherGroups(scores_QG, columns_QG, exists_QG)
         terms = retrieval_loss(
             queries,
@@ -98,7 +99,7 @@ class UnifiedObjective(Objective[UnifiedConfig]):
             teacher=teacher,
             tiles=self.section.loss_tiles,
         )
-        return add_dense_losses(
+        terms = add_dense_losses(
             terms,
             queries,
             passages,
@@ -107,6 +108,12 @@ class UnifiedObjective(Objective[UnifiedConfig]):
             counts=counts,
             tiles=self.section.loss_tiles,
         )
+        if self.section.sparsity is None:
+            return terms
+        added, named = sparsity_loss(
+            queries, passages, self.section.sparsity, sum(counts.queries), sum(counts.passages), step
+        )
+        return replace(terms, total=terms.total + added, terms={**terms.terms, **named})
 
 
 def _figures(

@@ -1,185 +1,66 @@
 """How much memory one rank needs, by counting: model states per ZeRO stage, what autograd saves,
 representations, loss. Pure arithmetic.
 
-What a layer of the BERT family (norms after the residuals) keeps for its backward pass, for T tokens of width
-H, inner width I, A heads:
+    parameters.py   how many there are, and how many are trained
+    layers.py       what a layer keeps for its backward pass
+    multi_vector.py a multi-vector head of several layers
+    vocabulary.py   logits of masked language modelling and of the expansion head
+    scores.py       representations of all texts, and the loss over them
+    here            model states, the moments of a pass that compete for the peak, and the sum
 
-    8·T·H         its input (read by query, key and value), query, key, value, attention output, both sums
-                  before the norms, the first norm's output (read by the inner product)
-    2·T·I         the inner product before and after GELU
-    T·A           in fp32: log-sum-exp of attention per head
-    +T·H          on a CPU, texts of several lengths: attention outputs per length and joined
-    2·T·H         entries of dropout's two masks: one byte each on CUDA, a factor in full precision on a CPU
-    +3·T·A·L      attention dropout leaves the kernel on a CPU: softmax, mask and product, longest text L
-
-Checkpointed, a layer keeps its input alone, and one layer at a time has all of the above. Offloaded, that
-input waits in host memory.
-Beside the layers: the embeddings' sum before its norm, the last hidden states, and the multi-vector rows.
+Checkpointed, a layer keeps its input alone, and one layer at a time has all of its tensors. Offloaded, that
+input waits in host memory. Pretraining on texts has no representations to keep.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 from megam3.config.deepspeed import FP32_SUMS_FROM_STAGE
-from megam3.loss.limits import GROUP_TILE_TEXTS, SCORE_MATRICES, loss_needs_tiles, texts_per_tile
-from megam3.scoring.chunks import passages_at_a_time, products_at_a_time, rows_widened_at_a_time
-
-FP32, INT32 = 4, 4
-
-WINNER_BYTES = 28
-"""MaxSim's backward pass per (query row, passage): column, coefficient, sorted column, order (int64), row and
-value."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """Sizes of an encoder with three heads."""
-
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    vocab_size: int
-    num_positions: int
-    num_types: int = 1
-    multi_vector_dim: int = 0
-    """0: as wide as the encoder."""
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
-
-    @property
-    def row_width(self) -> int:
-        """C."""
-        return self.multi_vector_dim or self.hidden_size
-
-    @property
-    def num_parameters(self) -> int:
-        """All weights: embeddings, layers, two heads."""
-        hidden, inner, width = self.hidden_size, self.intermediate_size, self.row_width
-        embeddings = (self.vocab_size + self.num_positions + self.num_types + 2) * hidden
-        layer = 4 * hidden * (hidden + 1) + 2 * hidden * inner + inner + hidden + 4 * hidden
-        return embeddings + self.num_layers * layer + hidden + 1 + width * (hidden + 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Strategy:
-    """How the memory is shared and saved: what ds_configs/ and the engine section decide."""
-
-    zero_stage: int = 0
-    world_size: int = 1
-    precision_bytes: int = 2
-    """Bytes of a weight: 2 in bf16, 4 in fp32."""
-    checkpointing: bool = False
-    activation_offload: bool = False
-    optimizer_offload: bool = False
-    parameter_offload: bool = False
-    bucket_elements: int = 0
-    """Gradients reduced at a time; twice when communication overlaps. DeepSpeed allocates it whole."""
-    live_parameters: int = 0
-    """ZeRO-3: gathered parameters held at a time, at most."""
-    on_gpu: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepShape:
-    """The work of one rank in one step."""
-
-    num_queries: int
-    num_passages: int
-    query_tokens: int
-    """Tokens of a query."""
-    passage_tokens: int
-    """Tokens of a passage."""
-    chunk_tokens: int | None = None
-    """Gradient cache: tokens of a forward pass; None: all at once."""
-    loss_tiles: Literal["auto", "always", "never"] = "auto"
-    """Whether the loss works in tiles; auto: `loss_needs_tiles`."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all texts."""
-        return self.num_queries * self.query_tokens + self.num_passages * self.passage_tokens
-
-    @property
-    def longest_tokens(self) -> int:
-        """A chunk is never smaller than one text."""
-        return max(self.query_tokens, self.passage_tokens)
-
-    @property
-    def pass_tokens(self) -> int:
-        """Tokens of the largest forward pass."""
-        return (
-            self.num_tokens
-            if self.chunk_tokens is None
-            else min(self.num_tokens, max(self.chunk_tokens, self.longest_tokens))
-        )
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes of one rank, by what holds them."""
-
-    states: dict[str, int]
-    """Held throughout: weights, gradients, optimizer, buffers."""
-    step: dict[str, int]
-    """Held at the worst moment of a step."""
-
-    @property
-    def total_bytes(self) -> int:
-        """The peak."""
-        return sum(self.states.values()) + sum(self.step.values())
+from megam3.planning.layers import (
+    FP32,
+    backward_width,
+    bottom_bytes,
+    encoding_width,
+    layer_bytes,
+    lowest_trained_layer,
+    top_bytes,
+)
+from megam3.planning.multi_vector import backward_entries, kept_entries
+from megam3.planning.parameters import num_parameters, num_trained
+from megam3.planning.scores import loss_bytes, representation_bytes
+from megam3.planning.shapes import MemoryPlan, ModelShape, StepShape, Strategy
+from megam3.planning.vocabulary import expansion_bytes, masked_lm_bytes
 
 
 def state_bytes(model: ModelShape, strategy: Strategy) -> dict[str, int]:
     """Model states on the device of one rank (arXiv 1910.02054, section 3, and DeepSpeed's buffers).
 
-    Per parameter: weight and gradient in the model's precision (from stage 2 on gradients are summed in
-    fp32), fp32 master (every stage but 0 in fp32 keeps one), two fp32 moments, and an fp32 gradient while
-    AdamW runs. Stage 1 shares the fp32 part, stage 2 gradients too, stage 3 everything.
+    Per trained parameter: weight and gradient in the model's precision (from stage 2 on gradients are summed
+    in fp32), fp32 master (every stage but 0 in fp32 keeps one), two fp32 moments, and an fp32 gradient while
+    AdamW runs. Stage 1 shares the fp32 part, stage 2 gradients too, stage 3 everything. A frozen parameter is
+    a weight and nothing else.
     """
-    stage, ranks, precision, count = (
-        strategy.zero_stage,
-        strategy.world_size,
-        strategy.precision_bytes,
-        model.num_parameters,
-    )
+    stage, ranks, precision = strategy.zero_stage, strategy.world_size, strategy.precision_bytes
+    count, trained = num_parameters(model), num_trained(model)
 
-    def share(first_stage: int) -> int:
-        return -(-count // ranks) if stage >= first_stage else count
+    def share(number: int, first_stage: int) -> int:
+        return -(-number // ranks) if stage >= first_stage else number
 
     has_master = stage > 0 or precision != FP32
-    weights = 0 if strategy.parameter_offload else share(3) * precision
-    states = {
-        "weights": weights
-        + (min(count, strategy.live_parameters or count) * precision if stage == 3 and ranks > 1 else 0),
-        "gradients": share(2) * (FP32 if stage >= FP32_SUMS_FROM_STAGE else precision),
-        "optimizer": 0
-        if strategy.optimizer_offload
-        else share(1) * ((2 * FP32 if has_master else 0) + 2 * FP32),
+    weights = 0 if strategy.parameter_offload else share(count, 3) * precision
+    if stage == 3 and ranks > 1:
+        weights += min(count, strategy.live_parameters or count) * precision
+    gradients = share(trained, 2) * (FP32 if stage >= FP32_SUMS_FROM_STAGE else precision)
+    if strategy.reduces_once and stage == 2:
+        # the fp32 sum and one pass's gradient; the rank's share appears while the sums go
+        gradients = trained * (FP32 + (precision if precision != FP32 else 0))
+    optimizer = share(trained, 1) * ((2 * FP32 if has_master else 0) + 2 * FP32)
+    buckets = strategy.bucket_elements if strategy.on_gpu else min(strategy.bucket_elements, trained)
+    return {
+        "weights": weights,
+        "gradients": gradients,
+        "optimizer": 0 if strategy.optimizer_offload else optimizer,
+        "buckets": buckets * precision if stage > 0 else 0,
     }
-    buckets = strategy.bucket_elements if strategy.on_gpu else min(strategy.bucket_elements, count)
-    return {**states, "buckets": buckets * precision if stage > 0 else 0}
-
-
-def layer_bytes(
-    model: ModelShape, strategy: Strategy, num_tokens: int, longest_tokens: int, mixed_lengths: bool = True
-) -> int:
-    """What one layer saves for its backward pass, its input included; the table at the top of this file."""
-    hidden, inner, heads, size = (
-        model.hidden_size,
-        model.intermediate_size,
-        model.num_attention_heads,
-        strategy.precision_bytes,
-    )
-    entries = 8 * hidden + 2 * inner + (hidden if mixed_lengths and not strategy.on_gpu else 0)
-    per_token = entries * size + 2 * 2 * FP32
-    if model.hidden_dropout:
-        per_token += 2 * hidden * (1 if strategy.on_gpu else size)
-    if model.attention_dropout and not strategy.on_gpu:
-        per_token += 3 * heads * longest_tokens * size
-    else:
-        per_token += heads * FP32
-    return num_tokens * per_token
 
 
 def saved_bytes(
@@ -188,16 +69,24 @@ def saved_bytes(
     """What a forward pass over `num_tokens` leaves for the backward pass, and its multi-vector rows
     themselves."""
     size = strategy.precision_bytes
-    unit, row = num_tokens * model.hidden_size * size, num_tokens * model.row_width * size
-    mask = num_tokens * model.hidden_size * (1 if strategy.on_gpu else size) if model.hidden_dropout else 0
-    kept = model.num_layers * layer_bytes(model, strategy, num_tokens, longest_tokens, mixed_lengths)
+    # rows before and after their normalisation
+    head = num_tokens * (kept_entries(model) + 2 * model.row_width) * size
+    unit = num_tokens * model.hidden_size * size
+    lowest = lowest_trained_layer(model)
+    in_graph = model.num_layers - lowest
+    if not in_graph:
+        return top_bytes(model, strategy, num_tokens) + head
+    frozen = sum(number >= lowest for number in model.frozen_layers)
+    whole, thin = (
+        layer_bytes(model, strategy, num_tokens, longest_tokens, mixed_lengths, is_frozen=is_frozen)
+        for is_frozen in (False, True)
+    )
+    kept = (in_graph - frozen) * whole + frozen * thin
     if strategy.checkpointing:
         # offload keeps the newest input or two on the device, whatever the depth
-        kept = unit * (
-            min(2, model.num_layers) if strategy.activation_offload and strategy.on_gpu else model.num_layers
-        )
-    # the embeddings' sum; layers; last hidden states; rows before and after their normalisation
-    return unit + mask + kept + unit + 2 * row
+        kept = unit * (min(2, in_graph) if strategy.activation_offload and strategy.on_gpu else in_graph)
+    outside = bottom_bytes(model, strategy, num_tokens) + top_bytes(model, strategy, num_tokens)
+    return outside + kept + head
 
 
 def activation_bytes(
@@ -205,77 +94,39 @@ def activation_bytes(
 ) -> int:
     """Peak of one forward and backward pass over `num_tokens`, parameter gradients not included.
 
-    The backward pass adds gradients to what the forward pass saved, and frees it layer by layer. Three
+    The backward pass adds gradients to what the forward pass saved, and frees it layer by layer. Four
     moments compete: at the heads, five temporaries of the rows' size (their gradient, its quotient by the
-    norm, three for the norm's own); in the last layer, recomputed when checkpointed, the gradients before and
-    after the inner product, while last hidden states and one copy of the rows are gone; and the word
-    embeddings' gradient, a whole matrix before it is added to what earlier chunks left.
+    norm, three for the norm's own) beside the dense head's gradient, or what the vocabulary's rows hold; in
+    a multi-vector head of several layers, one copy of the rows gone; in the last layer, recomputed when
+    checkpointed, the gradients before and after the inner product, while last hidden states and one copy of
+    the rows are gone; and the word embeddings' gradient, a whole matrix before it is added to what earlier
+    chunks left. Where rows were multiplied by that matrix, its gradient from there waits all the while.
     """
     size = strategy.precision_bytes
     unit, row = num_tokens * model.hidden_size * size, num_tokens * model.row_width * size
     saved = saved_bytes(model, strategy, num_tokens, longest_tokens, mixed_lengths)
-    recomputed = (
-        layer_bytes(model, strategy, num_tokens, longest_tokens, mixed_lengths) - unit
-        if strategy.checkpointing
-        else 0
-    )
-    at_heads = saved + 5 * row
-    in_layer = saved - unit - row + recomputed + unit + num_tokens * model.intermediate_size * size
-    at_embeddings = 2 * unit + row + model.vocab_size * model.hidden_size * size
-    return max(at_heads, in_layer, at_embeddings)
-
-
-def representation_bytes(model: ModelShape, strategy: Strategy, step: StepShape) -> int:
-    """What the gradient cache keeps of all texts, and its gradient: multi-vector rows, dense vectors (fp32),
-    lexical (id, weight) pairs."""
-    num_texts = step.num_queries + step.num_passages
-    rows = step.num_tokens * model.row_width * strategy.precision_bytes
-    return 2 * (rows + num_texts * model.hidden_size * FP32 + step.num_tokens * FP32) + step.num_tokens * 8
-
-
-def loss_bytes(model: ModelShape, strategy: Strategy, step: StepShape) -> dict[str, int]:
-    """Peak of the loss over all ranks' passages: score matrices, MaxSim's winners and its backward pass,
-    every rank's queries."""
-    ranks, size, width = strategy.world_size, strategy.precision_bytes, model.row_width
-    queries, passages, query_rows = (
-        step.num_queries,
-        step.num_passages,
-        step.num_queries * step.query_tokens * ranks,
-    )
-    scores, rows, kept = queries * passages * ranks, query_rows, query_rows * passages
-    needs_tiles = loss_needs_tiles(queries, passages * ranks, query_rows, passages)
-    if step.loss_tiles == "always" or (step.loss_tiles == "auto" and needs_tiles):
-        side = texts_per_tile(step.query_tokens)
-        group = -(-passages // max(1, queries))
-        scores, rows = (
-            min(side, queries * ranks) * min(side, passages),
-            min(side, queries * ranks) * step.query_tokens,
-        )
-        passages = min(side, passages)
-        # the queries' own groups keep an ordinary graph, tiles only their own winners
-        kept = rows * passages + queries * step.query_tokens * min(
-            step.num_passages, GROUP_TILE_TEXTS * group
-        )
-    product = products_at_a_time(strategy.on_gpu)
-    return {
-        "score matrices": scores * SCORE_MATRICES * FP32,
-        "MaxSim": kept * INT32
-        + _maxsim_backward(strategy, rows, passages, step.passage_tokens, width)
-        + product * FP32,
-        "gathered queries": query_rows * width * ((size if ranks > 1 else 0) + 2 * FP32),
-    }
-
-
-def _maxsim_backward(
-    strategy: Strategy, query_rows: int, num_passages: int, passage_tokens: int, width: int
-) -> int:
-    """Pairs in work at a time: chunks of passages, and of query rows where those are widened."""
-    product = products_at_a_time(strategy.on_gpu)
-    held_rows = rows_widened_at_a_time(product, width, strategy.on_gpu)
-    per_sort = passages_at_a_time(product, query_rows)
-    texts = max(1, min(num_passages, held_rows // max(1, passage_tokens), per_sort))
-    rows = query_rows if strategy.precision_bytes == FP32 else min(query_rows, held_rows)
-    return rows * texts * WINNER_BYTES
+    trains_tables = not (model.lora_rank or {"encoder", "embeddings"} & set(model.frozen))
+    matrix = model.vocab_size * (model.embedding_size or model.hidden_size) * size if trains_tables else 0
+    waiting = matrix if model.has_lm_head else 0
+    # norms are taken in fp32, and so are their gradients
+    in_graph = lowest_trained_layer(model) < model.num_layers or trains_tables
+    at_heads = saved + unit * in_graph + 5 * num_tokens * model.row_width * FP32
+    in_head = saved - row + unit * in_graph + backward_entries(model, num_tokens) * size
+    if model.predictions_per_token:
+        at_heads = saved + masked_lm_bytes(model, strategy, num_tokens, longest_tokens, mixed_lengths)
+    if model.expands:
+        at_heads += expansion_bytes(model, strategy, num_tokens)
+    at_embeddings = 2 * unit + row + matrix + 2 * waiting
+    if not in_graph:
+        return max(at_heads, in_head, num_tokens * encoding_width(model) * size)
+    recomputed = 0
+    if strategy.checkpointing:
+        recomputed = layer_bytes(model, strategy, num_tokens, longest_tokens, mixed_lengths) - unit
+    gradients = num_tokens * backward_width(model, strategy)
+    # the hidden states' gradient is there, and the tensors above the layers are not
+    gone = top_bytes(model, strategy, num_tokens) + row + num_tokens * kept_entries(model) * size
+    in_layer = saved - gone + recomputed + unit + gradients + waiting
+    return max(at_heads, in_head, in_layer, at_embeddings)
 
 
 def plan_memory(
@@ -283,7 +134,11 @@ def plan_memory(
 ) -> MemoryPlan:
     """Everything one rank holds at the worst moment of a step."""
     activations = activation_bytes(model, strategy, step.pass_tokens, step.longest_tokens, mixed_lengths)
-    states, loss = state_bytes(model, strategy), loss_bytes(model, strategy, step)
+    states = state_bytes(model, strategy)
+    if model.predictions_per_token:
+        # the loss is part of every pass, and nothing waits between passes
+        return MemoryPlan(states, {"activations": activations})
+    loss = loss_bytes(model, strategy, step)
     if step.chunk_tokens is None:
         # the forward pass is saved while the loss runs; when the encoder's backward pass starts, the loss has
         # gone

@@ -7,126 +7,35 @@ touched.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from megam3.config.batch_size import BucketStep, group_sizes, queries_in_buckets
-from megam3.config.deepspeed import build_deepspeed_config
+from megam3.config.batch_size import longest_text
 from megam3.config.schema import RunConfig
+from megam3.data.lengths import LongestTexts
 from megam3.encoders import counted_families, read_encoder_config
-from megam3.errors import ConfigError
-from megam3.planning.memory import (
-    MemoryPlan,
-    ModelShape,
-    StepShape,
-    Strategy,
-    largest_chunk,
-    plan_memory,
-    remedies,
-)
+from megam3.planning.memory import largest_chunk, plan_memory, remedies
+from megam3.planning.recipe import heaviest_step, read_model_shape, read_strategy, steps_of, strategies
+from megam3.planning.shapes import MemoryPlan, ModelShape, StepShape, Strategy
 from megam3.planning.strategy import Candidate, fitting
 
 GIB = 1 << 30
 CHOSEN_FROM = ("zero0", "zero1", "zero2", "zero3", "zero3_8k")
 """Templates that `fastest` tries: those whose states stay on the GPUs."""
-DEFAULT_BUCKET, DEFAULT_LIVE = 500_000_000, 1_000_000_000
-"""DeepSpeed's own reduce_bucket_size and stage3_max_live_parameters, where a template is silent."""
 
 
-def read_model_shape(config: RunConfig) -> ModelShape:
-    """Sizes from the encoder's config.json and the recipe.
-
-    Raises:
-        ConfigError: no readable config.json, or a family whose layers are not counted.
-    """
-    encoder = read_encoder_config(config.model.path)
-    family = encoder.get("model_type")
-    if family not in counted_families():
-        rule = "is an encoder whose activations this command has not counted"
-        raise ConfigError(
-            "model.path",
-            f"{config.model.path} ({family})",
-            rule,
-            f"use one of: {', '.join(counted_families())}",
-        )
-
-    def dropout(override: float | None, key: str) -> float:
-        return float(encoder.get(key, 0.0)) if override is None else override
-
-    def size(key: str) -> int:
-        value = encoder.get(key)
-        if not isinstance(value, int):
-            raise ConfigError(
-                f"{config.model.path}/config.json: {key}",
-                value,
-                "must be a number",
-                "use the encoder's own config.json",
-            )
-        return value
-
-    return ModelShape(
-        num_layers=size("num_hidden_layers"),
-        hidden_size=size("hidden_size"),
-        intermediate_size=size("intermediate_size"),
-        num_attention_heads=size("num_attention_heads"),
-        vocab_size=size("vocab_size"),
-        num_positions=size("max_position_embeddings"),
-        num_types=int(encoder.get("type_vocab_size", 1)),
-        multi_vector_dim=config.model.multi_vector_dim or 0,
-        hidden_dropout=dropout(config.model.hidden_dropout, "hidden_dropout_prob"),
-        attention_dropout=dropout(config.model.attention_dropout, "attention_probs_dropout_prob"),
-    )
-
-
-def read_strategy(config: RunConfig, world_size: int, *, on_gpu: bool) -> Strategy:
-    """Sharing and saving from the DeepSpeed template and the engine section."""
-    final = build_deepspeed_config(config, world_size, has_gpu=on_gpu)
-    zero = final["zero_optimization"]
-
-    def offloads(key: str) -> bool:
-        return (zero.get(key) or {}).get("device", "none") != "none"
-
-    stage: int = zero["stage"]
-    copies = 2 if zero.get("overlap_comm", stage == 3) and stage > 0 else 1
-    return Strategy(
-        zero_stage=stage,
-        world_size=world_size,
-        precision_bytes=2 if final["bf16"]["enabled"] else 4,
-        checkpointing=config.engine.activation_checkpointing,
-        activation_offload=config.engine.activation_offload,
-        optimizer_offload=offloads("offload_optimizer"),
-        parameter_offload=offloads("offload_param"),
-        bucket_elements=zero.get("reduce_bucket_size", DEFAULT_BUCKET) * copies,
-        live_parameters=zero.get("stage3_max_live_parameters", DEFAULT_LIVE),
-        on_gpu=on_gpu,
-    )
-
-
-def heaviest_step(config: RunConfig, model: ModelShape, strategy: Strategy) -> tuple[int, StepShape]:
-    """The length bucket (its upper edge) whose step needs most, when every text has the bucket's full length.
-
-    Every group size of the recipe is tried: with a token budget, small groups make more queries of fewer
-    passages.
-    """
-    return max(
-        _steps(config, strategy.world_size),
-        key=lambda step: plan_memory(model, strategy, step[1]).total_bytes,
-    )
-
-
-def fastest(config: RunConfig, model: ModelShape, world_size: int, limit_bytes: int) -> list[Candidate]:
+def fastest(
+    config: RunConfig,
+    model: ModelShape,
+    world_size: int,
+    limit_bytes: int,
+    longest: LongestTexts | None = None,
+) -> list[Candidate]:
     """Settings for this recipe on GPUs that fit every length bucket, the fastest first: templates that keep
     all states on the GPUs, ways to save activations, sizes of chunks."""
-    engine = config.engine
-    templates = {
-        name: read_strategy(
-            config.model_copy(update={"engine": engine.model_copy(update={"template": name})}),
-            world_size,
-            on_gpu=True,
-        )
-        for name in CHOSEN_FROM
-    }
-    return fitting(model, templates, [step for _, step in _steps(config, world_size)], limit_bytes)
+    templates = strategies(config, CHOSEN_FROM, world_size, on_gpu=True)
+    return fitting(model, templates, [step for _, step in steps_of(config, world_size, longest)], limit_bytes)
 
 
 def choice_lines(candidates: list[Candidate], limit_bytes: int, num_shown: int = 4) -> list[str]:
@@ -154,14 +63,15 @@ def choice_lines(candidates: list[Candidate], limit_bytes: int, num_shown: int =
     ]
 
 
-def _steps(config: RunConfig, world_size: int) -> list[tuple[int, StepShape]]:
-    """(upper edge, one rank's step) of every length bucket and group size."""
-    is_text = config.objective.data_kind == "text"
-    return [
-        (step.max_tokens, _step(config, step, world_size))
-        for group in sorted(set(group_sizes(config.data)))
-        for step in queries_in_buckets(config.data, group, is_text)
-    ]
+def lengths_line(config: RunConfig, longest: LongestTexts | None) -> str:
+    """Which lengths a plan counts with."""
+    limit = _spaced(longest_text(config.data))
+    if longest is None:
+        return f"Planned for the recipe's limit of {limit} tokens a text: there is no prepared store to ask."
+    return (
+        f"Planned for texts of at most {_spaced(longest.text_tokens)} tokens, the longest in the store"
+        f" (limit {limit})."
+    )
 
 
 def table(config: RunConfig, edge: int, step: StepShape, strategy: Strategy, plan: MemoryPlan) -> list[str]:
@@ -213,20 +123,6 @@ def advice(
     ], False
 
 
-def _step(config: RunConfig, step: BucketStep, world_size: int) -> StepShape:
-    """One rank's share of a step, by the same numbers as the data plan serves."""
-    # what fits a token budget need not divide over the ranks: one may get a query more than the mean
-    queries = -(-step.queries // world_size)
-    return StepShape(
-        num_queries=queries if step.query_tokens else 0,
-        num_passages=queries * (step.passages // step.queries),
-        query_tokens=step.query_tokens,
-        passage_tokens=step.passage_tokens,
-        chunk_tokens=config.data.batch.chunk_tokens,
-        loss_tiles=config.objective.tiling(),
-    )
-
-
 def _on(flag: bool) -> str:
     return "on" if flag else "off"
 
@@ -235,13 +131,46 @@ def _spaced(number: int) -> str:
     return f"{number:,}".replace(",", " ")
 
 
-def describe_run(config: RunConfig, world_size: int, *, on_gpu: bool) -> tuple[list[str], int]:
-    """The table for a run that starts, and its planned bytes; empty and 0 for encoders that are not
-    counted."""
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """The plan of a run that starts, and what it takes to plan for a batch that ran."""
+
+    lines: tuple[str, ...]
+    """For the log."""
+    model: ModelShape
+    strategy: Strategy
+    heaviest: StepShape
+    """The step that needs most of all that the data can make."""
+
+    @property
+    def most_bytes(self) -> int:
+        """Peak of the heaviest step."""
+        return plan_memory(self.model, self.strategy, self.heaviest).total_bytes
+
+    def bytes_of(self, lengths: Sequence[int], num_queries: int) -> int:
+        """Peak of a rank's step over texts of these lengths, the first `num_queries` of them queries: to
+        be compared with what that step held."""
+        queries, passages = sum(lengths[:num_queries]), sum(lengths[num_queries:])
+        num_passages = len(lengths) - num_queries
+        step = replace(
+            self.heaviest,
+            num_queries=num_queries,
+            num_passages=num_passages,
+            query_tokens=-(-queries // max(1, num_queries)),
+            passage_tokens=-(-passages // max(1, num_passages)),
+        )
+        return plan_memory(self.model, self.strategy, step).total_bytes
+
+
+def plan_run(
+    config: RunConfig, world_size: int, *, on_gpu: bool, longest: LongestTexts | None = None
+) -> RunPlan | None:
+    """The plan of a run that starts; None for encoders that are not counted."""
     encoder: dict[str, Any] = read_encoder_config(config.model.path)
     if encoder.get("model_type") not in counted_families():
-        return [], 0
+        return None
     model, strategy = read_model_shape(config), read_strategy(config, world_size, on_gpu=on_gpu)
-    edge, step = heaviest_step(config, model, strategy)
+    edge, step = heaviest_step(config, model, strategy, longest)
     plan = plan_memory(model, strategy, step)
-    return table(config, edge, step, strategy, plan), plan.total_bytes
+    lines = (lengths_line(config, longest), *table(config, edge, step, strategy, plan))
+    return RunPlan(lines=lines, model=model, strategy=strategy, heaviest=step)

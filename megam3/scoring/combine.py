@@ -5,21 +5,22 @@ Over ranks nothing that grows with the number of passage tokens of other ranks i
     dense         every rank's passage vectors come here (D numbers per passage), then one product
     multi-vector  every rank's QUERIES come here, meet the own passages, and the score columns travel back
     lexical       the same with the queries' (id, weight) pairs
-Counts travel in one round for all of it; a single rank sends nothing. Gradients follow `megam3.dist.gather`'s
-convention.
+Counts travel in two rounds for all of it; a single rank sends nothing. Gradients follow the convention of
+`megam3.dist.gather`.
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Literal
+from itertools import accumulate
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from megam3.batch import Representations
-from megam3.config.objective import HEADS, HeadWeights
+from megam3.config.weights import HEADS, HeadWeights
 from megam3.dist import comm
-from megam3.dist.gather import exchange_columns, gather_offsets, gather_rows
+from megam3.dist.gather import exchange_columns, gather_rows
 from megam3.scoring.dense import dense_scores
 from megam3.scoring.lexical import lexical_scores
 from megam3.scoring.maxsim import maxsim_scores
@@ -54,12 +55,19 @@ def _lexical(queries: Representations, passages: Representations) -> Tensor:
         passages.lexical_weights_Z,
         passages.lexical_ids_Z,
         passages.lexical_offsets_N1,
+        query_counts=queries.pair_counts,
     )
 
 
 def _multi(queries: Representations, passages: Representations, maxsim: Literal["mean", "sum"]) -> Tensor:
     return maxsim_scores(
-        queries.multi_KC, queries.multi_offsets_N1, passages.multi_KC, passages.multi_offsets_N1, maxsim
+        queries.multi_KC,
+        queries.multi_offsets_N1,
+        passages.multi_KC,
+        passages.multi_offsets_N1,
+        maxsim,
+        query_counts=queries.row_counts,
+        passage_counts=passages.row_counts,
     )
 
 
@@ -104,12 +112,18 @@ def score_heads(
 
 @dataclass(frozen=True, kw_only=True)
 class RankCounts:
-    """Per rank: queries, passages, the queries' lexical pairs and multi-vector rows."""
+    """What every rank holds, on the host: all that a step has to know of other ranks before it exchanges."""
 
     queries: tuple[int, ...]
+    """Per rank."""
     passages: tuple[int, ...]
-    query_pairs: tuple[int, ...]
-    query_rows: tuple[int, ...]
+    """Per rank."""
+    pairs_by_query: tuple[int, ...]
+    """Lexical pairs of each query of all ranks, in rank order."""
+    rows_by_query: tuple[int, ...]
+    """Multi-vector rows of each, likewise."""
+    query_hashes: Tensor | None = None
+    """int64 [queries of all ranks]: hashes of their texts, where `count_over_ranks` was given this rank's."""
 
     @property
     def row_scale(self) -> float:
@@ -121,33 +135,62 @@ class RankCounts:
         """Column of this rank's first passage among all ranks' passages."""
         return sum(self.passages[: comm.rank()])
 
+    def per_rank(self, by_query: tuple[int, ...]) -> tuple[int, ...]:
+        """Sums over each rank's queries."""
+        edges = [0, *accumulate(self.queries)]
+        return tuple(sum(by_query[start:stop]) for start, stop in zip(edges, edges[1:]))
 
-def count_over_ranks(queries: Representations, passages: Representations) -> RankCounts:
-    """One round of integers; every later transfer of a step is sized by it."""
-    own = [queries.num_texts, passages.num_texts, queries.lexical_ids_Z.shape[0], queries.multi_KC.shape[0]]
-    queries_W, passages_W, pairs_W, rows_W = (tuple(column) for column in zip(*comm.all_gather_ints(own)))
-    return RankCounts(queries=queries_W, passages=passages_W, query_pairs=pairs_W, query_rows=rows_W)
+
+def count_over_ranks(
+    queries: Representations, passages: Representations, query_hashes_Q: Tensor | None = None
+) -> RankCounts:
+    """Two rounds of integers, and a wait of the host for each; every later transfer of a step is sized by
+    them.
+
+    Args:
+        query_hashes_Q: int64, on the host: travel along, for whoever compares the questions of all ranks.
+    """
+    sizes = comm.all_gather_ints([queries.num_texts, passages.num_texts])
+    queries_W, passages_W = (tuple(column) for column in zip(*sizes))
+    own = torch.tensor([queries.pair_counts, queries.row_counts], dtype=torch.int64).T
+    if query_hashes_Q is not None:
+        own = torch.cat([own, query_hashes_Q[:, None]], dim=1)
+    columns = gather_rows(own, queries_W).unbind(1)
+    pairs_R, rows_R = (tuple(column.tolist()) for column in columns[:2])
+    return RankCounts(
+        queries=queries_W,
+        passages=passages_W,
+        pairs_by_query=pairs_R,
+        rows_by_query=rows_R,
+        query_hashes=columns[2] if query_hashes_Q is not None else None,
+    )
+
+
+def _offsets(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    return comm.copy_pinned(torch.tensor([0, *accumulate(counts)], dtype=torch.int64), device)
 
 
 def gather_queries(queries: Representations, counts: RankCounts, heads: Collection[str]) -> Representations:
     """Every rank's queries, in rank order, for the heads named; the other heads keep this rank's tensors."""
-    replaced = queries
+    changes: dict[str, Any] = {}
     if "dense" in heads:
-        replaced = replace(replaced, dense_ND=gather_rows(queries.dense_ND, counts.queries))
+        changes["dense_ND"] = gather_rows(queries.dense_ND, counts.queries)
+    device = queries.dense_ND.device
     if "lexical" in heads:
-        weights = gather_rows(queries.lexical_weights_Z, counts.query_pairs)
-        ids, offsets = (
-            gather_rows(queries.lexical_ids_Z, counts.query_pairs),
-            gather_offsets(queries.lexical_offsets_N1, counts.queries),
-        )
-        replaced = replace(replaced, lexical_weights_Z=weights, lexical_ids_Z=ids, lexical_offsets_N1=offsets)
+        pairs_W = counts.per_rank(counts.pairs_by_query)
+        changes |= {
+            "lexical_weights_Z": gather_rows(queries.lexical_weights_Z, pairs_W),
+            "lexical_ids_Z": gather_rows(queries.lexical_ids_Z, pairs_W),
+            "lexical_offsets_N1": _offsets(counts.pairs_by_query, device),
+            "pair_counts": counts.pairs_by_query,
+        }
     if "multi_vector" in heads:
-        rows, offsets = (
-            gather_rows(queries.multi_KC, counts.query_rows),
-            gather_offsets(queries.multi_offsets_N1, counts.queries),
-        )
-        replaced = replace(replaced, multi_KC=rows, multi_offsets_N1=offsets)
-    return replaced
+        changes |= {
+            "multi_KC": gather_rows(queries.multi_KC, counts.per_rank(counts.rows_by_query)),
+            "multi_offsets_N1": _offsets(counts.rows_by_query, device),
+            "row_counts": counts.rows_by_query,
+        }
+    return replace(queries, **changes)
 
 
 def score_global(

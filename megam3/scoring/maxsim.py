@@ -18,7 +18,7 @@ has the two gradients at columns 1 and 2.
 A text without rows (only `<s>` was in it) scores 0 with everything and receives no gradient.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,16 +39,21 @@ from megam3.scoring.winners import (
 )
 
 
-def _pooling(
-    query_lengths: list[int], reduction: str, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Rows:
+    """Texts that all have rows."""
+
+    lengths: list[int]
+    offsets_N1: Tensor
+
+
+def _pooling(queries: _Rows, reduction: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Query of each row and the weight it enters the query's score with: 1, or 1/|q| for the mean."""
-    lengths = torch.tensor(query_lengths, dtype=torch.int64, device=device)
-    query_K = torch.repeat_interleave(
-        torch.arange(len(query_lengths), device=device), lengths, output_size=sum(query_lengths)
-    )
+    lengths = queries.offsets_N1[1:] - queries.offsets_N1[:-1]
+    index = torch.arange(len(queries.lengths), device=lengths.device)
+    query_K = torch.repeat_interleave(index, lengths, output_size=sum(queries.lengths))
     if reduction == "sum":
-        return query_K, torch.ones(query_K.shape[0], dtype=dtype, device=device)
+        return query_K, torch.ones(query_K.shape[0], dtype=dtype, device=lengths.device)
     return query_K, lengths.to(dtype).reciprocal()[query_K]
 
 
@@ -127,22 +132,27 @@ class _MaxSim(torch.autograd.Function):
         ctx: Any,
         query_KC: Tensor,
         passage_KC: Tensor,
-        query_lengths: list[int],
-        passage_lengths: list[int],
+        queries_with_rows: _Rows,
+        passages_with_rows: _Rows,
         reduction: str,
         chunk: int,
         use_kernel: bool,
     ) -> Tensor:
         dtype, device = accumulation_dtype(query_KC, passage_KC), query_KC.device
-        query_K, weight_K = _pooling(query_lengths, reduction, dtype, device)
+        query_lengths, passage_lengths = queries_with_rows.lengths, passages_with_rows.lengths
+        query_K, weight_K = _pooling(queries_with_rows, reduction, dtype)
         scores_QP = torch.empty(len(query_lengths), len(passage_lengths), dtype=dtype, device=device)
         # winners are kept only for a backward pass to come
         kept = len(passage_lengths) if any(ctx.needs_input_grad[:2]) else 0
         winner_KP = torch.empty(query_KC.shape[0], kept, dtype=torch.int32, device=device)
-        find = best_by_kernel if use_kernel else best_by_torch
-        for queries, passages, best in find(
-            query_KC, passage_KC, query_lengths, passage_lengths, winner_KP, chunk
-        ):
+        if use_kernel:
+            offsets_P1 = passages_with_rows.offsets_N1
+            found = best_by_kernel(
+                query_KC, passage_KC, query_lengths, passage_lengths, offsets_P1, winner_KP, chunk
+            )
+        else:
+            found = best_by_torch(query_KC, passage_KC, query_lengths, passage_lengths, winner_KP, chunk)
+        for queries, passages, best in found:
             best *= weight_K[queries.rows, None]
             sums = best.new_zeros(queries.texts.stop - queries.texts.start, best.shape[1])
             scores_QP[queries.texts, passages.texts] = sums.index_add_(
@@ -183,11 +193,16 @@ class _MaxSim(torch.autograd.Function):
         return grad_query, grad_passage, None, None, None, None, None
 
 
-def _with_rows(offsets_N1: Tensor) -> tuple[list[int], list[int]]:
-    """Lengths of the texts that have rows, and their positions."""
-    lengths = (offsets_N1[1:] - offsets_N1[:-1]).tolist()
-    kept = [text for text, length in enumerate(lengths) if length]
-    return [lengths[text] for text in kept], kept
+def _with_rows(offsets_N1: Tensor, counts: Sequence[int] | None) -> tuple[_Rows, list[int]]:
+    """The texts that have rows, and their positions."""
+    if counts is None:
+        counts = (offsets_N1[1:] - offsets_N1[:-1]).tolist()
+    kept = [text for text, count in enumerate(counts) if count]
+    if len(kept) < len(counts):
+        # texts between two kept ones have no rows: the offsets of the kept ones stay what they are. Copies an
+        # index to the device; a text without rows is only `<s>`, which no tokenizer of ours makes
+        offsets_N1 = offsets_N1[torch.tensor([*kept, len(counts)], device=offsets_N1.device)]
+    return _Rows([counts[text] for text in kept], offsets_N1), kept
 
 
 def maxsim_scores(
@@ -198,6 +213,8 @@ def maxsim_scores(
     reduction: Literal["mean", "sum"] = "mean",
     chunk_elements: int | None = None,
     use_kernel: bool | None = None,
+    query_counts: Sequence[int] | None = None,
+    passage_counts: Sequence[int] | None = None,
 ) -> Tensor:
     """Multi-vector scores of every query with every passage (arXiv 2402.03216, section 3.2; ColBERT, arXiv
     2004.12832).
@@ -208,16 +225,18 @@ def maxsim_scores(
         reduction: over a query's rows.
         chunk_elements: entries of the row product held at a time; None: by device.
         use_kernel: find the winners with the Triton kernel; None: where it is installed and meant for the
-        device.
+            device.
+        query_counts, passage_counts: rows of each text, where the host knows them; None: read from the
+            device.
 
     Returns:
         scores_QP, fp32 (fp64 for fp64 inputs).
     """
-    query_lengths, queries = _with_rows(query_offsets_Q1)
-    passage_lengths, passages = _with_rows(passage_offsets_P1)
+    query_rows, queries = _with_rows(query_offsets_Q1, query_counts)
+    passage_rows, passages = _with_rows(passage_offsets_P1, passage_counts)
     chunk = chunk_elements or products_at_a_time(query_KC.is_cuda)
     use_kernel = prefers_kernel(query_KC, passage_KC) if use_kernel is None else use_kernel
-    scores = _MaxSim.apply(query_KC, passage_KC, query_lengths, passage_lengths, reduction, chunk, use_kernel)
+    scores = _MaxSim.apply(query_KC, passage_KC, query_rows, passage_rows, reduction, chunk, use_kernel)
     if len(queries) < query_offsets_Q1.shape[0] - 1:
         rows = torch.tensor(queries, dtype=torch.int64, device=scores.device)
         scores = scores.new_zeros(query_offsets_Q1.shape[0] - 1, scores.shape[1]).index_copy(0, rows, scores)

@@ -19,8 +19,10 @@ order, the same in every run.
 
     entries (0, .5) (2, 1.) of one row, dense rows a b c   →   .5·a + 1.·c
 
-Tiles are a table by compute capability, not a search at run time: a search would run again for every shape of
-a batch. Importing this module needs triton.
+Tiles are a table by compute capability and width, not a search at run time: a search would run again for
+every shape of a batch. For the same reason nothing of a batch's shape is told to Triton's compiler, which
+would make another kernel for each number that is 1 or divides by 16, and for each address that does not: what
+is compiled depends on the width and the types alone. Importing this module needs triton.
 """
 
 from dataclasses import dataclass
@@ -47,29 +49,40 @@ class Tile:
 
 
 TILES = {
-    80: Tile(rows=128, block=128, width=64, warps=8, stages=3),
-    86: Tile(rows=128, block=128, width=64, warps=8, stages=2),
-    90: Tile(rows=128, block=128, width=64, warps=8, stages=4),
+    (80, 1): Tile(rows=128, block=128, width=64, warps=8, stages=2),
+    (80, 256): Tile(rows=128, block=128, width=64, warps=8, stages=3),
+    (86, 1): Tile(rows=128, block=128, width=64, warps=8, stages=2),
+    (90, 1): Tile(rows=128, block=128, width=64, warps=8, stages=2),
+    (90, 256): Tile(rows=128, block=128, width=64, warps=8, stages=4),
 }
-"""By compute capability × 10, from which on a tile is used; each fits the shared memory there
-(tests/scoring). Not timed on a device."""
+"""By compute capability × 10 and width of the rows, from which on a tile is used. Up to 255 columns the loop
+over them has four turns at most: more than two loads in flight would hold shared memory that a second program
+could use. Each fits the shared memory there (tests/scoring). Not timed on a device."""
 
-ROWS, BLOCK, WIDTH, WARPS = TILES[80].rows, TILES[80].block, TILES[80].width, TILES[80].warps
+INTERPRETED = TILES[80, 1]
+"""The interpreter has no device, and takes the tile of the oldest."""
+
+ROWS, BLOCK, WIDTH, WARPS = INTERPRETED.rows, INTERPRETED.block, INTERPRETED.width, INTERPRETED.warps
 
 ENTRIES, COLUMNS = 16, 256
 """Tile of a program of the backward kernel: entries added up at a time, and columns of the result."""
 
 
-def tile_for(capability: tuple[int, int]) -> Tile:
-    """The tile for a device of this compute capability.
+def tile_for(capability: tuple[int, int], width: int) -> Tile:
+    """The tile for rows of this width on a device of this compute capability.
 
-    >>> tile_for((8, 9)) == TILES[86], tile_for((10, 0)) == TILES[90]
+    >>> tile_for((8, 9), 1024) == TILES[86, 1], tile_for((10, 0), 1024) == TILES[90, 256]
     (True, True)
     """
-    return TILES[max((known for known in TILES if known <= capability[0] * 10 + capability[1]), default=80)]
+    device = capability[0] * 10 + capability[1]
+    served = max((known for known, _ in TILES if known <= device), default=80)
+    return TILES[max(key for key in TILES if key[0] == served and key[1] <= max(width, 1))]
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_query_rows", "num_passages"],
+    do_not_specialize_on_alignment=["offsets_P1", "best_KP", "winner_KP"],
+)
 def _best_rows(
     query_KC,
     passage_KC,
@@ -138,9 +151,9 @@ def best_rows(
         best_KP.shape if keep_winners else (0,), dtype=torch.int32, device=query_KC.device
     )
     if best_KP.numel():
-        # the interpreter has no device, and takes the tile of the oldest
-        capability = torch.cuda.get_device_capability(query_KC.device) if query_KC.is_cuda else (8, 0)
-        tile = tile_for(capability)
+        tile = INTERPRETED
+        if query_KC.is_cuda:
+            tile = tile_for(torch.cuda.get_device_capability(query_KC.device), query_KC.shape[1])
         grid = (triton.cdiv(num_rows, tile.rows) * num_passages,)
         shape = (num_rows, query_KC.shape[1], num_passages)
         _best_rows[grid](
@@ -160,7 +173,7 @@ def best_rows(
     return best_KP, winner_KP if keep_winners else None
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["crow_R1", "columns_E", "values_E"])
 def _sum_rows(
     crow_R1,
     columns_E,

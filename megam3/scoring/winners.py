@@ -9,7 +9,6 @@ chunk at a time and write the winners as they go.
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -118,12 +117,12 @@ def best_by_kernel(
     passage_KC: Tensor,
     query_lengths: list[int],
     passage_lengths: list[int],
+    offsets_P1: Tensor,
     winner_KP: Tensor,
     chunk: int,
 ) -> Best:
     """The same by `megam3.scoring.maxsim_triton`, which forms no product in memory: chunks bound the best
-    alone."""
-    offsets_P1 = torch.tensor([0, *accumulate(passage_lengths)], dtype=torch.int64, device=query_KC.device)
+    alone. `offsets_P1` are the lengths' on the device."""
     query_KC, passage_KC = query_KC.contiguous(), passage_KC.contiguous()
     every_query = Chunk(slice(0, len(query_lengths)), slice(0, query_KC.shape[0]))
     for passages in cut_texts(
