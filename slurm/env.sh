@@ -1,4 +1,4 @@
-# Site settings, sourced by the scripts in this folder. Everything here can also be set in the environment of `sbatch`;
+# Site settings, sourced by the scripts in this folder (docs/cluster.md lists what usually has to be said). Everything here can also be set in the environment of `sbatch`;
 # nothing of it is in Python. Partition, account and quality of service are options of `sbatch`, or SBATCH_PARTITION,
 # SBATCH_ACCOUNT and SBATCH_QOS in your shell's profile.
 

@@ -13,19 +13,20 @@
 #SBATCH --open-mode=append
 #SBATCH --output=megam3-mine-%j.log
 set -uo pipefail
+script=mine.sh
 
 if [ $# -lt 1 ]; then
   echo 'slurm/mine.sh: the arguments of `megam3 mine` are required: sbatch slurm/mine.sh FILE --model … --output …' >&2
   exit 2
 fi
-# Slurm runs a copy of this file in a folder of its own, so its neighbours are found from where the job was submitted
-cd "${SLURM_SUBMIT_DIR:?run this with sbatch}" || exit 2
-. "${MEGAM3_SLURM_ENV:-slurm/env.sh}" || exit 2
-python=$MEGAM3_VENV/bin/python
-if [ ! -x "$python" ]; then
-  echo "slurm/mine.sh: no $python: run make once, or set MEGAM3_VENV to an environment with megam3" >&2
+# Slurm runs a copy of this file in a folder of its own, so its neighbours are found from where the job was submitted, or
+# from where `sbatch --chdir` put it
+: "${SLURM_SUBMIT_DIR:?run this with sbatch}"
+[ -r slurm/start.sh ] || cd "$SLURM_SUBMIT_DIR" || exit 2
+if [ ! -r slurm/start.sh ]; then
+  echo "slurm/$script: no slurm/start.sh in $PWD: submit from the top of the checkout" >&2
   exit 2
 fi
+. slurm/start.sh
 
-# shellcheck disable=SC2086  # the flags are several words
-exec srun $MEGAM3_SRUN_FLAGS "$python" -u -m megam3 "${MEGAM3_COMMAND:-mine}" "$@"
+exec srun ${srun_flags[@]+"${srun_flags[@]}"} "$python" -u -m megam3 "${MEGAM3_COMMAND:-mine}" "$@"

@@ -11,19 +11,21 @@
 #SBATCH --output=megam3-prepare-%A-%a.log
 #SBATCH --ntasks=1
 set -uo pipefail
+script=prepare.sh
 
 if [ $# -lt 1 ]; then
   echo 'slurm/prepare.sh: a recipe is required: sbatch --array=0-15 slurm/prepare.sh RECIPE [key=value…]' >&2
   exit 2
 fi
-# Slurm runs a copy of this file in a folder of its own, so its neighbours are found from where the job was submitted
-cd "${SLURM_SUBMIT_DIR:?run this with sbatch}" || exit 2
-. "${MEGAM3_SLURM_ENV:-slurm/env.sh}" || exit 2
-python=$MEGAM3_VENV/bin/python
-if [ ! -x "$python" ]; then
-  echo "slurm/prepare.sh: no $python: run make once, or set MEGAM3_VENV to an environment with megam3" >&2
+# Slurm runs a copy of this file in a folder of its own, so its neighbours are found from where the job was submitted, or
+# from where `sbatch --chdir` put it
+: "${SLURM_SUBMIT_DIR:?run this with sbatch}"
+[ -r slurm/start.sh ] || cd "$SLURM_SUBMIT_DIR" || exit 2
+if [ ! -r slurm/start.sh ]; then
+  echo "slurm/$script: no slurm/start.sh in $PWD: submit from the top of the checkout" >&2
   exit 2
 fi
+. slurm/start.sh
 
 # an array need not start at 0 nor count by 1: --array=8-14:2 is four tasks
 task=$(((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}) / ${SLURM_ARRAY_TASK_STEP:-1}))

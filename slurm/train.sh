@@ -16,10 +16,13 @@
 #SBATCH --output=megam3-%j.log
 #SBATCH --signal=B:USR1@300
 set -uo pipefail
+script=train.sh
 
 readonly REQUEUE_CODE=85  # EXIT_REQUEUE in megam3/obs/stop.py: saved, wants to be started again
 readonly STOPPED_CODE=143 # EXIT_STOPPED: saved because of SIGTERM; also the code of a task that SIGTERM killed
 readonly STALLED_CODE=86  # EXIT_STALLED in megam3/obs/health.py
+readonly FAILED_CODE=1    # EXIT_FAILED and EXIT_LOST_PEER in megam3/train.py: a traceback, or somebody else is gone
+readonly NODE_SECONDS=60  # for every node of the job to run `true`
 readonly EARLY_CODE=138   # SIGUSR1 before Python had a handler for it: nothing lost, nothing saved
 
 # A signal may come at any time: it is remembered from here on. The batch shell gets the warning alone, and srun passes
@@ -32,25 +35,22 @@ forward() {
 trap 'warned=1; forward' USR1
 trap 'cancelled=1; forward' TERM
 
-say() { echo "slurm/train.sh: $*" >&2; }
-
 if [ $# -lt 1 ]; then
-  say 'a recipe is required: sbatch slurm/train.sh RECIPE [key=value…]'
+  echo 'slurm/train.sh: a recipe is required: sbatch slurm/train.sh RECIPE [key=value…]' >&2
   exit 2
 fi
-# Slurm runs a copy of this file in a folder of its own, so its neighbours are found from where the job was submitted
-cd "${SLURM_SUBMIT_DIR:?run this with sbatch}" || exit 2
-. "${MEGAM3_SLURM_ENV:-slurm/env.sh}" || exit 2
-python=$MEGAM3_VENV/bin/python
-if [ ! -x "$python" ]; then
-  say "no $python: run make once, or set MEGAM3_VENV to an environment with megam3"
+# Slurm runs a copy of this file in a folder of its own, so its neighbours are found from where the job was submitted, or
+# from where `sbatch --chdir` put it
+: "${SLURM_SUBMIT_DIR:?run this with sbatch}"
+[ -r slurm/start.sh ] || cd "$SLURM_SUBMIT_DIR" || exit 2
+if [ ! -r slurm/start.sh ]; then
+  echo "slurm/$script: no slurm/start.sh in $PWD: submit from the top of the checkout" >&2
   exit 2
 fi
+. slurm/start.sh
 
 # the job's name for train.resume=never and train.resume_step, which count once for a job and not again after a requeue
 export MEGAM3_JOB=${SLURM_JOB_ID:-}
-# since Slurm 22.05 srun no longer takes --cpus-per-task from the job: without this, every rank would get one core
-[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
 # with an arbitrary distribution rank 0 is on the first host of the given list, not of the sorted one
 if [ -n "${SLURM_HOSTFILE:-}" ] && [ -r "$SLURM_HOSTFILE" ] && [ -z "${MASTER_ADDR:-}" ]; then
   read -r MASTER_ADDR <"$SLURM_HOSTFILE" && export MASTER_ADDR=${MASTER_ADDR%%[,\*]*}
@@ -82,8 +82,7 @@ say "job ${SLURM_JOB_ID:-}, restart ${SLURM_RESTART_COUNT:-0}, nodes ${SLURM_JOB
 # One srun to its end; sets `code`. A trapped signal ends `wait` early, with the code of the signal; only the end of srun
 # ends the loop.
 run_ranks() {
-  # shellcheck disable=SC2086  # the flags are several words
-  srun ${tasks[@]+"${tasks[@]}"} "${output[@]}" $MEGAM3_SRUN_FLAGS "$python" -u -m "$MEGAM3_MODULE" "$@" &
+  srun ${tasks[@]+"${tasks[@]}"} "${output[@]}" ${srun_flags[@]+"${srun_flags[@]}"} "$python" -u -m "$MEGAM3_MODULE" "$@" &
   step=$!
   # a signal between the last look and this line found no step to forward to
   [ "$warned$cancelled" = 00 ] || kill -s USR1 "$step" 2>/dev/null
@@ -99,6 +98,14 @@ run_ranks() {
 # A task that a signal killed (128 + its number), a stall, and nothing else: a traceback or a user's error would come again.
 is_restartable() {
   [ "$code" -eq "$STALLED_CODE" ] || { [ "$code" -gt 128 ] && [ "$code" -ne "$STOPPED_CODE" ]; }
+}
+
+# A node that dies takes its ranks along without a code: the others know only that somebody has gone, and their code is
+# that of any failure. Slurm itself notices after SlurmdTimeout, 300 s by default, when the job would long have failed.
+nodes_answer() {
+  [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ] || return 0
+  env -u SLURM_HOSTFILE -u SLURM_DISTRIBUTION timeout "$NODE_SECONDS" srun --overlap --nodes="$SLURM_JOB_NUM_NODES" \
+    --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 true >/dev/null 2>&1
 }
 
 # Slurm says SIGTERM for a pre-emption as well as for scancel; the job's record tells them apart.
@@ -131,6 +138,9 @@ while true; do
   [ "$code" -ne "$REQUEUE_CODE" ] || requeue 'saved'
   if [ "$warned" -eq 1 ] && { [ "$code" -eq "$EARLY_CODE" ] || is_restartable; }; then
     requeue "interrupted (code $code)"
+  fi
+  if [ "$code" -eq "$FAILED_CODE" ] || is_restartable; then
+    nodes_answer || requeue "a node does not answer (code $code)"
   fi
   is_restartable || exit "$code"
   # an attempt that ran for a while is a new start of counting: what kills a run at once will do so again

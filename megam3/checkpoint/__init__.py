@@ -16,11 +16,13 @@ lies in `checkpoints/`
 besides is listed in `folders.py`.
 """
 
+from megam3.checkpoint.evaluations import Evaluations
 from megam3.checkpoint.find import (
     check_resumable,
     clear_partials,
     consolidated_weights,
     list_steps,
+    load_weights,
     newest_complete,
     read_state,
     set_aside,
@@ -28,22 +30,31 @@ from megam3.checkpoint.find import (
     write_started_by,
 )
 from megam3.checkpoint.folders import find_problem
+from megam3.checkpoint.rollbacks import read_rollbacks, roll_back, skipped_ranges
 from megam3.checkpoint.save import Retention, save_checkpoint
 from megam3.checkpoint.state import RunState, has_same_layout
+from megam3.checkpoint.writer import CheckpointWriter, SaveClock
 
 __all__ = [
+    "CheckpointWriter",
+    "Evaluations",
     "Retention",
     "RunState",
+    "SaveClock",
     "check_resumable",
     "clear_partials",
     "consolidated_weights",
     "find_problem",
     "has_same_layout",
     "list_steps",
+    "load_weights",
     "newest_complete",
+    "read_rollbacks",
     "read_state",
+    "roll_back",
     "save_checkpoint",
     "set_aside",
+    "skipped_ranges",
     "was_started_by",
     "write_started_by",
 ]

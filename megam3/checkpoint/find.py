@@ -10,9 +10,10 @@ from torch import Tensor
 
 from megam3.batch import Progress
 from megam3.checkpoint.folders import find_problem, remove_partials, rename_aside, step_names, step_of
-from megam3.checkpoint.state import RunState
+from megam3.checkpoint.state import RunState, has_same_layout
 from megam3.dist import comm
 from megam3.engine.consolidate import consolidate
+from megam3.engine.deepspeed import Engine
 from megam3.errors import CheckpointError
 from megam3.files import read_json, write_json
 
@@ -33,7 +34,9 @@ def newest_complete(run_dir: str, report: Callable[[str], None], step: int | Non
         CheckpointError: there are checkpoints, and not one is whole; or `step` is not there or not whole.
     """
     root = os.path.join(run_dir, "checkpoints")
-    there = comm.gather_objects_json(list(reversed(step_names(root))))[0]
+    # the main rank alone lists the folder: a thousand ranks would ask a shared file system at once
+    own = list(reversed(step_names(root))) if comm.is_main() else []
+    there = comm.gather_objects_json(own)[0]
     names = [name for name in there if step in (None, step_of(name))]
     broken: list[str] = []
     for name in names:
@@ -146,6 +149,18 @@ def check_resumable(folder: str, saved: RunState, current: RunState) -> None:
         rule = f"the checkpoint belongs to parameters of another model (this run has {now!r})"
         remedy = "use the recipe that wrote it, or start anew with train.resume=never"
         raise CheckpointError(f"{folder}: model_signature", was, rule, remedy)
+
+
+def load_weights(engine: Engine, folder: str, saved: RunState, current: RunState) -> None:
+    """Read weights, moments and AdamW's step count into an engine; collective."""
+    if has_same_layout(saved, current):
+        engine.load(folder)
+        return
+    was, now = (f"{s.world_size} ranks at ZeRO stage {s.zero_stage}" for s in (saved, current))
+    logger.info(
+        "the checkpoint's files were cut otherwise (%s, now %s): joining them by parameter name", was, now
+    )
+    engine.load_elastic(folder)
 
 
 def consolidated_weights(folder: str) -> dict[str, Tensor]:

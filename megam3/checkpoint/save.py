@@ -9,8 +9,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megam3.checkpoint.folders import (
@@ -18,7 +18,6 @@ from megam3.checkpoint.folders import (
     check_space,
     describe_file,
     files_below,
-    find_problem,
     prune,
     publish,
     remove_partials,
@@ -43,6 +42,8 @@ folder.
 TORCH_WRITE_ERRORS = ("inline_container.cc", "iostream error", "PytorchStreamWriter")
 """How torch.save speaks of a disk that takes no more: a RuntimeError of its zip writer, without an errno."""
 
+MAKE_ROOM = "free space or lower train.keep_checkpoints, then start again: the newest checkpoint is whole"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
@@ -54,29 +55,61 @@ class Retention:
     """Besides those, every checkpoint whose step is a multiple of this; None: no more."""
     resumed_step: int | None = None
     """Step the run continued from."""
+    best_step: int | None = None
+    """Step with the best figure of the metric in train.keep_best."""
 
     def protects(self, names: Sequence[str], written: int) -> set[int]:
         """Steps that are kept whatever their age."""
         every = [step_of(n) for n in names if self.every_steps and step_of(n) % self.every_steps == 0]
-        return {written, *every, *([] if self.resumed_step is None else [self.resumed_step])}
+        named = {step for step in (self.resumed_step, self.best_step) if step is not None}
+        return {written, *every, *named}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where one checkpoint is being written."""
+
+    root: str
+    """The run's `checkpoints/`."""
+    step: int
+
+    @property
+    def partial(self) -> str:
+        """Folder that is filled."""
+        return os.path.join(self.root, f".{step_name(self.step)}.partial")
+
+    @property
+    def final(self) -> str:
+        """Its name once it is whole."""
+        return os.path.join(self.root, step_name(self.step))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnFiles:
+    """What one rank has of a checkpoint: its files are on the disk, or they are not and here is why."""
+
+    entries: dict[str, FileEntry] = field(default_factory=dict)
+    """By path relative to the folder."""
+    failure: list[str] | None = None
+    """The four parts of a CheckpointError."""
 
 
 def save_checkpoint(
     run_dir: str,
     state: RunState,
-    write: Callable[[str], Sequence[str] | None],
+    write: Callable[[str], Sequence[str]],
     model_files: str,
     retention: Retention,
     *,
     fence: Callable[[], None] | None = None,
 ) -> str:
-    """Write one checkpoint; collective. Returns its folder.
+    """Write one checkpoint while the caller waits; collective. Returns its folder.
 
     Args:
         run_dir: on a file system that all ranks share.
         state: goes into state.json.
         write: called on every rank with the folder to fill; returns the files this rank wrote, relative to
-            it, or None for all it sees.
+            it.
         model_files: copied by the main rank.
         retention: what is removed once the new one is on the disk.
         fence: called on the main rank before the new name appears; raises when the run folder belongs to
@@ -86,25 +119,75 @@ def save_checkpoint(
         CheckpointError: on every rank, when the disk is full, not shared or not writable, or the fence
             refuses.
     """
-    root = os.path.join(run_dir, "checkpoints")
-    name = step_name(state.progress.step)
-    partial, final = os.path.join(root, f".{name}.partial"), os.path.join(root, name)
-    _main_rank_does(root, lambda: _prepare(root, partial, state, model_files, retention))
-    check_shared(partial, patience_seconds=STALE_SECONDS)
+    target = begin(run_dir, state, model_files, retention)
     try:
-        written = write(partial)
-        flush_written(partial, written)
-        own = files_below(partial) if written is None or comm.is_main() else written
+        written = write(target.partial)
     except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError of its zip writer. Peers may sit in a
-        # collective of `write`: no talk with them here
-        raise _write_error(partial, error) from error
-    owners = share_out(comm.gather_objects_json(sorted(own)))
-    parts = comm.gather_objects_json(_describe_own(partial, owners, written))
-    _main_rank_does(root, lambda: _publish(partial, final, parts, fence))
-    is_proved = retention.keep > 1 or _is_readable(final)
-    _main_rank_does(root, lambda: _retire(root, state.progress.step, retention, is_proved))
-    return final
+        # peers may sit in a collective of `write`: no talk with them here
+        raise write_error(target.partial, error) from error
+    own = settle(target.partial, written, read_back=retention.keep == 1)
+    commit(target, own, retention, fence)
+    return target.final
+
+
+def begin(run_dir: str, state: RunState, model_files: str, retention: Retention) -> Target:
+    """Make room and an empty folder with the files of the main rank; collective.
+
+    Raises:
+        CheckpointError: on every rank, see `save_checkpoint`.
+    """
+    target = Target(root=os.path.abspath(os.path.join(run_dir, "checkpoints")), step=state.progress.step)
+    _main_rank_does(target.root, lambda: _prepare(target.root, target.partial, state, model_files, retention))
+    check_shared(target.partial, patience_seconds=STALE_SECONDS)
+    return target
+
+
+def settle(partial: str, written: Sequence[str], *, read_back: bool = False) -> OwnFiles:
+    """Bring the files of this rank to the disk and describe them; no collective, and it never raises.
+
+    Args:
+        written: this rank's files, relative to `partial`.
+        read_back: read every file once more and compare, because the only other checkpoint is about to go.
+    """
+    try:
+        flush_written(partial, written)
+        entries = {file: describe_file(os.path.join(partial, file)) for file in written}
+        for file, entry in entries.items() if read_back else ():
+            if describe_file(os.path.join(partial, file)) != entry:
+                raise OSError(errno.EIO, "other bytes came back than were written", file)
+    except OSError as error:
+        return OwnFiles(failure=_explain(partial, error))
+    return OwnFiles(entries=entries)
+
+
+def failed(partial: str, error: Exception) -> OwnFiles:
+    """What a rank tells the others whose files could not be written."""
+    explained = write_error(partial, error)
+    if isinstance(explained, CheckpointError):
+        return OwnFiles(failure=parts_of(explained))
+    return OwnFiles(failure=_explain(partial, f"{type(error).__name__}: {error}"))
+
+
+def commit(
+    target: Target, own: OwnFiles, retention: Retention, fence: Callable[[], None] | None = None
+) -> int:
+    """Give a checkpoint its name once the files of all ranks are on the disk, then remove what may go;
+    collective. Returns its bytes.
+
+    Raises:
+        CheckpointError: on every rank alike, when any rank could not write or the fence refuses.
+    """
+    parts: list[tuple[list[str] | None, dict[str, FileEntry]]]
+    parts = comm.gather_objects_json([own.failure, own.entries])
+    for rank, (failure, _) in enumerate(parts):
+        if failure is not None:
+            what, value, rule, remedy = failure
+            who = f"rank {rank}: " if len(parts) > 1 else ""
+            raise CheckpointError(what, value, f"{who}{rule}", remedy)
+    entries = {file: entry for _, found in parts for file, entry in found.items()}
+    _main_rank_does(target.root, lambda: _publish(target, entries, fence))
+    _main_rank_does(target.root, lambda: _retire(target, retention))
+    return sum(entry["bytes"] for entry in entries.values())
 
 
 def _prepare(root: str, partial: str, state: RunState, model_files: str, retention: Retention) -> None:
@@ -133,15 +216,11 @@ def _make_space(root: str, retention: Retention) -> None:
         check_space(root)
 
 
-def flush_written(folder: str, files: Sequence[str] | None) -> None:
-    """Bring the files this rank wrote to the disk, and the folders with their names; None: everything below
-    `folder`.
+def flush_written(folder: str, files: Sequence[str]) -> None:
+    """Bring the files this rank wrote to the disk, and the folders with their names.
 
     Each rank for itself: an fsync on one node says nothing about what another one still holds in memory.
     """
-    if files is None:
-        flush_tree(folder)
-        return
     for file in files:
         with open(os.path.join(folder, file), "rb") as stream:
             os.fsync(stream.fileno())
@@ -149,65 +228,27 @@ def flush_written(folder: str, files: Sequence[str] | None) -> None:
         flush_folder(os.path.join(folder, parent))
 
 
-def share_out(listings: Sequence[Sequence[str]]) -> dict[str, int]:
-    """Every file that any rank saw, with the rank that describes it.
-
-    A listing of a folder on a network file system may be old, so no single rank's listing decides what is in
-    the manifest. The main
-    rank lists everything it sees and describes only what no other rank claims: whoever wrote a file still has
-    it in memory.
-
-    >>> share_out([["a", "b", "c"], ["b", "c"], ["c"]])
-    {'a': 0, 'b': 1, 'c': 1}
+def _publish(target: Target, entries: dict[str, FileEntry], fence: Callable[[], None] | None) -> None:
+    """The main rank's part. A listing of a folder on a network file system may be old, so the manifest holds
+    what each rank says it wrote, and of the main rank's own listing only what nobody claims: model/,
+    state.json, and what DeepSpeed writes without saying so (its recovery script).
     """
-    seen_by: dict[str, list[int]] = {}
-    for rank, files in enumerate(listings):
-        for file in files:
-            seen_by.setdefault(file, []).append(rank)
-    owners = {}
-    for index, (file, ranks) in enumerate(sorted(seen_by.items())):
-        claims = [rank for rank in ranks if rank != 0] or ranks
-        owners[file] = claims[index % len(claims)]
-    return owners
-
-
-def _describe_own(
-    partial: str, owners: Mapping[str, int], written: Sequence[str] | None
-) -> dict[str, FileEntry]:
-    mine = [file for file, rank in owners.items() if rank == comm.rank()]
-    try:
-        # what the engine wrote without saying so (DeepSpeed's recovery script) is the main rank's to flush
-        flush_written(partial, [file for file in mine if written is not None and file not in written])
-        return {file: describe(os.path.join(partial, file)) for file in mine}
-    except OSError as error:
-        raise CheckpointError(*_explain(partial, error)) from None
-
-
-def describe(path: str, patience_seconds: float = STALE_SECONDS) -> FileEntry:
-    """`describe_file` of a file that may take a while to appear on this node."""
-    end = time.monotonic() + patience_seconds
-    while not os.path.exists(path) and time.monotonic() < end:
-        time.sleep(0.2)
-    return describe_file(path)
-
-
-def _publish(
-    partial: str, final: str, parts: Sequence[dict[str, FileEntry]], fence: Callable[[], None] | None
-) -> None:
-    entries = {file: entry for part in parts for file, entry in part.items()}
+    partial = target.partial
     for file, entry in entries.items():
         seen = describe_size(os.path.join(partial, file))
         if seen != entry["bytes"]:
             rule = f"the main rank sees {seen} bytes of {file}, the rank that wrote it {entry['bytes']}"
-            raise CheckpointError(
-                "output_dir", partial, rule, "name a folder on a file system that all nodes mount"
-            )
+            remedy = "name a folder on a file system that all nodes mount"
+            raise CheckpointError("output_dir", partial, rule, remedy)
+    unclaimed = [file for file in files_below(partial) if file not in entries]
+    flush_written(partial, unclaimed)
+    entries.update((file, describe_file(os.path.join(partial, file))) for file in unclaimed)
     seal(partial, entries)
     if fence is not None:
         fence()
-    aside = publish(partial, final)
+    aside = publish(partial, target.final)
     if aside is not None:
-        logger.warning("%s was there already and is now %s", final, os.path.basename(aside))
+        logger.warning("%s was there already and is now %s", target.final, os.path.basename(aside))
 
 
 def describe_size(path: str, patience_seconds: float = STALE_SECONDS) -> int:
@@ -220,23 +261,13 @@ def describe_size(path: str, patience_seconds: float = STALE_SECONDS) -> int:
     return os.path.getsize(path)
 
 
-def _retire(root: str, written: int, retention: Retention, is_proved: bool) -> None:
-    names = step_names(root)
-    keep = retention.keep if is_proved else max(retention.keep, 2)
+def _retire(target: Target, retention: Retention) -> None:
+    names = step_names(target.root)
     try:
-        prune(root, keep, retention.protects(names, written))
+        prune(target.root, retention.keep, retention.protects(names, target.step))
     except OSError as error:
         # the new checkpoint is on the disk; an old one that cannot go costs space and nothing else
         logger.warning("an older checkpoint could not be removed: %s", error)
-
-
-def _is_readable(folder: str) -> bool:
-    """Read a checkpoint back on all ranks together, before the only other one is removed."""
-    found = comm.gather_objects_json(find_problem(folder, comm.rank(), comm.world_size()))
-    problem = next((each for each in found if each is not None), None)
-    if problem is not None and comm.is_main():
-        logger.warning("%s cannot be read back (%s); the one before is kept", folder, problem)
-    return problem is None
 
 
 def _main_rank_does(root: str, work: Callable[[], Any]) -> None:
@@ -248,7 +279,7 @@ def _main_rank_does(root: str, work: Callable[[], Any]) -> None:
         try:
             work()
         except CheckpointError as error:
-            failure = [error.what, str(error.value), error.rule, error.remedy]
+            failure = parts_of(error)
         except OSError as error:
             failure = _explain(root, error)
     failure = comm.gather_objects_json(failure)[0]
@@ -256,23 +287,24 @@ def _main_rank_does(root: str, work: Callable[[], Any]) -> None:
         raise CheckpointError(*failure)
 
 
-def _explain(folder: str, error: OSError) -> list[str]:
+def parts_of(error: CheckpointError) -> list[str]:
+    """What travels to the other ranks, which raise the same."""
+    return [error.what, str(error.value), error.rule, error.remedy]
+
+
+def _explain(folder: str, error: OSError | str) -> list[str]:
     remedy = "make the folder writable, or set output_dir"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = (
-            "free space or lower train.keep_checkpoints, then start again: the newest checkpoint is whole"
-        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = MAKE_ROOM
     return ["output_dir", folder, f"a checkpoint cannot be written: {error}", remedy]
 
 
-def _write_error(partial: str, error: OSError | RuntimeError) -> BaseException:
-    """A full or failing disk in a user's words; any other RuntimeError, such as a lost peer, as it is."""
+def write_error(partial: str, error: Exception) -> Exception:
+    """A full or failing disk in a user's words; any other error, such as a lost peer, as it is."""
     if isinstance(error, OSError):
         return CheckpointError(*_explain(partial, error))
     if not any(word in str(error) for word in TORCH_WRITE_ERRORS):
         return error
     rule, free = str(error).splitlines()[0], shutil.disk_usage(partial).free
-    remedy = "free space or lower train.keep_checkpoints, then start again: the newest checkpoint is whole"
-    return CheckpointError(
-        "output_dir", partial, f"a checkpoint cannot be written ({free:,} bytes free): {rule}", remedy
-    )
+    rule = f"a checkpoint cannot be written ({free:,} bytes free): {rule}"
+    return CheckpointError("output_dir", partial, rule, MAKE_ROOM)

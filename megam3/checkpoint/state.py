@@ -20,6 +20,10 @@ class RunState:
     """Hashes of tokenizer, data and plan; equal fingerprints serve equal batches."""
     layout: str = ""
     """What decides how weights and moments are cut into files: ranks, DeepSpeed's ZeRO section, precision."""
+    skipped: list[list[int]] = field(default_factory=list)
+    """Places of the plan, in steps, that the run goes round (`megam3.data.skips`)."""
+    overflows: int = 0
+    """Steps that loss scaling skipped since the run began (fp16)."""
     recipe: dict = field(default_factory=dict)
     """The resolved recipe that wrote it."""
 

@@ -20,12 +20,13 @@ from megam3.data.permute import draw, key_of
 from megam3.data.plan import Plan, PlannedBatch
 from megam3.data.shard import INDEX_FIELDS, StoredRow
 from megam3.data.store import StoredDataset
+from megam3.lexical_pairs import PairArrays, find_pairs
 
 SEGMENT_ORDERS = ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 """The five ways to reorder three segments that change something."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextFrame:
     """What surrounds the body of a stored text."""
 
@@ -33,6 +34,8 @@ class TextFrame:
     suffix: tuple[int, ...]
     instruction_tokens: tuple[int, ...]
     """Tokens of each dataset's passage instruction; the segment shuffle leaves them where they are."""
+    special_ids: tuple[int, ...] | None = None
+    """Ids without lexical weight; None: the worker looks for no pairs, the model does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +54,21 @@ class BatchArrays:
     """int64: of each query or document, among the rows of all datasets."""
     hashes: np.ndarray
     """int64: of each passage or document."""
+    query_hashes: np.ndarray
+    """int64: of each query's text; empty for pretraining."""
     known_positives: np.ndarray
     """int64 [queries, most]: hashes of all positives of each record, shorter rows repeat one; [queries, 0]
     where no record has more than the one drawn."""
+    positive_counts: np.ndarray
+    """int64: drawn positives that open each query's group; empty where every query has one."""
     scores: np.ndarray
     """float32: teacher scores of the passages, or empty."""
     dataset: str
     language: str
     in_batch_negatives: bool
     num_truncated: int
+    pairs: PairArrays | None = None
+    """What the lexical head writes into; None for pretraining, which has no such head."""
 
     @property
     def group_sizes(self) -> list[int]:
@@ -93,7 +102,8 @@ class Assembler:
     def row_costs(self, planned: PlannedBatch) -> np.ndarray:
         """Cost of each row of the batch, from the index alone: no token of another rank's rows is read."""
         query, positive, negative, num_negatives = self._index(planned)
-        return text_cost(query) + text_cost(positive) + num_negatives * text_cost(negative)
+        num_positives = self._num_positives(planned)
+        return text_cost(query) + num_positives * text_cost(positive) + num_negatives * text_cost(negative)
 
     def row_tokens(self, planned: PlannedBatch) -> np.ndarray:
         """[3, rows]: tokens of the query, tokens of its passages together, number of passages.
@@ -101,7 +111,26 @@ class Assembler:
         Passages drawn from several count with their mean length.
         """
         query, positive, negative, num_negatives = self._index(planned)
-        return np.stack([query, positive + num_negatives * negative, 1 + num_negatives])
+        num_positives = self._num_positives(planned)
+        tokens = num_positives * positive + num_negatives * negative
+        return np.stack([query, tokens, num_positives + num_negatives])
+
+    def _num_positives(self, planned: PlannedBatch) -> np.ndarray:
+        """How many positives each row draws.
+
+        Two bytes a row of the shards, which are mapped and not read; the index, 8 bytes a row, stays as it
+        is, and so do stores from before rows could draw several.
+        """
+        wanted = self._config.positives_per_query
+        if wanted == 1:
+            return np.ones(len(planned.rows), dtype=np.int64)
+        found = []
+        for dataset, row in zip(self._owners(planned).tolist(), planned.rows.tolist()):
+            stored = self.datasets[dataset]
+            shard, position = stored.shard_of(row - self.plan.datasets[dataset].first_row)
+            # a text for pretraining has none, and counts as one passage
+            found.append(max(1, int(stored.shard(shard).columns["num_positives"][position])))
+        return np.minimum(found, wanted)
 
     def _owners(self, planned: PlannedBatch) -> np.ndarray:
         """Dataset of each row."""
@@ -130,17 +159,22 @@ class Assembler:
         passages: list[np.ndarray] = []
         group_sizes: list[int] = []
         hashes: list[int] = []
+        query_hashes: list[int] = []
         known: list[np.ndarray] = []
+        positive_counts: list[int] = []
         scores: list[float] = []
         num_truncated = 0
         for position, (dataset, stored) in zip(positions.tolist(), self._stored(planned, positions)):
             row, turn = int(planned.rows[position]), int(planned.passes[position])
-            chosen = draw_group(stored, self.plan.datasets[dataset].passages_per_query, key, row, turn)
+            size, wanted = self.plan.datasets[dataset].passages_per_query, self._config.positives_per_query
+            chosen = draw_group(stored, size, key, row, turn, positives_per_query=wanted)
             queries.append(stored.text(0))
             passages += [self._shuffled(stored.text(i), dataset, (key, row, turn, i)) for i in chosen]
             group_sizes.append(len(chosen))
             hashes += stored.hashes[chosen].tolist()
+            query_hashes.append(int(stored.hashes[0]))
             known.append(stored.hashes[1 : 1 + stored.num_positives])
+            positive_counts.append(min(wanted, stored.num_positives))
             if len(stored.scores):
                 scores += stored.scores[np.asarray(chosen) - 1].tolist()
             num_truncated += int(stored.truncated[0]) + int(stored.truncated[chosen].sum())
@@ -150,7 +184,9 @@ class Assembler:
             texts=queries + passages,
             group_sizes=group_sizes,
             hashes=hashes,
+            query_hashes=query_hashes,
             known_positives=rectangle(known),
+            positive_counts=positive_counts if max(positive_counts, default=1) > 1 else [],
             # all or none per dataset; a batch that mixes datasets may have them for some rows only
             scores=scores if len(scores) == len(hashes) else [],
             num_truncated=num_truncated,
@@ -182,7 +218,9 @@ class Assembler:
             texts=sequences,
             group_sizes=sizes,
             hashes=[int(stored.hashes[0]) for stored in documents],
+            query_hashes=[],
             known_positives=rectangle([]),
+            positive_counts=[],
             scores=[],
             num_truncated=sum(int(stored.truncated[0]) for stored in documents),
         )
@@ -195,7 +233,9 @@ class Assembler:
         texts: list[np.ndarray],
         group_sizes: list[int],
         hashes: list[int],
+        query_hashes: list[int],
         known_positives: np.ndarray,
+        positive_counts: list[int],
         scores: list[float],
         num_truncated: int,
     ) -> BatchArrays:
@@ -203,14 +243,20 @@ class Assembler:
         owners = sorted({stratum.dataset for stratum in strata})
         languages = sorted({stratum.language for stratum in strata})
         first = self.plan.datasets[owners[0]]
+        tokens = np.concatenate(texts).astype(np.int32, copy=False)
+        lengths = np.asarray([len(text) for text in texts], dtype=np.int64)
+        special_ids = None if first.is_text else self._frame.special_ids
         return BatchArrays(
             is_text=first.is_text,
-            tokens=np.concatenate(texts).astype(np.int32, copy=False),
-            lengths=np.asarray([len(text) for text in texts], dtype=np.int64),
+            tokens=tokens,
+            lengths=lengths,
+            pairs=None if special_ids is None else find_pairs(tokens, lengths, special_ids),
             group_offsets=np.cumsum([0, *group_sizes], dtype=np.int64),
             rows=planned.rows[positions],
             hashes=np.asarray(hashes, dtype=np.int64),
+            query_hashes=np.asarray(query_hashes, dtype=np.int64),
             known_positives=known_positives,
+            positive_counts=np.asarray(positive_counts, dtype=np.int64),
             scores=np.asarray(scores, dtype=np.float32),
             dataset=first.name if len(owners) == 1 else "mixed",
             language=languages[0] if len(languages) == 1 else "mul",  # ISO 639-2 for several languages
@@ -230,8 +276,17 @@ def rectangle(known: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack([np.concatenate([h, np.repeat(h[:1], most - len(h))]) for h in known]).astype(np.int64)
 
 
-def draw_group(stored: StoredRow, passages_per_query: int, key: int, row: int, turn: int) -> list[int]:
-    """Text indices of a query's group: one positive, then distinct negatives, by descending teacher score.
+def draw_group(
+    stored: StoredRow,
+    passages_per_query: int,
+    key: int,
+    row: int,
+    turn: int,
+    *,
+    positives_per_query: int = 1,
+) -> list[int]:
+    """Text indices of a query's group: one positive, or several distinct ones as far as the record has them,
+    then passages_per_query - 1 distinct negatives, either by descending teacher score.
 
     The order matters to `m3_kd_loss`, which masks the passages of a group one after the other from the best
     down.
@@ -239,13 +294,17 @@ def draw_group(stored: StoredRow, passages_per_query: int, key: int, row: int, t
     num_texts, num_positives = len(stored.offsets) - 1, stored.num_positives
     slots = np.arange(num_texts)
     draws = draw(key, np.full(num_texts, row), np.full(num_texts, turn), slots)
-    positive = 1 + int(draws[0] % np.uint64(num_positives))
+    positives = np.array([1 + int(draws[0] % np.uint64(num_positives))])
+    if positives_per_query > 1:
+        order = np.argsort(draws[1 : 1 + num_positives], kind="stable")
+        positives = 1 + order[:positives_per_query]
     wanted = min(passages_per_query - 1, 1) if stored.only_one_negative else passages_per_query - 1
     negatives = slots[1 + num_positives :]
     negatives = negatives[np.argsort(draws[1 + num_positives :], kind="stable")[:wanted]]
     if len(stored.scores):
+        positives = positives[np.argsort(-stored.scores[positives - 1], kind="stable")]
         negatives = negatives[np.argsort(-stored.scores[negatives - 1], kind="stable")]
-    return [positive, *negatives.tolist()]
+    return [*positives.tolist(), *negatives.tolist()]
 
 
 def shuffle_segments(text: np.ndarray, start: int, stop: int, order: Sequence[int]) -> np.ndarray:

@@ -13,7 +13,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
@@ -26,9 +28,11 @@ from megam3.batch import Batch
 from megam3.config.schema import DataConfig
 from megam3.data.assemble import Assembler, TextFrame
 from megam3.data.loader import Loader
+from megam3.data.manifest import Manifest
 from megam3.data.plan import Plan, build_plan
 from megam3.data.prepare import PrepareProgress, prepare_data
-from megam3.data.store import StoredDataset
+from megam3.data.skips import Ranges, ServedBatches
+from megam3.data.store import StoredDataset, dataset_folder, verify_files
 from megam3.data.tokenizer import Tokenizer
 from megam3.data.worker import WorkerSetup, changed_parts, describe, fingerprint_of, make_handler, open_all
 from megam3.dist import comm
@@ -105,8 +109,11 @@ class TrainingData:
                 "data fingerprint", self.fingerprint, f"is not the run's: the {what} changed", remedy
             )
 
-    def batches(self, rank: int, world_size: int, start_step: int, stop_step: int) -> Iterator[list[Batch]]:
-        """This rank's batches of steps start_step … stop_step-1, each a list of `accumulation_steps`.
+    def batches(
+        self, rank: int, world_size: int, start_step: int, stop_step: int, skipped: Ranges = ()
+    ) -> Iterator[list[Batch]]:
+        """This rank's batches of steps start_step … stop_step-1, each a list of `accumulation_steps`; places
+        of the plan in `skipped` are left out.
 
         Raises:
             ConfigError: more ranks than queries in the smallest batch.
@@ -114,7 +121,7 @@ class TrainingData:
         """
         self.check_world_size(world_size)
         size = self.config.batch.accumulation_steps
-        numbers = range(start_step * size, stop_step * size)
+        numbers = ServedBatches(start_step, stop_step, size, skipped)
         setup = WorkerSetup(
             config=self.config,
             store_dir=self.store_dir,
@@ -150,9 +157,11 @@ class TrainingData:
 
 
 def open_training_data(
-    config: DataConfig, tokenizer: Tokenizer, store_dir: str | Path, seed: int
+    config: DataConfig, tokenizer: Tokenizer, store_dir: str | Path, seed: int, *, verify: bool = True
 ) -> TrainingData:
     """Open the store of a recipe, prepare first what is not in it yet, check it, and lay out its batches.
+
+    `verify=False`: the checksums were compared on this machine a moment ago.
 
     Preparing uses every core this process may use. Several ranks: let one open, wait for it, then open on the
     others.
@@ -164,11 +173,16 @@ def open_training_data(
     prepare_data(
         config, tokenizer, store_dir, num_processes=len(os.sched_getaffinity(0)), on_progress=_log_progress
     )
+    if verify and config.verify_store:
+        _verify_store(config, store_dir)
     opened = open_all(config, store_dir)
     framed = len(tokenizer.prefix) + len(tokenizer.suffix)
     instructions, _ = tokenizer.encode([dataset.passage_instruction for dataset in config.train], 65535)
     frame = TextFrame(
-        tokenizer.prefix, tokenizer.suffix, tuple(max(0, len(ids) - framed) for ids in instructions)
+        prefix=tokenizer.prefix,
+        suffix=tokenizer.suffix,
+        instruction_tokens=tuple(max(0, len(ids) - framed) for ids in instructions),
+        special_ids=tokenizer.weightless_ids,
     )
     plan = build_plan(config, describe(config, opened), seed)
     return TrainingData(
@@ -187,27 +201,58 @@ def open_on_every_rank(
     """Tokenise what the store lacks on the main rank, then open it everywhere; collective.
 
     Raises:
-        DataError: of the preparation on the main rank, of opening on any; ranks that waited say that the main
-            rank failed.
+        DataError: of the preparation on the main rank, of opening on any; ranks that waited say that another
+            one failed.
+    """
+    hosts = comm.gather_objects_json(socket.gethostname())
+    is_first_on_host = hosts.index(socket.gethostname()) == comm.rank()
+
+    def opens(verify: bool) -> TrainingData:
+        return open_training_data(config, tokenizer, store_dir, seed, verify=verify)
+
+    data = _while_others_wait(lambda: opens(True), comm.is_main(), store_dir)
+    # every node reads the files through its own memory and its own path to them
+    is_next = is_first_on_host and not comm.is_main()
+    checked = _while_others_wait(lambda: opens(True), is_next, store_dir)
+    return data or checked or opens(False)
+
+
+def _while_others_wait(
+    work: Callable[[], TrainingData], is_mine: bool, store_dir: str | Path
+) -> TrainingData | None:
+    """Do `work` on the ranks whose it is; collective. None on the others.
+
+    In a thread, so that these ranks answer the others meanwhile: preparing and reading a large store takes
+    longer than a collective call may wait.
     """
     with ThreadPoolExecutor(1) as background:
-        # in a thread, so that the main rank answers the others meanwhile: preparing takes hours, and no
-        # collective call may wait longer than its timeout
-        work = (
-            background.submit(open_training_data, config, tokenizer, store_dir, seed)
-            if comm.is_main()
-            else None
-        )
-        while not comm.any_rank(work is not None and work.done()):
-            if work is not None:
-                wait([work], timeout=HEARTBEAT_SECONDS)
-        has_failed = comm.any_rank(work is not None and work.exception() is not None)
-        if work is not None:
-            return work.result()
+        task = background.submit(work) if is_mine else None
+        while comm.any_rank(task is not None and not task.done()):
+            if task is not None:
+                wait([task], timeout=HEARTBEAT_SECONDS)
+        has_failed = comm.any_rank(task is not None and task.exception() is not None)
+        if task is not None:
+            return task.result()
     if has_failed:
-        rule = "the main rank could not prepare or open it"
+        rule = "a rank that opens it for the others could not"
         raise DataError("data.store_dir", str(store_dir), rule, "see its message")
-    return open_training_data(config, tokenizer, store_dir, seed)
+    return None
+
+
+def _verify_store(config: DataConfig, store_dir: str | Path) -> None:
+    """Compare the checksums of all files of a recipe's datasets, and say what that cost.
+
+    Raises:
+        DataError: names the damaged file and the remedy.
+    """
+    began, num_bytes = time.monotonic(), 0
+    for dataset in config.train:
+        folder = dataset_folder(store_dir, dataset.name)
+        manifest = Manifest.read(folder / "manifest.json")
+        if manifest is not None:
+            num_bytes += verify_files(folder, manifest, min(8, len(os.sched_getaffinity(0))))
+    seconds = time.monotonic() - began
+    logger.info("store: checksums of %.1f MiB agree (%.1f s)", num_bytes / 2**20, seconds)
 
 
 def _log_progress(progress: PrepareProgress) -> None:

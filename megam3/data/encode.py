@@ -14,7 +14,7 @@ from typing import Any
 from megam3.data.manifest import FirstRecords, RowRun, ShardSummary, TextRules
 from megam3.data.record import BadRecord, Record, parse_line, parse_record
 from megam3.data.shard import EncodedRow, text_hash, to_arrow, write_checked
-from megam3.data.source import MAX_LINE_BYTES, HugeLine, Unit, place, read_unit
+from megam3.data.source import MAX_LINE_BYTES, ForwardReader, HugeLine, Unit, place, read_unit
 from megam3.data.tokenizer import Tokenizer
 
 MAX_UNKNOWN_KEYS = 100
@@ -66,8 +66,9 @@ class ShardJob:
     """Lines to refuse as duplicates of an earlier record's id."""
 
 
-def build_shard(job: ShardJob, tokenizer: Tokenizer) -> ShardSummary:
+def build_shard(job: ShardJob, tokenizer: Tokenizer, reader: ForwardReader | None = None) -> ShardSummary:
     """Prepare one unit: NAME.arrow, its rejects if any, and last NAME.json, which says that all is complete.
+    Whoever prepares several units gives the same `reader` to each call.
 
     Returns:
         The contents of NAME.json: counts, checksum and the runs of equal (language, longest text).
@@ -76,7 +77,7 @@ def build_shard(job: ShardJob, tokenizer: Tokenizer) -> ShardSummary:
         DataError: a bad record beyond the limit, an unreadable input, or a disk that does not take the shard.
     """
     rejects = Rejects(unit=job.unit, limit=job.max_rejected)
-    rows = list(_encode_rows(job, tokenizer, rejects))
+    rows = list(_encode_rows(job, tokenizer, rejects, reader))
     rows.sort(key=lambda row: (row.language, row.longest, row.line))
     payload = to_arrow(rows)
     summary = _summarise(rows, rejects, payload)
@@ -94,17 +95,19 @@ def line_bytes(line: bytes | dict | HugeLine) -> bytes:
     return line if isinstance(line, bytes) else repr(line).encode("utf-8", "backslashreplace")
 
 
-def input_digest(unit: Unit) -> str:
+def input_digest(unit: Unit, reader: ForwardReader | None = None) -> str:
     """Digest of a unit as it is on disk now; equal to the summary's if nothing changed."""
     hasher = hashlib.blake2b(digest_size=16)
-    for _, line in read_unit(unit):
+    for _, line in read_unit(unit, reader):
         hasher.update(line_bytes(line))
     return hasher.hexdigest()
 
 
-def _encode_rows(job: ShardJob, tokenizer: Tokenizer, rejects: Rejects) -> Iterator[EncodedRow]:
+def _encode_rows(
+    job: ShardJob, tokenizer: Tokenizer, rejects: Rejects, reader: ForwardReader | None
+) -> Iterator[EncodedRow]:
     rules = job.rules
-    records = _checked_records(job, rejects)
+    records = _checked_records(job, rejects, reader)
     while block := list(islice(records, RECORDS_PER_CALL)):
         queries = [
             _instruct(record.prompt or rules.query_instruction, record.query)
@@ -144,9 +147,11 @@ def _instruct(instruction: str | None, text: str | None) -> str:
     return instruction + text if instruction else text
 
 
-def _checked_records(job: ShardJob, rejects: Rejects) -> Iterator[tuple[int, Record]]:
+def _checked_records(
+    job: ShardJob, rejects: Rejects, reader: ForwardReader | None
+) -> Iterator[tuple[int, Record]]:
     """(line within the unit, record) of every good record; the others go to `rejects`."""
-    for number, line in read_unit(job.unit):
+    for number, line in read_unit(job.unit, reader):
         rejects.input_digest.update(line_bytes(line))
         try:
             if isinstance(line, HugeLine):
@@ -173,9 +178,8 @@ def _summarise(rows: Sequence[EncodedRow], rejects: Rejects, payload: memoryview
     pairs = [row.line for row in rows if row.record.query is not None]
     texts = [row.line for row in rows if row.record.query is None]
     unscored = [row.line for row in rows if row.record.query is not None and not row.record.scores]
-    unit = rejects.unit
     return ShardSummary(
-        unit=unit,
+        unit=rejects.unit,
         rows=len(rows),
         texts=sum(len(row.texts) for row in rows),
         tokens=sum(row.num_tokens for row in rows),
@@ -183,9 +187,9 @@ def _summarise(rows: Sequence[EncodedRow], rejects: Rejects, payload: memoryview
         with_ids=sum(row.record.record_id is not None for row in rows),
         with_scores=len(pairs) - len(unscored),
         first=FirstRecords(
-            pair=_first_place(unit, pairs),
-            text=_first_place(unit, texts),
-            pair_without_scores=_first_place(unit, unscored),
+            pair=min(pairs, default=None),
+            text=min(texts, default=None),
+            pair_without_scores=min(unscored, default=None),
         ),
         input_digest=rejects.input_digest.hexdigest(),
         rejected=len(rejects.lines),
@@ -200,7 +204,3 @@ def _summarise(rows: Sequence[EncodedRow], rejects: Rejects, payload: memoryview
 def _unknown_keys(rows: Sequence[EncodedRow]) -> dict[str, int]:
     counts = Counter(key for row in rows for key in row.record.unknown_keys)
     return dict(sorted(counts.most_common(MAX_UNKNOWN_KEYS)))
-
-
-def _first_place(unit: Unit, lines: Sequence[int]) -> str | None:
-    return place(unit, min(lines)) if lines else None

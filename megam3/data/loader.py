@@ -11,23 +11,31 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from megam3.batch import Batch, RetrievalBatch, TextBatch, pack_stream
+from megam3.batch import Batch, RetrievalBatch, TextBatch
 from megam3.data.assemble import BatchArrays
 from megam3.data.process import MakeHandler, Worker
+from megam3.packed_texts import make_pairs, pack_stream, pin_memory
 
 POLL_SECONDS = 0.2
 """How soon the reader notices that nobody wants its batches any more."""
 
 
 def to_batch(arrays: BatchArrays, pin: bool = False) -> RetrievalBatch | TextBatch:
-    """The batch as tensors; `pin`: texts in page-locked memory, so that copies overlap with compute."""
+    """The batch as tensors; `pin`: in page-locked memory, so that its copies overlap with compute."""
+    batch = _tensors(arrays)
+    return pin_memory(batch) if pin else batch
+
+
+def _tensors(arrays: BatchArrays) -> RetrievalBatch | TextBatch:
     texts = pack_stream(torch.from_numpy(arrays.tokens).long(), arrays.lengths.tolist())
-    texts = texts.pin_memory() if pin else texts
+    if arrays.pairs is not None:
+        texts = replace(texts, lexical=make_pairs(arrays.pairs))
     offsets, rows = torch.from_numpy(arrays.group_offsets), torch.from_numpy(arrays.rows)
     if arrays.is_text:
         return TextBatch(
@@ -38,19 +46,21 @@ def to_batch(arrays: BatchArrays, pin: bool = False) -> RetrievalBatch | TextBat
             language=arrays.language,
             num_truncated=arrays.num_truncated,
         )
+    known = arrays.known_positives
     return RetrievalBatch(
         texts=texts,
         group_offsets_Q1=offsets,
         rows_Q=rows,
         passage_hashes_P=torch.from_numpy(arrays.hashes),
-        known_positive_hashes_QM=torch.from_numpy(arrays.known_positives)
-        if arrays.known_positives.size
-        else None,
+        known_positive_hashes_QM=torch.from_numpy(known) if known.size else None,
+        query_hashes_Q=torch.from_numpy(arrays.query_hashes),
         teacher_scores_P=torch.from_numpy(arrays.scores) if len(arrays.scores) else None,
         in_batch_negatives=arrays.in_batch_negatives,
         dataset=arrays.dataset,
         language=arrays.language,
         num_truncated=arrays.num_truncated,
+        group_sizes=tuple(arrays.group_sizes),
+        positive_counts=tuple(arrays.positive_counts.tolist()),
     )
 
 
@@ -63,14 +73,14 @@ class Loader:
         numbers: batches to serve, in order.
         num_workers: background processes.
         prefetch: batches held ready.
-        pin: put texts into page-locked memory.
+        pin: put them into page-locked memory.
     """
 
     def __init__(
         self,
         make_handler: MakeHandler,
         setup: Any,
-        numbers: range,
+        numbers: Sequence[int],
         num_workers: int,
         prefetch: int,
         pin: bool,

@@ -177,6 +177,9 @@ def _fingerprint(
         name: getattr(config, name)
         for name in ("segment_shuffle_probability", "segment_shuffle_min_tokens", "pack_texts_tokens")
     }
+    if config.positives_per_query > 1:
+        # only then: runs from before the field existed go on
+        drawn["positives_per_query"] = config.positives_per_query
     facts = {
         "seed": seed,
         "accumulation_steps": config.batch.accumulation_steps,

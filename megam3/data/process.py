@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import os
 import pickle
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -44,6 +46,19 @@ class Answer:
 
 class WorkerError(RuntimeError):
     """A worker process failed; the message holds its traceback, or how it died."""
+
+
+class WorkerKilledError(WorkerError):
+    """A signal ended a worker: no fault of ours or of the data, so the run may be started again.
+
+    Args:
+        message: which worker, by what.
+        number: of the signal.
+    """
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
 
 
 class Worker:
@@ -87,24 +102,28 @@ class Worker:
 
         Raises:
             UserError: the one the worker raised.
+            WorkerKilledError: a signal ended it.
             WorkerError: any other exception in the worker, with its traceback, or its death.
         """
         assert self._process.stdout is not None
         try:
             answer: Answer = pickle.load(self._process.stdout)
         except (EOFError, pickle.UnpicklingError, ValueError) as error:  # ValueError: the pipe was closed
-            raise WorkerError(self._how_it_ended()) from error
+            raise self._how_it_ended() from error
         if answer.user_error is not None:
             raise answer.user_error
         if answer.traceback:
             raise WorkerError(f"worker {self.module} (pid {self.pid}) failed:\n{answer.traceback}")
         return answer.value
 
-    def _how_it_ended(self) -> str:
+    def _how_it_ended(self) -> WorkerError:
         code = self._process.wait()
-        died = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        who = f"worker {self.module} (pid {self.pid})"
+        if code >= 0:
+            return WorkerError(f"{who} ended with exit code {code} before it answered")
         hint = "; the kernel kills processes this way when memory runs out" if code == -signal.SIGKILL else ""
-        return f"worker {self.module} (pid {self.pid}) {died} before it answered{hint}"
+        died = f"was killed by {signal.Signals(-code).name}"
+        return WorkerKilledError(f"{who} {died} before it answered{hint}", -code)
 
     def kill(self) -> None:
         """End the process, whatever it is doing; a receive() waiting in another thread raises."""
@@ -120,6 +139,53 @@ class Worker:
                 stream.close()
             except BrokenPipeError:
                 continue
+
+
+def answers_of(workers: Sequence[Worker], requests: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """(number of the request, answer) as they come: whichever worker is free gets the next request, so that a
+    slow one holds up nobody. The workers are idle before and after.
+
+    Raises:
+        UserError, WorkerError: the first that a worker answered; all workers are ended then.
+    """
+    numbered, taking = enumerate(requests), threading.Lock()
+    found: queue.SimpleQueue[tuple[int, Any] | BaseException | None] = queue.SimpleQueue()
+
+    def ask(worker: Worker) -> None:
+        try:
+            while True:
+                with taking:
+                    number, request = next(numbered, (-1, None))
+                if number < 0:
+                    break
+                worker.send(request)
+                found.put((number, worker.receive()))
+            found.put(None)
+        except BaseException as error:  # raised again by whoever waits for answers
+            found.put(error)
+
+    threads = [threading.Thread(target=ask, args=(worker,), daemon=True) for worker in workers]
+    for thread in threads:
+        thread.start()
+    is_whole = False
+    try:
+        num_running = len(threads)
+        while num_running:
+            answer = found.get()
+            if isinstance(answer, BaseException):
+                raise answer
+            if answer is None:
+                num_running -= 1
+            else:
+                yield answer
+        is_whole = True
+    finally:
+        if not is_whole:
+            # an answer that nobody waits for would be taken for the next request's
+            for worker in workers:
+                worker.kill()
+        for thread in threads:
+            thread.join()
 
 
 def _write(stream: IO[bytes], value: object) -> None:

@@ -9,11 +9,11 @@ Two forms, told apart by their keys (FlagEmbedding's names; `lang` and `id` are 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megam3.errors import DataError
+from megam3.files import parse_json
 
 RECORD_TYPES = ("normal", "only_1neg", "symmetric_sts", "symmetric_clustering", "symmetric_class")
 """FlagEmbedding's values of `type`: `only_1neg` limits a group to one negative; passages of
@@ -73,8 +73,8 @@ def parse_line(line: bytes) -> Record:
     except UnicodeDecodeError as error:
         raise BadRecord("line", line[:40], f"is not valid UTF-8 at byte {error.start}") from error
     try:
-        parsed = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, or a number of thousands of digits
+        parsed = parse_json(text)
+    except ValueError as error:  # bad JSON, or a number of thousands of digits
         raise BadRecord("line", text, f"is not valid JSON ({error})") from error
     return parse_record(parsed)
 

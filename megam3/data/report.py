@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,20 @@ def store_report(manifest: Manifest) -> str:
         for edge, count in shown
     ]
     return "\n".join(lines)
+
+
+def store_facts(manifest: Manifest) -> dict[str, Any]:
+    """As `store_report`, for programs."""
+    return {
+        "name": manifest.name,
+        "kind": manifest.kind,
+        "shards": len(manifest.shards),
+        **manifest.totals.model_dump(mode="json"),
+        "languages": {name: counts.model_dump() for name, counts in manifest.per_language.items()},
+        "length_histogram": [
+            {"max_tokens": edge, "records": count} for edge, count in manifest.length_histogram
+        ],
+    }
 
 
 def draw_histogram(manifests: Sequence[Manifest], path: Path) -> None:
@@ -88,7 +103,7 @@ def estimate_plan(plan: Plan, assembler: Assembler, world_size: int, max_batches
         costs = assembler.row_costs(planned)
         lengths = assembler.row_tokens(planned)
         shares = assign_ranks(costs, world_size)
-        tokens.append(lengths.sum())
+        tokens.append(lengths[:2].sum())  # the third row counts passages
         padded.append(sum(_padded(lengths[:, share]) for share in shares))
         loads = np.array([costs[share].sum() for share in shares])
         imbalances.append(loads.max() / loads.mean() - 1)
@@ -107,11 +122,43 @@ def _padded(lengths: np.ndarray) -> float:
     return float(query.max() * len(query) + longest * group.sum())
 
 
-def plan_report(plan: Plan, estimate: PlanEstimate, accumulation_steps: int, world_size: int) -> str:
-    """Steps, tokens, padding avoided, cells and the share of each language in one epoch."""
+def plan_facts(
+    plan: Plan, estimate: PlanEstimate, accumulation_steps: int, world_size: int
+) -> dict[str, Any]:
+    """As `plan_report`, for programs."""
+    return {
+        "queries": plan.num_served,
+        "batches": plan.num_batches,
+        "optimizer_steps": plan.num_batches / accumulation_steps,
+        "tokens_per_batch": estimate.tokens_per_batch,
+        "padding_avoided": estimate.padding_avoided,
+        "ranks": world_size,
+        "imbalance": estimate.imbalance,
+        "cells": [
+            {
+                "group": cell.group,
+                "max_tokens": cell.max_tokens,
+                "queries": cell.num_full * cell.batch_queries + sum(cell.tails),
+                "batch_queries": cell.batch_queries,
+                "batches": cell.num_batches,
+                "short_batches": list(cell.tails),
+            }
+            for cell in plan.cells
+        ],
+        "queries_by_language": _served_by_language(plan),
+    }
+
+
+def _served_by_language(plan: Plan) -> dict[str, int]:
     served: dict[str, int] = {}
     for stratum in plan.strata:
         served[stratum.language] = served.get(stratum.language, 0) + stratum.num_served
+    return served
+
+
+def plan_report(plan: Plan, estimate: PlanEstimate, accumulation_steps: int, world_size: int) -> str:
+    """Steps, tokens, padding avoided, cells and the share of each language in one epoch."""
+    served = _served_by_language(plan)
     tokens_per_epoch = estimate.tokens_per_batch * plan.num_batches
     lines = [
         f"one epoch: {plan.num_served:,} queries in {plan.num_batches:,} batches",
@@ -141,3 +188,15 @@ def batch_text(plan: Plan, planned: PlannedBatch) -> str:
     cell = plan.cells[planned.cell]
     place = f"epoch {planned.epoch}, batch {planned.index} of it"
     return f"{place}: {cell.group}, texts of at most {cell.max_tokens} tokens, {len(planned.rows)} queries"
+
+
+def batch_facts(plan: Plan, planned: PlannedBatch) -> dict[str, Any]:
+    """As `batch_text`, for programs."""
+    cell = plan.cells[planned.cell]
+    return {
+        "epoch": planned.epoch,
+        "batch": planned.index,
+        "group": cell.group,
+        "max_tokens": cell.max_tokens,
+        "queries": len(planned.rows),
+    }

@@ -143,7 +143,8 @@ def corrupt(path: Path, value: object, rule: str) -> DataError:
         f"store file {path}",
         value,
         rule,
-        f"delete it with its .json and run `megam3 prepare` again; only {path.stem} is redone",
+        f"delete it with its .json and the dataset's manifest.json and run `megam3 prepare` again; only "
+        f"{path.stem} is redone",
     )
 
 
@@ -200,8 +201,8 @@ def to_arrow(rows: Sequence[EncodedRow]) -> memoryview:
     return memoryview(sink.getvalue())
 
 
-def write_checked(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
-    """Write aside, read back, compare, rename: `path` is either absent or whole.
+def write_checked(path: Path, blocks: Iterable[bytes | memoryview]) -> str:
+    """Write aside, read back, compare, rename: `path` is either absent or whole. Returns its `checksum_of`.
 
     Raises:
         DataError: no space, no permission, or the disk returned other bytes than were written.
@@ -218,6 +219,7 @@ def write_checked(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
     except OSError as error:
         remedy = "make room or choose another data.store_dir; what is complete is kept, so start it again"
         raise DataError("store file", str(path), f"could not be written ({error})", remedy) from error
+    return written.hexdigest()
 
 
 def checksum_of(path: Path) -> str:

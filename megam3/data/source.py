@@ -41,12 +41,13 @@ MAX_LINE_BYTES = 32 << 20
 """A longer line is refused unread: no record of 8192-token passages comes near it."""
 MAX_EXPANSION = 200
 """Compressed text that opens to more than this many times its size is no text: records shrink to a
-third or a tenth, gzip packs up to 1000 equal bytes into one, zstd more. Every unit reads the file from its
-beginning."""
+third or a tenth, gzip packs up to 1000 equal bytes into one, zstd more."""
 SMALL_TEXT_BYTES = 64 << 20
 """Up to here no file is refused: a few hundred equal lines are a fair test of somebody's."""
 READ_BYTES = 1 << 20
 ROWS_PER_SLICE = 512
+MAX_SLICE_BYTES = 1 << 30
+"""What the rows of one slice may open to in memory at the worst."""
 
 
 class Unit(NamedTuple):
@@ -64,6 +65,44 @@ class HugeLine:
 
     head: bytes
     num_bytes: int
+
+
+class ForwardReader:
+    """Keeps a compressed file open between two of its units: opening it again would unpack all that lies
+    before the second one, which for the last of a thousand units is nearly the whole file.
+
+    Units of a file that come in order, also with gaps, cost one pass together; any other order is right and
+    slow. Close it at the end.
+    """
+
+    def __init__(self) -> None:
+        self._stream: IO[bytes] | None = None
+        self._path = ""
+        self._stop = self._position = 0
+
+    def start(self, unit: Unit) -> tuple[IO[bytes], int]:
+        """A stream that stands at the first line of `unit`, and where that is in the text."""
+        stream, self._stream = self._stream, None
+        if stream is not None and self._path == unit.path and self._stop <= unit.start:
+            # it stands behind a line that began before `_stop`; if that line reached into this unit or over
+            # its start, the next line is this unit's first
+            if self._position >= unit.start:
+                return stream, self._position
+            _skip(stream, unit.start - 1 - self._position, seekable=False)
+            return stream, unit.start - 1 + _next_line(stream)[1]
+        if stream is not None:
+            stream.close()
+        return _open_at(unit)
+
+    def keep(self, unit: Unit, stream: IO[bytes], position: int) -> None:
+        """`unit` was read to its end, and `stream` stands at the line after it."""
+        self._stream, self._path, self._stop, self._position = stream, unit.path, unit.stop, position
+
+    def close(self) -> None:
+        """Close what is open."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
 
 def find_files(patterns: list[str], field: str, outside: Path | None = None) -> list[str]:
@@ -122,8 +161,9 @@ def format_of(path: str) -> str | None:
     )
 
 
-def split_file(path: str, unit_bytes: int) -> list[Unit]:
+def split_file(path: str, unit_bytes: int, start: int = 0) -> list[Unit]:
     """Cut one file into units of about `unit_bytes` of text; compressed text is read once to learn its size.
+    JSONL may be cut from byte `start` of its text on.
 
     Raises:
         DataError: the file cannot be read to its end.
@@ -134,20 +174,24 @@ def split_file(path: str, unit_bytes: int) -> list[Unit]:
         if file_format.startswith("jsonl"):
             size = Path(path).stat().st_size if file_format == "jsonl" else _text_size(path, file_format)
             return [
-                Unit(path, file_format, start, min(start + unit_bytes, size))
-                for start in range(0, size, unit_bytes)
+                Unit(path, file_format, begin, min(begin + unit_bytes, size))
+                for begin in range(start, size, unit_bytes)
             ]
         return [Unit(path, file_format, *span) for span in _group(_part_sizes(path, file_format), unit_bytes)]
 
 
-def read_unit(unit: Unit) -> Iterator[tuple[int, bytes | dict | HugeLine]]:
+def read_unit(
+    unit: Unit, reader: ForwardReader | None = None
+) -> Iterator[tuple[int, bytes | dict | HugeLine]]:
     """Yield (number within the unit, line or decoded row) of each non-blank record.
+
+    Whoever reads several units of a file gives the same `reader` to each call.
 
     Raises:
         DataError: the file cannot be read.
     """
     with reading(unit.path):
-        yield from _read_lines(unit) if unit.format.startswith("jsonl") else _read_rows(unit)
+        yield from _read_lines(unit, reader) if unit.format.startswith("jsonl") else _read_rows(unit)
 
 
 def first_line(unit: Unit) -> int:
@@ -195,8 +239,7 @@ def _text_size(path: str, file_format: str) -> int:
         while block := stream.read(READ_BYTES):
             num_bytes += len(block)
             if num_bytes > limit:
-                rule = f"its {packed_bytes} bytes open to more than {limit}, which text does not"
-                raise DataError("data file", path, rule, "look into it; if it is right, give it uncompressed")
+                raise _bomb(path, packed_bytes, limit)
     return num_bytes
 
 
@@ -219,12 +262,25 @@ def _next_line(stream: IO[bytes]) -> tuple[bytes | HugeLine, int]:
     return HugeLine(line[:1024], num_bytes), num_bytes
 
 
-def _read_lines(unit: Unit) -> Iterator[tuple[int, bytes | HugeLine]]:
-    with _open_text(unit.path, unit.format) as stream:
-        position = unit.start
-        if unit.start > 0:
-            _skip(stream, unit.start - 1, seekable=unit.format == "jsonl")
-            position += _next_line(stream)[1] - 1
+def _open_at(unit: Unit) -> tuple[IO[bytes], int]:
+    """The file, opened anew, at the unit's first line; and where that is in the text."""
+    stream = _open_text(unit.path, unit.format)
+    if unit.start == 0:
+        return stream, 0
+    try:
+        _skip(stream, unit.start - 1, seekable=unit.format == "jsonl")
+        return stream, unit.start - 1 + _next_line(stream)[1]
+    except BaseException:
+        stream.close()
+        raise
+
+
+def _read_lines(unit: Unit, reader: ForwardReader | None) -> Iterator[tuple[int, bytes | HugeLine]]:
+    if unit.format == "jsonl":
+        reader = None  # can be opened anywhere
+    stream, position = reader.start(unit) if reader else _open_at(unit)
+    is_kept = False
+    try:
         number = 0
         while position < unit.stop:
             line, num_bytes = _next_line(stream)
@@ -234,6 +290,12 @@ def _read_lines(unit: Unit) -> Iterator[tuple[int, bytes | HugeLine]]:
             if isinstance(line, HugeLine) or line.strip():
                 yield number, line
             number += 1
+        if reader:
+            reader.keep(unit, stream, position)
+            is_kept = True
+    finally:
+        if not is_kept:
+            stream.close()
 
 
 def _group(sizes: list[int], limit: int) -> list[tuple[int, int]]:
@@ -262,7 +324,12 @@ def _arrow_batches(path: str) -> Iterator[pa.RecordBatch]:
 def _part_sizes(path: str, file_format: str) -> list[int]:
     if file_format == "parquet":
         metadata = pa.parquet.ParquetFile(path).metadata
-        return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+        sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+        packed_bytes = Path(path).stat().st_size
+        limit = max(SMALL_TEXT_BYTES, MAX_EXPANSION * packed_bytes)
+        if sum(sizes) > limit:
+            raise _bomb(path, packed_bytes, limit)
+        return sizes
     return [batch.nbytes for batch in _arrow_batches(path)]
 
 
@@ -273,10 +340,34 @@ def _part_rows(path: str, file_format: str) -> list[int]:
     return [batch.num_rows for batch in _arrow_batches(path)]
 
 
+def _parquet_batches(unit: Unit) -> Iterator[pa.RecordBatch]:
+    """Slices of row groups, bounded in memory before they are read.
+
+    A dictionary stores a value once for all the rows that hold it: 198 KB were seen to open to 6 GB. The
+    sizes in the footer say what one row can be at most, and what has been opened so far is counted.
+    """
+    file, packed_bytes, num_bytes = pa.parquet.ParquetFile(unit.path), Path(unit.path).stat().st_size, 0
+    groups = [file.metadata.row_group(number) for number in range(unit.start, unit.stop)]
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    largest = max((column.total_uncompressed_size for column in columns), default=0)
+    # few rows at a time cost about 3 us a row, which tokenising hides
+    num_rows = ROWS_PER_SLICE if largest * ROWS_PER_SLICE <= MAX_SLICE_BYTES else ROWS_PER_SLICE // 32
+    limit = max(SMALL_TEXT_BYTES, MAX_EXPANSION * packed_bytes)
+    for batch in file.iter_batches(num_rows, row_groups=list(range(unit.start, unit.stop))):
+        num_bytes += batch.nbytes
+        if num_bytes > limit:
+            raise _bomb(unit.path, packed_bytes, limit)
+        yield batch
+
+
+def _bomb(path: str, packed_bytes: int, limit: int) -> DataError:
+    rule = f"its {packed_bytes} bytes open to more than {limit}, which text does not"
+    return DataError("data file", path, rule, "look into it; if it is right, give it uncompressed")
+
+
 def _read_rows(unit: Unit) -> Iterator[tuple[int, dict]]:
     if unit.format == "parquet":
-        file = pa.parquet.ParquetFile(unit.path)
-        batches = file.iter_batches(ROWS_PER_SLICE, row_groups=list(range(unit.start, unit.stop)))
+        batches = _parquet_batches(unit)
     else:
         batches = (batch for i, batch in enumerate(_arrow_batches(unit.path)) if unit.start <= i < unit.stop)
     number = 0

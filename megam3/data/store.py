@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import mmap
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -115,24 +116,47 @@ def open_dataset(store_dir: str | Path, name: str) -> StoredDataset:
             # 8 bytes here and there: reading ahead would fetch 128 KB for each
             index.base.madvise(mmap.MADV_RANDOM)
     except (OSError, ValueError) as error:
-        raise corrupt(folder / "index.npy", None, f"cannot be read ({error})") from error
+        raise _damaged(folder / "index.npy", None, f"cannot be read ({error})") from error
     starts = np.cumsum([0, *(entry.rows for entry in manifest.shards)], dtype=np.int64)
     if index.dtype != INDEX_DTYPE or len(index) != starts[-1] or runs.dtype != RUN_DTYPE:
-        raise corrupt(folder / "index.npy", len(index), f"must describe {starts[-1]} rows")
+        raise _damaged(folder / "index.npy", str(len(index)), f"must describe {starts[-1]} rows")
     return StoredDataset(folder=folder, manifest=manifest, index=index, runs=runs, shard_starts=starts)
 
 
 def verify_dataset(dataset: StoredDataset) -> None:
-    """Read every shard through and compare its checksum.
+    """`verify_files` of an opened dataset."""
+    verify_files(dataset.folder, dataset.manifest)
+
+
+def verify_files(folder: Path, manifest: Manifest, num_threads: int = 1) -> int:
+    """Read every file that batches come from and compare its checksum; returns the bytes read.
+
+    The manifest, which has a checksum of its own, names those of index, runs and shards, so no column is left
+    out. Hashing and reading leave the interpreter to others: threads read several files at a time.
 
     Raises:
-        DataError: a shard is damaged; the message names it.
+        DataError: a file is damaged or missing; names the first one and what to do.
     """
-    for entry in dataset.manifest.shards:
-        path = dataset.folder / "shards" / entry.file
+    expected = {f"shards/{entry.file}": entry.checksum for entry in manifest.shards}
+    named = {"index.npy": manifest.index_checksum, "runs.npy": manifest.runs_checksum}
+    expected |= {file: checksum for file, checksum in named.items() if checksum is not None}
+
+    def read(file: str) -> int:
+        path = folder / file
         try:
             found = checksum_of(path)
         except OSError as error:
-            raise corrupt(path, None, f"cannot be read ({error})") from error
-        if found != entry.checksum:
-            raise corrupt(path, found, f"must have checksum {entry.checksum}")
+            raise _damaged(path, None, f"cannot be read ({error})") from error
+        if found != expected[file]:
+            raise _damaged(path, found, f"must have checksum {expected[file]}")
+        return path.stat().st_size
+
+    with ThreadPoolExecutor(num_threads) as threads:
+        return sum(threads.map(read, expected))
+
+
+def _damaged(path: Path, found: str | None, rule: str) -> DataError:
+    if path.suffix == ".arrow":
+        return corrupt(path, found, rule)
+    remedy = "delete it with manifest.json and run `megam3 prepare` again: both are made anew from the shards"
+    return DataError(f"store file {path}", found, rule, remedy)

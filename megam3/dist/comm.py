@@ -20,9 +20,15 @@ from torch import Tensor
 
 from megam3.errors import ConfigError
 
-
 LOST_PEER_PHRASES = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 """What gloo and NCCL say when another rank is gone."""
+
+TIMEOUT_PHRASES = ("Timed out", "timed out", "timeout", "Gloo connectFullMesh failed")
+"""What gloo and the ranks' store say when another rank did not answer."""
+
+
+class MeetingError(ConfigError):
+    """The ranks did not meet in time: one is missing, or the address leads nowhere. Worth another start."""
 
 
 class RankAddress(Protocol):
@@ -54,6 +60,7 @@ def start(rank_info: RankAddress, backend: str, timeout_seconds: float = 1800.0)
 
     Raises:
         ConfigError: rank 0 cannot listen on the port, usually because another run on its machine does.
+        MeetingError: not all ranks came within `timeout_seconds`.
     """
     if rank_info.world_size == 1 or dist.is_initialized():
         return
@@ -65,12 +72,25 @@ def start(rank_info: RankAddress, backend: str, timeout_seconds: float = 1800.0)
             world_size=rank_info.world_size,
             timeout=timedelta(seconds=timeout_seconds),
         )
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
+    except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            rule = f"another process on {rank_info.master_addr} listens on this port"
+            remedy = "choose a free one: `deepspeed --master_port N …`, or MASTER_PORT"
+            raise ConfigError("MASTER_PORT", rank_info.master_port, rule, remedy) from None
+        if not is_timeout(error):
             raise
-        rule = f"another process on {rank_info.master_addr} listens on this port"
-        remedy = "choose a free one: `deepspeed --master_port N …`, or MASTER_PORT"
-        raise ConfigError("MASTER_PORT", rank_info.master_port, rule, remedy) from None
+        where = f"{rank_info.master_addr}:{rank_info.master_port}"
+        waited = f"{timeout_seconds:.0f} s ({_first_line(error)})"
+        rule = f"the {rank_info.world_size} ranks did not meet there within {waited}"
+        remedy = (
+            "look for the rank that is missing; where all are up, the address or the network is wrong"
+            " (MASTER_ADDR, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME in slurm/env.sh)"
+        )
+        raise MeetingError("MASTER_ADDR", where, rule, remedy) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0].rstrip(".")
 
 
 def stop() -> None:
@@ -98,6 +118,11 @@ def leave(code: int) -> None:
 def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective call failed because another rank has ended, whose own message tells why."""
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in LOST_PEER_PHRASES)
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Whether a call failed because another rank did not answer in time."""
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in TIMEOUT_PHRASES)
 
 
 def is_grouped() -> bool:
@@ -133,12 +158,24 @@ def barrier() -> None:
         dist.barrier()
 
 
+def copy_pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; from the host by a copy that the host does not wait for.
+
+    A plain copy from pageable memory waits until all that is queued on the device is done.
+    """
+    if device.type == "cpu" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def _all_reduce(tensor: Tensor, op: Any) -> Tensor:
     if not is_grouped():
         return tensor.detach().clone()
     # sums of low-precision floats are taken in fp32; integers and bool flags keep their own type
     wide = tensor.detach().float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.detach()
-    moved = wide.to(transfer_device(), copy=True).contiguous()
+    device = transfer_device()
+    moved = wide.clone() if wide.device.type == device.type else copy_pinned(wide, device)
+    moved = moved.contiguous()
     dist.all_reduce(moved, op=op)
     return moved.to(device=tensor.device, dtype=tensor.dtype)
 
@@ -175,7 +212,7 @@ def all_gather_rows(values_F: Tensor) -> Tensor:
     of one dtype."""
     if not is_grouped():
         return values_F.detach()[None]
-    own = values_F.detach().to(transfer_device()).contiguous()
+    own = copy_pinned(values_F.detach(), transfer_device()).contiguous()
     gathered = own.new_empty(world_size() * own.numel())
     dist.all_gather_into_tensor(gathered, own)
     return gathered.view(world_size(), -1).to(values_F.device)
@@ -190,8 +227,11 @@ def gather_objects_json(obj: Any) -> list[Any]:
     """
     if not is_grouped():
         return [json.loads(json.dumps(obj))]
-    payload = torch.frombuffer(bytearray(json.dumps(obj).encode()), dtype=torch.uint8).to(transfer_device())
+    written = torch.frombuffer(bytearray(json.dumps(obj).encode()), dtype=torch.uint8)
+    payload = copy_pinned(written, transfer_device())
     counts = [row[0] for row in all_gather_ints([payload.numel()])]
     padded = payload.new_zeros(max(counts))
     padded[: payload.numel()] = payload
-    return [json.loads(bytes(row[:count].tolist())) for row, count in zip(all_gather_rows(padded).cpu(), counts)]
+    return [
+        json.loads(bytes(row[:count].tolist())) for row, count in zip(all_gather_rows(padded).cpu(), counts)
+    ]

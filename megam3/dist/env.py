@@ -192,6 +192,11 @@ def _first_host_by_scontrol(nodelist: str) -> str:
 
 
 def _from_mpi(environ: Mapping[str, str]) -> RankInfo:
+    # mpi4py's wheel holds one module for each kind of MPI and takes the kind of the first library it finds,
+    # which need not be that of the `mpirun` that started us
+    abi = "openmpi" if any(name.startswith("OMPI_") for name in environ) else None
+    if abi is not None and "MPI4PY_LIBMPI" not in environ:
+        os.environ.setdefault("MPI4PY_MPIABI", abi)
     try:
         # imported here and nowhere else: importing it initialises MPI, which needs an MPI library
         from mpi4py import MPI

@@ -16,7 +16,7 @@ is scaled as in (1); token losses likewise, with tokens as rows. Clipping and lo
 values.
 
 Two exchanges are enough:
-    gather_rows       every rank's rows to every rank (dense passages, queries of the multi-vector and lexical heads)
+    gather_rows       every rank's rows to every rank (dense passages, queries of the other two heads)
     exchange_columns  scores of ALL queries against OWN passages  →  scores of OWN queries against ALL
     passages
                       (each number travels once, there and, as a gradient, back)
@@ -42,7 +42,7 @@ from megam3.dist import comm
 
 
 def _to_bytes(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().contiguous().to(comm.transfer_device()).reshape(-1)
+    flat = comm.copy_pinned(tensor.detach().contiguous(), comm.transfer_device()).reshape(-1)
     return flat.view(torch.uint8)
 
 
@@ -95,10 +95,14 @@ class _GatherRows(torch.autograd.Function):
 
 class _ExchangeColumns(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, query_counts: tuple[int, ...], passage_counts: tuple[int, ...]) -> Tensor:
+    def forward(
+        ctx: Any, scores: Tensor, query_counts: tuple[int, ...], passage_counts: tuple[int, ...]
+    ) -> Tensor:
         ctx.counts = query_counts, passage_counts
         lead, own = scores.shape[:-2], query_counts[comm.rank()]
-        parts = _all_to_all(scores.split(query_counts, dim=-2), [(*lead, own, count) for count in passage_counts])
+        parts = _all_to_all(
+            scores.split(query_counts, dim=-2), [(*lead, own, count) for count in passage_counts]
+        )
         return torch.cat(parts, dim=-1)
 
     @staticmethod
@@ -106,7 +110,9 @@ class _ExchangeColumns(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         query_counts, passage_counts = ctx.counts
         lead, own = grad.shape[:-2], passage_counts[comm.rank()]
-        parts = _all_to_all(grad.split(passage_counts, dim=-1), [(*lead, count, own) for count in query_counts])
+        parts = _all_to_all(
+            grad.split(passage_counts, dim=-1), [(*lead, count, own) for count in query_counts]
+        )
         return torch.cat(parts, dim=-2), None, None
 
 

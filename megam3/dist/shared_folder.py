@@ -49,7 +49,8 @@ def check_shared(
     blind = [(rank, host) for rank, (host, is_seen) in enumerate(answers) if not is_seen]
     if blind:
         hosts = ", ".join(sorted({host for _, host in blind}))
-        rule = f"{len(blind)} of {len(answers)} ranks (on {hosts}) do not see what rank 0 ({answers[0][0]}) writes there"
+        who = f"{len(blind)} of {len(answers)} ranks (on {hosts})"
+        rule = f"{who} do not see what rank 0 ({answers[0][0]}) writes there"
         remedy = "give a folder on a file system that all nodes share"
         raise ConfigError(field, str(folder), rule, remedy)
 

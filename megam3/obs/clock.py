@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -53,6 +54,22 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak) if sys.platform == "darwin" else int(peak) * 1024  # macOS counts bytes, Linux KiB
+
+
+def forget_peak_memory(device: torch.device | str) -> int:
+    """Begin `peak_memory_bytes` anew where the system lets us, and return what is held now: the difference
+    later is what came since."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return int(torch.cuda.memory_allocated(device))
+    try:
+        # Linux: 5 clears the high-water mark of resident memory (proc(5)); not in every container
+        Path("/proc/self/clear_refs").write_text("5")
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+    except (OSError, ValueError):
+        return peak_memory_bytes(device)
 
 
 @dataclass(frozen=True, kw_only=True)

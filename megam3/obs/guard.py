@@ -1,7 +1,8 @@
 """What stands around a run from its first moment to its last: the lease on its folder, the heartbeat, the
 watchdog, the launcher.
 
-    with RunGuard(run_dir, timeout_seconds, os.environ) as guard:     refuses a folder that another run holds
+    with RunGuard(run_dir, timeout_seconds, os.environ) as guard:     from here on nothing hangs in silence
+        guard.take_folder()                                           refuses one that another run holds
         guard.at(step, "forward")                                     the loop says where it is
         guard.progress(step, total_steps, tokens_per_second)          and what it has done
         guard.fence()                                                 before anything is published
@@ -14,7 +15,7 @@ import logging
 from collections.abc import Mapping
 
 from megam3.dist import comm
-from megam3.errors import ConfigError
+from megam3.errors import ConfigError, shown_path
 from megam3.obs.health import Watchdog, open_store
 from megam3.obs.heartbeat import Heartbeat
 from megam3.obs.launcher import die_with_launcher
@@ -34,11 +35,7 @@ LONG_STEP = (
 
 
 class RunGuard:
-    """Enter on every rank together, after `comm.start`; leave in any order.
-
-    Raises (on entering):
-        ConfigError: on every rank, when another run holds the folder; names host, process and job.
-    """
+    """Enter on every rank together, after `comm.start`; leave in any order."""
 
     def __init__(self, run_dir: str, timeout_seconds: float, environ: Mapping[str, str]):
         self._run_dir, self._timeout, self._environ = run_dir, timeout_seconds, environ
@@ -49,6 +46,17 @@ class RunGuard:
         self._warning_seconds = float(environ.get("MEGAM3_WARNING_SECONDS") or 0.0)
 
     def __enter__(self) -> RunGuard:
+        # the watchdog first: a rank may be frozen at any of the collective calls of a start
+        die_with_launcher()
+        self._stack.enter_context(self._watchdog)
+        return self
+
+    def take_folder(self) -> None:
+        """Hold the run folder from here to the end; collective.
+
+        Raises:
+            ConfigError: on every rank, when another run holds the folder; names host, process and job.
+        """
         failure = None
         if comm.is_main():
             try:
@@ -56,18 +64,16 @@ class RunGuard:
             except ConfigError as error:
                 failure = [error.what, str(error.value), error.rule, error.remedy]
             except OSError as error:
-                rule, remedy = f"cannot be written ({error})", "name a folder that this account may write"
-                failure = ["run folder", self._run_dir, rule, remedy]
+                rule = f"cannot be written ({error.strerror})"
+                remedy = "name a folder that this account may write"
+                failure = ["run folder", shown_path(self._run_dir), rule, remedy]
         failure = comm.gather_objects_json(failure)[0]
         if failure is not None:
             raise ConfigError(*failure)
-        die_with_launcher()
         if self._lease is not None:
             self._lease.keep()
             self._stack.callback(self._lease.release)
             self._heartbeat = self._stack.enter_context(Heartbeat(self._run_dir, self._environ))
-        self._stack.enter_context(self._watchdog)
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
@@ -88,6 +94,11 @@ class RunGuard:
         if seconds is not None and 0 < self._warning_seconds * WARNING_SHARE < seconds:
             logger.warning(LONG_STEP, seconds, self._warning_seconds)
             self._warning_seconds = 0.0
+
+    def checkpoint(self, saved_step: int | None, writing_step: int | None) -> None:
+        """Newest checkpoint that has a name, and the one that is being written beside the training."""
+        if self._heartbeat is not None:
+            self._heartbeat.checkpoint(saved_step, writing_step)
 
     def fence(self) -> None:
         """Refuse to publish into a folder that another run has taken meanwhile; the main rank's to call.

@@ -145,17 +145,19 @@ class Watchdog:
         )
 
     def _report(self) -> None:
-        while not self._ended.wait(self._poll):
+        # once at the start, so that a rank which stalls within the first seconds is known by name
+        is_over = False
+        while not is_over:
             own = self.status()
-            try:
+            # no answer in time, or no connection: `_answered` shows it
+            with contextlib.suppress(RuntimeError):
                 if self._store is not None:
                     self._store.set(str(self._rank), json.dumps(asdict(own)))
                     if self._age() >= self._limit / 2:
                         self._look(self._store)
                 self._seen[own.rank] = (own, time.monotonic())
-            except RuntimeError:
-                continue  # no answer in time, or no connection; `_answered` shows it
-            self._answered = time.monotonic()
+                self._answered = time.monotonic()
+            is_over = self._ended.wait(self._poll)
 
     def _look(self, store: Store) -> None:
         """Read every rank's last report and note when each last changed."""

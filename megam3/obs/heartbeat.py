@@ -1,7 +1,7 @@
 """Where a run stands, for scripts and for people who are not on the node: `heartbeat.json` in the run folder.
 
     {"time": "2026-11-24T12:00:05+00:00", "host": "gpu07", "pid": 4711, "job": "123", "phase": "forward",
-    "step": 1200,
+    "step": 1200, "saved_step": 1000, "writing_step": 1200,
      "total_steps": 25000, "tokens_per_second": 181000.0, "seconds_per_step": 3.1, "eta_seconds": 73780.0}
 
 Written aside and renamed every few seconds by a thread of its own, so a reader never sees half of it, and a
@@ -24,6 +24,8 @@ from megam3.files import write_json
 
 HEARTBEAT_FILE = "heartbeat.json"
 SECONDS = 5.0
+END_SECONDS = 10.0
+"""How long the end of a run waits for a file system that hangs; the last beat is left out then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,11 @@ class Place:
     tokens_per_second: float | None = None
     seconds_per_step: float | None = None
     eta_seconds: float | None = None
+    saved_step: int | None = None
+    """Of the newest checkpoint that a start would continue from; None: there is none."""
+    writing_step: int | None = None
+    """Of a checkpoint that a thread writes while the phases of the training go on; the phase `save` is the
+    time in which training itself stands still for one."""
 
 
 class Heartbeat:
@@ -55,16 +62,24 @@ class Heartbeat:
         self._ended = threading.Event()
 
     def __enter__(self) -> Heartbeat:
-        threading.Thread(target=self._keep, name="megam3-heartbeat", daemon=True).start()
+        self._thread = threading.Thread(target=self._keep, name="megam3-heartbeat", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._ended.set()
-        self._write_once()
+        # an older beat still on its way must not land on the last one
+        self._thread.join(END_SECONDS)
+        if not self._thread.is_alive():
+            self._write_once()
 
     def at(self, step: int, phase: str) -> None:
         """The loop enters a phase after `step` done steps."""
         self._place = replace(self._place, step=step, phase=phase)
+
+    def checkpoint(self, saved_step: int | None, writing_step: int | None) -> None:
+        """What is on the disk, and what is on its way there."""
+        self._place = replace(self._place, saved_step=saved_step, writing_step=writing_step)
 
     def progress(self, step: int, total_steps: int, tokens_per_second: float | None = None) -> float | None:
         """`step` is done; speed and remaining time follow from the first call on. Returns seconds a step."""

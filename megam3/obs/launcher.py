@@ -32,6 +32,22 @@ GRACE_SECONDS = 300.0
 PR_SET_PDEATHSIG = 1
 
 
+_chain: dict[int, int] | None = None
+"""Of `remember_launcher`."""
+
+
+def remember_launcher() -> None:
+    """Find the launchers now, and have the kernel end this process with its parent from now on.
+
+    For the first line of a program: a launcher that ends during the seconds of its rank's imports would leave
+    an orphan that cannot tell any more that it had one.
+    """
+    global _chain
+    _chain = launcher_chain()
+    if _chain:
+        _ask_kernel()
+
+
 def launcher_chain() -> dict[int, int]:
     """Process ids of the launchers above this process, nearest first, with their start times; empty without
     one (or without /proc).
@@ -58,10 +74,11 @@ def die_with_launcher(end: Callable[[int], None] | None = None) -> threading.Thr
     Args:
         end: called with the launcher's process id, in the thread; None: as said above.
     """
-    chain = launcher_chain()
+    chain = launcher_chain() if _chain is None else _chain
     if not chain:
         return None
-    _ask_kernel()
+    if _chain is None:
+        _ask_kernel()
     thread = threading.Thread(target=_watch, args=(chain, end or _leave), name="megam3-launcher", daemon=True)
     thread.start()
     return thread

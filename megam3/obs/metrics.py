@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
 
-from megam3.files import atomic_file
+from megam3.errors import REFUSALS
+from megam3.files import atomic_file, parse_json
+from megam3.obs.trackers import Trackers
 
 
 def metrics_line(step: int, values: Mapping[str, float]) -> str:
@@ -36,8 +39,8 @@ def read_metrics(path: str | Path) -> list[dict[str, object]]:
     # bytes that are no UTF-8, as a damaged disk leaves them, spoil their own line only
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = parse_json(line)
+        except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
@@ -70,7 +73,16 @@ class MetricsWriter:
         if path.exists():
             _drop_after(path, start_step)
         self._file = path.open("a", encoding="utf-8")
+        self._trackers = Trackers(run_dir, start_step)
+        self._hook_before, threading.excepthook = threading.excepthook, self._spare_refusals
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+
+    def _spare_refusals(self, failed: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread of its own and raises its error again in our next call: a full disk
+        is told from there, as what it is, and not as the thread's traceback as well."""
+        is_theirs = type(failed.thread).__module__.startswith("tensorboard.")
+        if not (is_theirs and isinstance(failed.exc_value, OSError) and failed.exc_value.errno in REFUSALS):
+            self._hook_before(failed)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Record `values` of `step`; the line is on its way to the disk when this returns."""
@@ -78,6 +90,7 @@ class MetricsWriter:
             return
         self._file.write(metrics_line(step, values) + "\n")
         self._file.flush()
+        self._trackers.write(step, values)
         for name, value in values.items():
             self._tensorboard.add_scalar(name, float(value), step)
 
@@ -92,7 +105,11 @@ class MetricsWriter:
         """Flush and close both."""
         if self._active:
             self._file.close()
-            self._tensorboard.close()
+            try:
+                self._tensorboard.close()
+            finally:
+                threading.excepthook = self._hook_before
+                self._trackers.close()
 
     def __enter__(self) -> MetricsWriter:
         return self

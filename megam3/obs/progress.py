@@ -13,7 +13,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -188,3 +188,19 @@ class TrainingProgress:
             text += GAP + piece
         self._bar_column.bar_width = min(MAX_BAR_WIDTH, max(1, free - len(text)))
         return text
+
+
+@contextlib.contextmanager
+def encoding_progress(
+    total: int, show: bool, progress: Callable[[int], None] | None
+) -> Iterator[Callable[[int], None]]:
+    """A function that takes the number of texts just finished; draws a bar on stderr if `show`."""
+    with Progress(console=Console(file=sys.stderr), disable=not show) as bar:
+        task = bar.add_task("encoding", total=total)
+
+        def report(count: int) -> None:
+            bar.advance(task, count)
+            if progress is not None:
+                progress(count)
+
+        yield report

@@ -4,7 +4,8 @@ files.
     RUN/recipe.yaml       the resolved recipe: every field, defaults written out
     RUN/ds_config.json    the dictionary DeepSpeed got
     RUN/env.json          git revision, versions, devices, ranks
-    RUN/model/            config.json and tokenizer files, which each checkpoint copies
+    RUN/model/            config.json, tokenizer files and what says how the model is read, which each
+                          checkpoint copies
 
 Each file appears whole or not at all; a run that continues writes them anew.
 """
@@ -17,10 +18,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megam3.files import atomic_file, write_json
+from megam3.model_files import refuse_links_out
 
 MODEL_FOLDER = "model"
 MODEL_FILES = (
     "config.json",
+    "megam3_config.json",
+    "modules.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "sentencepiece.bpe.model",
@@ -61,10 +65,17 @@ def copy_model_files(source: str | Path, out: str | Path) -> None:
     Also replaces files of another model: a run may continue after its encoder's tokenizer files were
     rewritten.
     """
-    for name in sorted(os.listdir(source)):
+    refuse_links_out(source)
+    for name in (*sorted(os.listdir(source)), *_module_configs(Path(source))):
         if is_model_file(name):
+            (Path(out) / name).parent.mkdir(exist_ok=True)
             with open(Path(source) / name, "rb") as content, atomic_file(Path(out) / name) as stream:
                 shutil.copyfileobj(content, stream)
+
+
+def _module_configs(source: Path) -> list[str]:
+    """`1_Pooling/config.json` and the like: how the model pools, and what its multi-vector layers are."""
+    return sorted(str(file.relative_to(source)) for file in source.glob("[0-9]*_*/config.json"))
 
 
 def is_model_file(name: str) -> bool:
@@ -73,4 +84,5 @@ def is_model_file(name: str) -> bool:
     >>> [is_model_file(name) for name in ("config.json", "tokenizer_config.json", "model.safetensors")]
     [True, True, False]
     """
-    return name in MODEL_FILES or (name.startswith("tokenizer") and name.endswith(".json"))
+    is_tokenizer = name.startswith("tokenizer") and name.endswith(".json")
+    return is_tokenizer or name in MODEL_FILES or name.endswith("/config.json")
