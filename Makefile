@@ -27,7 +27,7 @@ $(STAMP): setup.py constraints.txt pyproject.toml
 	@echo 'installing into $(VENV)'
 	@# torch first and pinned, so that no other requirement can bring another build of it
 	@$(CLEAN) $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt torch setuptools wheel
-	@$(CLEAN) $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@$(CLEAN) $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev,docs]'
 	@touch $@
 
 quickstart: $(STAMP)

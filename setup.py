@@ -22,9 +22,19 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # templates stay at the top of the repository, where people edit them, and travel inside the package
-    packages=[*find_packages(include=["megam3", "megam3.*"]), "megam3.recipes", "megam3.ds_configs"],
-    package_dir={"megam3": "megam3", "megam3.ds_configs": "ds_configs"},
-    package_data={"megam3": ["py.typed"], "megam3.recipes": ["*.yaml"], "megam3.ds_configs": ["*.json"]},
+    packages=[
+        *find_packages(include=["megam3", "megam3.*"]),
+        "megam3.recipes",
+        "megam3.ds_configs",
+        "megam3.slurm",
+    ],
+    package_dir={"megam3": "megam3", "megam3.ds_configs": "ds_configs", "megam3.slurm": "slurm"},
+    package_data={
+        "megam3": ["py.typed"],
+        "megam3.recipes": ["*.yaml"],
+        "megam3.ds_configs": ["*.json"],
+        "megam3.slurm": ["*.sh", "Dockerfile", "megam3.def"],
+    },
     entry_points={"console_scripts": ["megam3 = megam3.cli:main"]},
     install_requires=[
         "torch>=2.10",
@@ -53,15 +63,23 @@ setup(
         "tokenizers>=0.21",
     ],
     extras_require={
+        # trackers behind the metrics file (megam3/obs/trackers.py)
+        "wandb": ["wandb>=0.21"],
+        "mlflow": ["mlflow-skinny>=3.0"],
+        # the documentation as a site (docs/website/mkdocs.yml)
+        "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
+        # low-rank adapters (megam3/model/lora.py)
+        "lora": ["peft>=0.17"],
         "dev": [
             "hypothesis>=6.100",
             "mypy>=1.11",
+            "peft>=0.17",
             "psutil>=5.9",
             "pytest>=8",
             "ruff>=0.6",
             # builds of torch for CUDA bring theirs; on CPUs its interpreter runs the kernel's tests. Not in
             # constraints.txt, where a pin could contradict torch's own
             "triton>=3.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
-        ]
+        ],
     },
 )

@@ -1,21 +1,36 @@
-"""`megam3 evaluate MODEL FOLDER…`: five modes and BM25 on test sets in BEIR format."""
+"""`megam3 evaluate MODEL FOLDER…`: five modes and BM25 on test sets in BEIR format, or on published ones
+(`--benchmark miracl/sw`)."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
+from megam3.checkpoint.folders import MARKER
 from megam3.config.schema import EvaluationConfig
 from megam3.embedder import M3Embedder
 from megam3.errors import ConfigError
-from megam3.retrieval.beir import read_beir
+from megam3.model.device import pick_device
+from megam3.model.folder import model_folder
+from megam3.retrieval.beir import BeirDataset, read_beir
+from megam3.retrieval.benchmarks import DEFAULT_CACHE, benchmark_split, fetch_benchmark
 from megam3.retrieval.by_embedder import embedder_encode, embedder_tokenize
-from megam3.retrieval.evaluate import MODES, check_modes, evaluate
-from megam3.retrieval.results import group_table, overall_table
+from megam3.retrieval.evaluate import MODES, check_modes, evaluate, offered_modes
+from megam3.retrieval.index.build import model_fingerprint
+from megam3.retrieval.index.evaluate import (
+    ON_DISK_PASSAGES,
+    DiskTestSet,
+    count_passages,
+    evaluate_on_disk,
+    open_test_set,
+)
+from megam3.retrieval.results import EvaluationResult, group_table, overall_table
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -25,21 +40,52 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", help="folder of an exported model")
     parser.add_argument(
-        "folders", nargs="+", help="folders with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv"
+        "folders", nargs="*", help="folders with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv"
     )
+    parser.add_argument(
+        "--benchmark",
+        action="append",
+        default=[],
+        metavar="FAMILY/NAME",
+        help="a published test set: beir/NAME, miracl/LANG, mldr/LANG, mkqa/LANG; fetched from the hub once",
+    )
+    parser.add_argument("--benchmark-split", default=None, help="default: the one results are published on")
+    parser.add_argument(
+        "--benchmark-cache", default=str(DEFAULT_CACHE), help="where they are kept (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--benchmark-source",
+        default=None,
+        metavar="DIR",
+        help="read DIR/OWNER/NAME/… instead of the hub's repositories",
+    )
+    parser.add_argument(
+        "--index",
+        default=None,
+        metavar="DIR",
+        help="keep encoded passages in DIR/NAME-OF-FOLDER instead of memory, and use them again; "
+        f"on its own above {ON_DISK_PASSAGES:,} passages, in FOLDER.index",
+    )
+    parser.add_argument("--json", action="store_true", help="print the results as JSON instead of tables")
     parser.add_argument("--split", default=defaults.split, help="qrels/SPLIT.tsv (default: %(default)s)")
-    parser.add_argument("--modes", default=",".join(MODES), help="comma-separated (default: %(default)s)")
+    parser.add_argument(
+        "--modes",
+        default=None,
+        help=f"comma-separated, of {','.join(MODES)} (default: all whose heads the model has)",
+    )
     parser.add_argument("--out", default=None, help="folder for one JSON file per test set")
     parser.add_argument(
         "--by",
-        choices=["language", "length"],
+        choices=["language", "length", "query_length"],
         action="append",
         default=[],
-        help="also print a table of groups",
+        help="also print a table of groups; length: of the longest relevant passage",
     )
     parser.add_argument("--query-max-tokens", type=int, default=defaults.query_max_tokens)
     parser.add_argument("--passage-max-tokens", type=int, default=defaults.passage_max_tokens)
-    parser.add_argument("--batch-tokens", type=int, default=defaults.batch_tokens)
+    parser.add_argument(
+        "--batch-tokens", type=int, default=None, help="encoded at a time (default: by device)"
+    )
     parser.add_argument(
         "--rerank-dense", type=int, default=defaults.rerank_dense, help="Multi-vec re-ranks this many"
     )
@@ -55,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check_model(path: str) -> None:
     """Refuse a training checkpoint by name: what a loader says of one does not help."""
-    if (Path(path) / "COMPLETE").exists():  # the marker that checkpoint.py writes
+    if (Path(path) / MARKER).exists():
         raise ConfigError(
             "model",
             path,
@@ -64,51 +110,89 @@ def _check_model(path: str) -> None:
         )
 
 
-def _device(name: str | None) -> torch.device | None:
-    """The device to compute on; None leaves the choice to the embedder."""
-    if name is None:
-        return None
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            "--device", name, f"cannot be used ({reason})", "use cpu, or leave it out"
-        ) from None
-    return device
+def _test_sets(given: argparse.Namespace) -> list[BeirDataset | DiskTestSet]:
+    """Folders, then benchmarks; all are read before the model is, which takes longer to load than a wrong
+    name to find.
+
+    Raises:
+        ConfigError, DataError: see `read_beir` and `fetch_benchmark`.
+    """
+    if not given.folders and not given.benchmark:
+        raise ConfigError("test sets", None, "none is named", "give a folder, or --benchmark miracl/sw")
+    test_sets = [_test_set(Path(folder).expanduser(), given.split, given.index) for folder in given.folders]
+    for name in given.benchmark:
+        split = given.benchmark_split or benchmark_split(name)
+        folder = fetch_benchmark(name, given.benchmark_cache, split, given.benchmark_source)
+        test_sets.append(_test_set(folder, split, given.index))
+    return test_sets
+
+
+def _test_set(folder: Path, split: str, index: str | None) -> BeirDataset | DiskTestSet:
+    if index is not None:
+        return open_test_set(folder, split, Path(index).expanduser() / folder.resolve().name)
+    if count_passages(folder) > ON_DISK_PASSAGES:
+        return open_test_set(folder, split, folder.with_name(f"{folder.name}.index"))
+    return read_beir(folder, split)
+
+
+def _evaluate(
+    test_set: BeirDataset | DiskTestSet,
+    embedder: M3Embedder,
+    model: str,
+    config: EvaluationConfig,
+    modes: Sequence[str],
+) -> EvaluationResult:
+    if isinstance(test_set, BeirDataset):
+        return evaluate(
+            test_set, embedder_tokenize(embedder), embedder_encode(embedder, modes), config, modes
+        )
+    return evaluate_on_disk(
+        test_set,
+        embedder,
+        model_fingerprint(model),
+        config,
+        modes,
+        lambda done, total: print(f"shards encoded: {done} of {total}", file=sys.stderr, flush=True),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate and print one table; with `--out` also one JSON file per folder, named after it.
 
     Raises:
-        ConfigError: an unusable device, a checkpoint instead of a model, an unknown mode.
+        ConfigError: an unusable device, a checkpoint instead of a model, a mode that is unknown or for which
+            the model lacks a head.
         DataError: a test set that is not in BEIR format.
     """
     given = _parser().parse_args(argv)
     _check_model(given.model)
-    device = _device(given.device)
-    modes = [mode.strip() for mode in given.modes.split(",")]
-    check_modes(modes)
+    device = pick_device(given.device)
+    asked = [] if given.modes is None else [mode.strip() for mode in given.modes.split(",")]
+    check_modes(asked)
+    test_sets = _test_sets(given)
+    model = model_folder(given.model)
+    embedder = M3Embedder(model, device=device)
+    check_modes(asked, embedder.heads)
+    modes = asked or offered_modes(embedder.heads)
     config = EvaluationConfig(
         folders=given.folders,
         split=given.split,
         query_max_tokens=given.query_max_tokens,
         passage_max_tokens=given.passage_max_tokens,
-        batch_tokens=given.batch_tokens,
+        batch_tokens=given.batch_tokens or embedder.default_batch_tokens,
         rerank_dense=given.rerank_dense,
         rerank_hybrid=given.rerank_hybrid,
     )
-    datasets = [read_beir(folder, given.split) for folder in given.folders]
-    embedder = M3Embedder(given.model, device=device)
     console = Console()
     results = []
-    for dataset in datasets:
-        result = evaluate(dataset, embedder_tokenize(embedder), embedder_encode(embedder), config, modes)
+    for test_set in test_sets:
+        result = _evaluate(test_set, embedder, model, config, modes)
         results.append(result)
         if given.out is not None:
             result.write(Path(given.out) / f"{result.dataset}.json")
+    if given.json:
+        print(json.dumps([asdict(result) for result in results], indent=2, ensure_ascii=False))
+        return 0
     console.print(overall_table(results))
     for by in given.by:
         for result in results:

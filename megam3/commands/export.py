@@ -19,6 +19,7 @@ prepare_environment(os.environ)
 
 from megam3.checkpoint import consolidated_weights
 from megam3.config import recipe_yaml
+from megam3.config.schema import ModelConfig
 from megam3.export.bge_m3 import source_of_checkpoint
 from megam3.export.formats import FORMATS, export
 from megam3.export.model_card import NO_FACTS, CardFacts, facts_of_checkpoint
@@ -36,7 +37,15 @@ def main(argv: Sequence[str]) -> int:
     state = consolidated_weights(options.checkpoint)
     source = options.model or source_of_checkpoint(options.checkpoint)
     facts = _facts(options.checkpoint)
-    differences = export(state, source, options.out, format=options.format, int8=options.int8, facts=facts)
+    differences = export(
+        state,
+        source,
+        options.out,
+        format=options.format,
+        int8=options.int8,
+        facts=facts,
+        settings=_settings(options.checkpoint, source),
+    )
     for head, value in differences.items():
         print(f"largest difference, {head} head: {value:.2e}")
     print(f"written: {options.out}")
@@ -70,6 +79,22 @@ def _parser() -> argparse.ArgumentParser:
         "--push", metavar="OWNER/NAME", help="upload OUT to this hub repository (private when new)"
     )
     return parser
+
+
+def _settings(checkpoint: str, source: str) -> ModelConfig:
+    """Pooling, direction, adapters and multi-vector block of the run; a recipe of another version may have no
+    such fields."""
+    file = Path(checkpoint).resolve().parent.parent / "recipe.yaml"
+    section = recipe_yaml.read(file).data["model"] if file.is_file() else {}  # type: ignore[index]
+    names = (
+        "pooling",
+        "cls_every_tokens",
+        "attention",
+        "lora",
+        "multi_vector_hidden",
+        "multi_vector_activation",
+    )
+    return ModelConfig.model_validate({"path": source, **{name: section.get(name) for name in names}})
 
 
 def _facts(checkpoint: str) -> CardFacts:

@@ -5,7 +5,7 @@
 
 Users fight forgetting with it: what finetuning gained in its domain mostly stays, what it lost elsewhere
 mostly returns. Config, tokenizer and other files come from the first folder. The models must agree in names
-and shapes.
+and shapes; a bare encoder (where a finetuning began whose heads were new) leaves the heads to the others.
 """
 
 from __future__ import annotations

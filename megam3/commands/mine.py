@@ -44,8 +44,23 @@ def main(argv: Sequence[str]) -> int:
         UserError: see `megam3.retrieval.mining.run.mine`.
     """
     given = _parser().parse_args(argv)
+    select = _select_options(given)
+    select.check()
+    with worker_ranks() as ranks:
+        folder = model_folder(given.model)
+        embedder = M3Embedder(folder, device=device_of_rank(given.device, ranks))
+        options = _mining_options(given, select, folder, str(embedder.device))
+        report = mine(embedder, options, progress_lines(comm.is_main()))
+        if comm.is_main():
+            Console().print(report_table(report))
+            output = options.output
+            print(f"{output}; its report: {output}.report.json; pool and index: {options.work}")
+    return 0
+
+
+def _select_options(given: argparse.Namespace) -> SelectOptions:
     low, high = parse_range(given.range)
-    select = SelectOptions(
+    return SelectOptions(
         low=low,
         high=high,
         negatives=given.negatives,
@@ -57,42 +72,36 @@ def main(argv: Sequence[str]) -> int:
         sample=given.sample,
         seed=given.seed,
     )
-    select.check()
-    with worker_ranks() as ranks:
-        folder = model_folder(given.model)
-        embedder = M3Embedder(folder, device=device_of_rank(given.device, ranks))
-        search = SearchOptions(
-            by=given.candidates,
-            depth=select.high,
-            dense_search=given.dense_search,
-            device=str(embedder.device),
-        )
-        output = Path(given.output)
-        options = MiningOptions(
-            inputs=tuple(given.files),
-            output=output,
-            work=Path(given.work or f"{output}.work"),
-            corpus=tuple(given.corpus),
-            model=folder,
-            search=search,
-            select=select,
-            encode=EncodeOptions(
-                max_tokens=given.passage_max_tokens,
-                batch_tokens=given.batch_tokens,
-                instruction=given.passage_instruction,
-                dense_dtype=given.dense_dtype,
-                multi_vector=search.needs_multi_vector,
-            ),
-            query_max_tokens=given.query_max_tokens,
-            query_instruction=given.query_instruction,
-            with_scores=not given.no_scores,
-            keep_negatives=given.keep_negatives,
-        )
-        report = mine(embedder, options, progress_lines(comm.is_main()))
-        if comm.is_main():
-            Console().print(report_table(report))
-            print(f"{output}; its report: {output}.report.json; pool and index: {options.work}")
-    return 0
+
+
+def _mining_options(
+    given: argparse.Namespace, select: SelectOptions, folder: str, device: str
+) -> MiningOptions:
+    """What the command line says, for the model in `folder`."""
+    search = SearchOptions(
+        by=given.candidates, depth=select.high, dense_search=given.dense_search, device=device
+    )
+    return MiningOptions(
+        inputs=tuple(given.files),
+        output=Path(given.output),
+        work=Path(given.work or f"{Path(given.output)}.work"),
+        corpus=tuple(given.corpus),
+        model=folder,
+        search=search,
+        select=select,
+        encode=EncodeOptions(
+            max_tokens=given.passage_max_tokens,
+            batch_tokens=given.batch_tokens,
+            instruction=given.passage_instruction,
+            dense_dtype=given.dense_dtype,
+            lexical=search.needs_lexical,
+            multi_vector=search.needs_multi_vector,
+        ),
+        query_max_tokens=given.query_max_tokens,
+        query_instruction=given.query_instruction,
+        with_scores=not given.no_scores,
+        keep_negatives=given.keep_negatives,
+    )
 
 
 def progress_lines(shown: bool) -> Callable[[str, int, int], None]:
@@ -150,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--passage-instruction", default="", help="put before every passage")
     add("--query-max-tokens", type=int, default=512)
     add("--passage-max-tokens", type=int, default=512)
-    add("--batch-tokens", type=int, default=32768, help="encoded at a time (default: %(default)s)")
+    add("--batch-tokens", type=int, default=None, help="encoded at a time (default: by device)")
     add("--dense-search", choices=DENSE_SEARCHES, default="faiss", help="faiss and torch are exact")
     add("--dense-dtype", choices=["float16", "float32"], default="float16", help="of vectors on disk")
     add("--device", default=None, help="default: CUDA when there is one")

@@ -8,29 +8,26 @@ what to turn on; then the fastest settings that fit, with their predicted cost.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 
-from megam3.commands.recipe import add_recipe, given_config
+from megam3.commands.recipe import add_recipe, local_config
 from megam3.config.check import check_config
+from megam3.planning.choice import chosen
 from megam3.planning.memory import plan_memory
 from megam3.planning.memory_report import (
     GIB,
     advice,
     choice_lines,
     fastest,
-    heaviest_step,
-    read_model_shape,
-    read_strategy,
+    lengths_line,
     table,
 )
+from megam3.planning.recipe import heaviest_step, read_model_shape, read_strategy, stored_lengths
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print the plan; 1 when the step does not fit and nothing this command knows would make it fit.
-
-    Raises:
-        ConfigError: a recipe that would not start, or an encoder of a family that is not counted.
-    """
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megam3 plan-memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,19 +43,51 @@ def main(argv: Sequence[str]) -> int:
         metavar="GB",
         help="left to CUDA, NCCL and fragmentation (default: 2 GiB)",
     )
+    parser.add_argument("--json", action="store_true", help="the plan as one JSON document")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the plan; 1 when the step does not fit and nothing this command knows would make it fit.
+
+    Raises:
+        ConfigError: a recipe that would not start, or an encoder of a family that is not counted.
+    """
+    parser = _parser()
     arguments = parser.parse_intermixed_args(argv)
     if arguments.gpus < 1 or arguments.gpu_memory <= arguments.reserve:
         parser.error("--gpus must be at least 1 and --gpu-memory more than --reserve")
-    config = given_config(arguments)
+    config = local_config(arguments, weights=False)
     check_config(config, arguments.gpus, files=False)
+    longest = stored_lengths(config)
+    choice = chosen(config, arguments.gpus, int(arguments.gpu_memory * GIB), on_gpu=True, longest=longest)
+    config = config if choice is None else choice.config
     model, strategy = read_model_shape(config), read_strategy(config, arguments.gpus, on_gpu=True)
-    edge, step = heaviest_step(config, model, strategy)
-    print("\n".join(table(config, edge, step, strategy, plan_memory(model, strategy, step))))
+    tokens, step = heaviest_step(config, model, strategy, longest)
+    plan = plan_memory(model, strategy, step)
     limit = int((arguments.gpu_memory - arguments.reserve) * GIB)
     lines, fits = advice(model, strategy, step, limit)
+    candidates = fastest(config, model, arguments.gpus, limit, longest)
+    if arguments.json:
+        facts = {
+            "template": config.engine.template,
+            "ranks": arguments.gpus,
+            "longest_text_tokens": tokens,
+            "longest_text_is_known": longest is not None,
+            "step": asdict(step),
+            "bytes": {**plan.states, **plan.step, "peak": plan.total_bytes},
+            "limit_bytes": limit,
+            "fits": fits,
+            "advice": lines,
+            "fastest": [
+                {"setting": each.setting.fields(), "peak_bytes": each.peak_bytes, "cost": each.cost}
+                for each in candidates
+            ],
+        }
+        print(json.dumps(facts, indent=2))
+        return 0 if fits else 1
+    print("\n".join([lengths_line(config, longest)] if choice is None else [*choice.lines, ""]))
+    print("\n".join(table(config, tokens, step, strategy, plan)))
     print("\n".join(["", *lines]))
-    # texts for pretraining have no gradient cache: the enumeration is of retrieval steps
-    if config.objective.data_kind != "text":
-        candidates = fastest(config, model, arguments.gpus, limit)
-        print("\n".join(["", *choice_lines(candidates, limit)]))
+    print("\n".join(["", *choice_lines(candidates, limit)]))
     return 0 if fits else 1

@@ -11,19 +11,21 @@ does nothing.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megam3.commands.recipe import add_recipe, given_config
+from megam3.commands.recipe import add_recipe, local_config
 from megam3.config.schema import RunConfig
 from megam3.data.prepare import UNIT_BYTES, PrepareProgress, prepare_data
-from megam3.data.report import draw_histogram, store_report
+from megam3.data.report import draw_histogram, store_facts, store_report
 from megam3.data.store import open_dataset, verify_dataset
 from megam3.data.tokenizer import load_tokenizer
 from megam3.errors import ConfigError
@@ -53,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         help="text per shard, fixed when a store is begun (default: 64)",
     )
     parser.add_argument("--verify", action="store_true", help="check a finished store instead")
+    parser.add_argument("--json", action="store_true", help="the reports as one JSON document")
     return parser
 
 
@@ -64,10 +67,10 @@ def main(argv: Sequence[str]) -> int:
     """
     arguments = _parser().parse_intermixed_args(argv)
     shard = parse_shard(arguments.shard)  # not by argparse, which replaces the message of a ValueError
-    config = given_config(arguments)
+    config = local_config(arguments, weights=False)
     store_dir = config.store_dir
     if arguments.verify:
-        return _verify(config, store_dir)
+        return _verify(config, store_dir, as_json=arguments.json)
     tokenizer = load_tokenizer(config.model.path)
     with _bar() as bar:
         on_progress = _reporter(bar)
@@ -75,15 +78,23 @@ def main(argv: Sequence[str]) -> int:
         manifests = prepare_data(
             config.data, tokenizer, store_dir, arguments.processes, shard, on_progress, size
         )
+    num_waiting, picture = len(config.data.train) - len(manifests), store_dir / "lengths.png"
+    if not num_waiting:
+        draw_histogram(manifests, picture)
+    if arguments.json:
+        _print_json(
+            store=str(store_dir),
+            picture=None if num_waiting else str(picture),
+            datasets=[store_facts(manifest) for manifest in manifests],
+            datasets_waiting=num_waiting,
+        )
+        return 0
     for manifest in manifests:
         print(store_report(manifest))
-    if len(manifests) == len(config.data.train):
-        picture = store_dir / "lengths.png"
-        draw_histogram(manifests, picture)
-        print(f"store: {store_dir}, picture: {picture}")
-    else:
-        num_waiting = len(config.data.train) - len(manifests)
+    if num_waiting:
         print(f"store: {store_dir}: {num_waiting} datasets wait for units of other tasks")
+    else:
+        print(f"store: {store_dir}, picture: {picture}")
     return 0
 
 
@@ -105,12 +116,21 @@ def parse_shard(text: str) -> tuple[int, int]:
     return index, count
 
 
-def _verify(config: RunConfig, store_dir: Path) -> int:
+def _verify(config: RunConfig, store_dir: Path, *, as_json: bool) -> int:
+    verified = []
     for dataset in config.data.train:
         opened = open_dataset(store_dir, dataset.name)
         verify_dataset(opened)
-        print(f"{dataset.name}: {len(opened.manifest.shards)} shards, all checksums match")
+        verified.append({"name": dataset.name, "shards": len(opened.manifest.shards)})
+        if not as_json:
+            print(f"{dataset.name}: {len(opened.manifest.shards)} shards, all checksums match")
+    if as_json:
+        _print_json(store=str(store_dir), verified=verified)
     return 0
+
+
+def _print_json(**facts: Any) -> None:
+    print(json.dumps(facts, indent=2, ensure_ascii=False))
 
 
 def _bar() -> Progress:

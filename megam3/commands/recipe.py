@@ -7,6 +7,7 @@ from typing import Any
 
 from megam3.config.load import load_config
 from megam3.config.schema import RunConfig
+from megam3.model.hub import with_local_model
 
 
 def add_recipe(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -30,3 +31,13 @@ def given_config(arguments: argparse.Namespace) -> RunConfig:
         ConfigError: of the recipe or an override.
     """
     return load_config(arguments.recipe, arguments.overrides)
+
+
+def local_config(arguments: argparse.Namespace, *, weights: bool = True) -> RunConfig:
+    """As `given_config`, with a model of the hub downloaded, for commands that read the model's files;
+    `weights=False`: all but the weights of its encoder.
+
+    Raises:
+        ConfigError: of the recipe, an override, or a model that cannot be had.
+    """
+    return with_local_model(given_config(arguments), weights=weights)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megam3 import __version__
 from megam3.config import recipe_yaml
+from megam3.config.schema import ModelConfig
 from megam3.encoders import HEAD_FILES
 from megam3.errors import CheckpointError
 from megam3.export.encoder_files import write_encoder_files
@@ -29,13 +30,19 @@ from megam3.export.sentence_transformers_files import write_sentence_transformer
 from megam3.export.verify import model_from_state, refuse_existing, verify_folder
 from megam3.files import atomic_folder, write_json
 from megam3.model.m3 import M3Model
+from megam3.reading import OWN_FILE, own_fields
 
 
 def export_bge_m3(
-    state: Mapping[str, Tensor], source: str, out: str | Path, facts: CardFacts = NO_FACTS
+    state: Mapping[str, Tensor],
+    source: str,
+    out: str | Path,
+    facts: CardFacts = NO_FACTS,
+    settings: ModelConfig | None = None,
 ) -> dict[str, float]:
     """Write the weights `state` (keys of an M3Model) as a folder `out`; `source`, where training began, gives
-    config, tokenizer and pooler; `facts` of the run go into the model card.
+    config, tokenizer and pooler; `facts` of the run go into the model card; `settings` is the run's
+    section `model`.
 
     Returns:
         The largest difference per head between the folder, read back, and the weights in memory.
@@ -45,7 +52,7 @@ def export_bge_m3(
         folder stays behind.
     """
     out = refuse_existing(out)
-    model = model_from_state(state, source)
+    model = model_from_state(state, source, settings)
     with atomic_folder(out) as aside:
         write_bge_m3(aside, model, Path(source), facts)
         return verify_folder(aside, model, source)
@@ -62,7 +69,9 @@ def write_bge_m3(out: Path, model: M3Model, source: Path, facts: CardFacts = NO_
                 key: tensor.detach().cpu().float().clone() for key, tensor in head.state_dict().items()
             }
             torch.save(weights, out / HEAD_FILES[name])
-    write_sentence_transformers_files(out, hidden_size, max_tokens)
+    # a folder that is opened as one without them would pool otherwise and say nothing
+    if model.reading.pooling != "mcls":
+        write_sentence_transformers_files(out, hidden_size, max_tokens, model.reading.pooling)
     width = None if model.multi_vector_head is None else model.multi_vector_head.out_features
     own = {
         "megam3_version": __version__,
@@ -70,9 +79,10 @@ def write_bge_m3(out: Path, model: M3Model, source: Path, facts: CardFacts = NO_
         "multi_vector_dim": width,
         "max_tokens": max_tokens,
         "special_ids": list(model.special_ids),
+        **own_fields(model.reading),
     }
-    write_json(out / "megam3_config.json", own)
-    card = bge_m3_card(model.heads, hidden_size, width, max_tokens, facts)
+    write_json(out / OWN_FILE, own)
+    card = bge_m3_card(model.heads, hidden_size, width, max_tokens, facts, model.reading.pooling)
     (out / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from megam3.config.schema import ModelConfig
 from megam3.errors import ConfigError
 from megam3.export.bge_m3 import export_bge_m3
 from megam3.export.mlm import export_mlm
@@ -16,11 +17,18 @@ from megam3.export.multi_vector import write_multi_vector
 from megam3.export.onnx import export_onnx
 from megam3.export.pylate import write_pylate
 from megam3.export.sparse import refuse_sparse
-from megam3.export.token_vectors import reload_token_vectors
-from megam3.export.verify import model_from_state, refuse_existing, verify_folder
+from megam3.export.splade import export_splade
+from megam3.export.verify import (
+    is_layered,
+    model_from_state,
+    refuse_existing,
+    refuse_mcls,
+    reload_heads,
+    verify_folder,
+)
 from megam3.files import atomic_folder
 
-Format = Literal["bge-m3", "multi-vector", "pylate", "sparse", "mlm", "onnx"]
+Format = Literal["bge-m3", "multi-vector", "pylate", "sparse", "splade", "mlm", "onnx"]
 FORMATS: tuple[str, ...] = get_args(Format)
 
 
@@ -32,6 +40,7 @@ def export(
     format: str = "bge-m3",
     int8: bool = False,
     facts: CardFacts = NO_FACTS,
+    settings: ModelConfig | None = None,
 ) -> dict[str, float]:
     """Write the weights `state` as folder `out`, read it back, and return the largest difference per head.
 
@@ -40,6 +49,7 @@ def export(
         source: the folder training began from; gives config, tokenizer and pooler.
         int8: with `onnx`, a dynamically quantised graph beside the exact one.
         facts: what the model card says of the run.
+        settings: the run's section `model`, for pooling and direction; None: what `source` says of itself.
 
     Raises:
         ConfigError: an unknown or impossible format, or a package it needs is missing.
@@ -51,15 +61,26 @@ def export(
         raise ConfigError("int8", True, f"{format} holds fp32 weights", "use it with --format onnx")
     if format == "sparse":
         raise refuse_sparse()
+    if any(key.startswith("expansion_head.") for key in state) and format in ("bge-m3", "onnx"):
+        rule = "has no place for an expansion head, which weighs the whole vocabulary"
+        raise ConfigError("format", format, rule, "use --format splade")
+    if is_layered(state) and format in ("bge-m3", "splade"):
+        rule = (
+            "holds the multi-vector head as one matrix (colbert_linear.pt), and this one is a chain of layers"
+        )
+        raise ConfigError("format", format, rule, "use --format pylate, which M3Embedder reads too")
+    if format == "splade":
+        return export_splade(state, source, out, facts, settings)
     if format == "bge-m3":
-        return export_bge_m3(state, source, out, facts)
+        return export_bge_m3(state, source, out, facts, settings)
     if format == "mlm":
         return export_mlm(state, source, out)
     if format == "onnx":
-        return export_onnx(state, source, out, int8=int8)
+        return export_onnx(state, source, out, int8=int8, settings=settings)
     write = write_multi_vector if format == "multi-vector" else write_pylate
     out = refuse_existing(out)
-    model = model_from_state(state, source)
+    model = model_from_state(state, source, settings)
+    refuse_mcls(model, format)
     with atomic_folder(out) as aside:
         write(aside, model, Path(source), facts)
-        return verify_folder(aside, model, source, reload_token_vectors)
+        return verify_folder(aside, model, source, reload_heads)

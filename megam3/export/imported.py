@@ -1,9 +1,9 @@
 """A model of others → a folder that training continues from.
 
 Read are: folders of the published layout (fp16 heads become fp32), encoders alone, dense models of
-sentence-transformers (both styles of modules.json), and what FlagEmbedding's trainer wrote (checkpoint-N
-folders, whose
-encoder keys carry the prefix `model.`).
+sentence-transformers (both styles of modules.json), multi-vector models of PyLate and of
+sentence-transformers 6 (their layers become the multi-vector head), and what FlagEmbedding's trainer wrote
+(checkpoint-N folders, whose encoder keys carry the prefix `model.`).
 """
 
 from __future__ import annotations
@@ -12,19 +12,25 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megam3.config.head_layers import find_layers
+from megam3.config.schema import ModelConfig
 from megam3.encoders import HEAD_FILES, find_packing_problem, read_encoder_config
 from megam3.errors import CheckpointError
+from megam3.export.pylate import write_modules
+from megam3.export.token_vectors import write_layers
 from megam3.export.tokenizer_files import write_tokenizer_files
 from megam3.export.verify import refuse_existing
 from megam3.files import atomic_folder, read_json, write_json
 from megam3.model.backbone import load_backbone
-from megam3.model.pretrained import load_tokenizer_of
+from megam3.model.head_files import read_heads
+from megam3.model.pretrained import load_m3, load_tokenizer_of
+from megam3.reading import OWN_FILE, POOLINGS, own_fields, read_pooling, resolve_reading
+from megam3.token_layers import TokenLayer, find_vector_layers, has_head, read_token_layers
 
 _TRAINER_PREFIX = "model."
 _SHARDS = re.compile(r"^(model|pytorch_model).*\.(safetensors|bin)$")
@@ -40,6 +46,10 @@ class Imported:
     """Keys had FlagEmbedding's prefix."""
     pooling: str | None
     """sentence-transformers' pooling, when the folder names one."""
+    vector_layers: tuple[str, ...] = ()
+    """Layers behind its pooling, which are not imported."""
+    prefixes: tuple[str, str] = ("", "")
+    """PyLate's, before queries and before passages."""
 
     def notes(self) -> list[str]:
         """What a user should know before training goes on."""
@@ -47,20 +57,36 @@ class Imported:
         found = []
         if missing:
             found.append(f"no weights for {', '.join(missing)}: train with model.missing_heads=init")
-        if self.pooling not in (None, "cls"):
+        if self.pooling in POOLINGS and self.pooling != "cls":
+            found.append(f"its dense vector is pooled by {self.pooling!r}, and training goes on so")
+        elif self.pooling not in (None, "cls"):
             found.append(
-                f"its dense vector was pooled by {self.pooling!r}; megam3 reads the first token,"
-                " so the dense "
-                "head begins worse than the model was"
+                f"its dense vector was pooled by {self.pooling!r}, which megam3 does not do; the first token"
+                " (or the last, read left to right) takes its place, so the dense head begins worse than the"
+                " model was"
+            )
+        if self.vector_layers:
+            found.append(
+                f"its dense vector went through {', '.join(self.vector_layers)}, which megam3 has no place"
+                " for: the dense head begins worse than the model was"
+            )
+        if any(self.prefixes):
+            found.append(
+                f"PyLate put {self.prefixes[0]!r} before queries, {self.prefixes[1]!r} before passages: set"
+                " the datasets' query_instruction and passage_instruction to them"
             )
         if self.stripped_prefix:
             found.append("stripped the prefix `model.` of FlagEmbedding's trainer")
         return found
 
 
-def import_model(source: str, out: str | Path) -> Imported:
+def import_model(source: str, out: str | Path, *, new_heads: bool = False) -> Imported:
     """Write the model in folder `source` as folder `out`, fp32, keys without prefix; it is loaded once to
     check it.
+
+    Args:
+        new_heads: also write the heads that the folder lacks, as training would start them; what was trained
+            can then be compared and merged with where it began.
 
     Raises:
         ConfigError: an encoder that cannot be served.
@@ -72,11 +98,13 @@ def import_model(source: str, out: str | Path) -> Imported:
         raise problem
     out = refuse_existing(out)
     weights, stripped = _read_weights(folder)
+    hidden_size = int(config["hidden_size"])
     heads = {
-        head: _read_head(folder / file, int(config["hidden_size"]), head)
+        head: _read_head(folder / file, hidden_size, head)
         for head, file in HEAD_FILES.items()
         if (folder / file).is_file()
     }
+    layers = _read_layers(folder, hidden_size, heads)
     with atomic_folder(out) as aside:
         save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
         shutil.copyfile(folder / "config.json", aside / "config.json")
@@ -84,10 +112,53 @@ def import_model(source: str, out: str | Path) -> Imported:
             torch.save(state, aside / HEAD_FILES[head])
         length = load_tokenizer_of(source).model_max_length
         write_tokenizer_files(folder, aside, length)
-        imported = Imported(heads=tuple(heads), stripped_prefix=stripped, pooling=read_pooling(folder))
+        if layers:
+            write_modules(aside, write_layers(aside, layers))
+        imported = Imported(
+            heads=tuple(name for name in HEAD_FILES if name in heads or (layers and name == "multi_vector")),
+            stripped_prefix=stripped,
+            pooling=read_pooling(folder),
+            vector_layers=tuple(find_vector_layers(folder)),
+            prefixes=_read_prefixes(folder),
+        )
+        if imported.pooling in POOLINGS:
+            reading = resolve_reading(source, config)
+            write_json(aside / OWN_FILE, own_fields(reading))
         write_json(aside / "megam3_import.json", {"source": source, "notes": imported.notes()})
         load_backbone(str(aside))
+        if new_heads:
+            _write_new_heads(aside)
     return imported
+
+
+def _read_layers(
+    folder: Path, hidden_size: int, heads: dict[str, dict[str, Tensor]]
+) -> list[tuple[TokenLayer, dict[str, Tensor]]]:
+    """A multi-vector head that lies in layers: several are returned, a single matrix joins `heads`."""
+    chain = find_layers(folder, ModelConfig(path=str(folder)), hidden_size)
+    if "multi_vector" in heads or not read_token_layers(folder):
+        return []
+    found = read_heads(folder, ["multi_vector"], "error")["multi_vector"]
+    if isinstance(found, list):
+        return list(zip(chain, found, strict=True))
+    assert found is not None
+    heads["multi_vector"] = found
+    return []
+
+
+def _read_prefixes(folder: Path) -> tuple[str, str]:
+    file = folder / "config_sentence_transformers.json"
+    config = read_json(file) if file.is_file() else {}
+    return str(config.get("query_prefix") or ""), str(config.get("document_prefix") or "")
+
+
+def _write_new_heads(folder: Path) -> None:
+    settings = ModelConfig(path=str(folder), missing_heads="init")
+    model = load_m3(str(folder), settings, dtype=torch.float32)
+    for name, head in (("lexical", model.lexical_head), ("multi_vector", model.multi_vector_head)):
+        file = folder / HEAD_FILES[name]
+        if head is not None and not has_head(folder, name):
+            torch.save({key: value.detach().clone() for key, value in head.state_dict().items()}, file)
 
 
 def _read_weights(folder: Path) -> tuple[dict[str, Tensor], bool]:
@@ -142,27 +213,3 @@ def _read_head(file: Path, hidden_size: int, head: str) -> dict[str, Tensor]:
         remedy = "use the head of this encoder, or remove the file to start it from scratch"
         raise CheckpointError("import", str(file), rule, remedy)
     return {"weight": weight, "bias": bias}
-
-
-def read_pooling(folder: Path) -> str | None:
-    """The pooling of a sentence-transformers folder, `cls` or another name; None when it names none.
-
-    Both styles: `pooling_mode_cls_token: true` (before 5.7), and `pooling_mode: "cls"`.
-    """
-    if not (folder / "modules.json").is_file():
-        return None
-    for module in read_json(folder / "modules.json"):
-        file = folder / module["path"] / "config.json"
-        if module["type"].rsplit(".", 1)[-1] == "Pooling" and file.is_file():
-            return _pooling_name(read_json(file))
-    return None
-
-
-def _pooling_name(config: dict[str, Any]) -> str:
-    if "pooling_mode" in config:
-        return str(config["pooling_mode"])
-    modes = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
-    names = [
-        key.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token") for key in modes
-    ]
-    return "+".join(names) or "mean"

@@ -4,7 +4,8 @@
     slerp    for each tensor, with θ the angle between a and b as vectors and t the weight of b:
              sin((1-t)·θ)/sin θ · a + sin(t·θ)/sin θ · b     (Shoemake, 1985); a line where parallel
 
-Everything that is no weight (config, tokenizer, other readers' files) comes from the first folder.
+Everything that is no weight (config, tokenizer, other readers' files) comes from the first folder. A bare
+encoder has no say in the heads: merged with what it was finetuned to, the result has the finetuned heads.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from torch import Tensor
 from megam3.errors import CheckpointError, ConfigError
 from megam3.files import atomic_folder, read_json
 from megam3.model.pretrained import load_tokenizer_of
+from megam3.model_files import refuse_links_out
+from megam3.token_layers import WEIGHTS_FILE, read_token_layers
 
 METHODS = ("average", "slerp")
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*.pt")
@@ -53,20 +56,39 @@ def merge_folders(
     if out.exists():
         raise CheckpointError("output", str(out), "exists already", "remove it, or choose another name")
     paths = [_checked_folder(folder, folders[0]) for folder in folders]
-    combine: Combine = (
-        (lambda parts: average(parts, shares))
-        if method == "average"
-        else (lambda parts: slerp(parts[0], parts[1], shares[1]))
-    )
+    refuse_links_out(paths[0], "model")
     with atomic_folder(out) as aside:
+        combine = _combination(method, shares)
         merged = _merge_states([_encoder_weights(path) for path in paths], paths, combine)
-        count = len(merged)
         save_file(merged, aside / "model.safetensors", metadata={"format": "pt"})
-        for name in _head_files(paths):
-            head = _merge_states([_load_torch(path / name) for path in paths], paths, combine)
-            torch.save(head, aside / name)
-            count += len(head)
+        count = len(merged) + _merge_heads(paths, shares, method, aside)
         _copy_the_rest(paths[0], aside)
+    return count
+
+
+def _combination(method: str, shares: Sequence[float]) -> Combine:
+    if method == "slerp" and len(shares) == 2:
+        return lambda parts: slerp(parts[0], parts[1], shares[1])
+    return lambda parts: average(parts, shares)
+
+
+def _merge_heads(paths: Sequence[Path], shares: Sequence[float], method: str, out: Path) -> int:
+    """Those of the folders that have heads, in their shares; returns how many tensors were written."""
+    having = [(path, share) for path, share in zip(paths, shares) if _own_head_files(path)]
+    total = sum(share for _, share in having)
+    # the model whose heads are the only ones may itself have weight 0: then they count alike
+    combine = _combination(method, [share / total if total else 1 / len(having) for _, share in having])
+    count = 0
+    holders = [path for path, _ in having]
+    for name in _head_files(holders):
+        load = _load_safetensors if name.endswith(".safetensors") else _load_torch
+        head = _merge_states([load(path / name) for path in holders], holders, combine)
+        (out / name).parent.mkdir(exist_ok=True)
+        if name.endswith(".safetensors"):
+            save_file(head, out / name, metadata={"format": "pt"})
+        else:
+            torch.save(head, out / name)
+        count += len(head)
     return count
 
 
@@ -148,9 +170,21 @@ def _load_torch(file: Path) -> dict[str, Tensor]:
         raise CheckpointError("model", str(file), f"cannot be read ({error})", "export it again") from error
 
 
+def _own_head_files(path: Path) -> set[str]:
+    """Published head files, and the layers of a multi-vector head."""
+    layers = {f"{place}/{WEIGHTS_FILE}" for place in read_token_layers(path)}
+    return {file.name for file in path.glob("*.pt")} | {name for name in layers if (path / name).is_file()}
+
+
 def _head_files(paths: Sequence[Path]) -> list[str]:
-    names = [{file.name for file in path.glob("*.pt")} for path in paths]
+    names = [_own_head_files(path) for path in paths]
+    if not paths:
+        return []
+    first_layers = read_token_layers(paths[0])
     for path, own in zip(paths, names):
+        if read_token_layers(path) != first_layers:
+            rule = f"and {paths[0]} have multi-vector layers of other kinds"
+            raise CheckpointError("model", str(path), rule, "merge models with the same heads")
         if own != names[0]:
             odd = sorted(own ^ names[0])
             rule = f"and {paths[0]} do not hold the same heads: {', '.join(odd)}"
@@ -180,10 +214,15 @@ def _merge_states(
 
 def _copy_the_rest(source: Path, out: Path) -> None:
     weights = {file for pattern in _WEIGHT_FILES for file in source.glob(pattern)}
+    layers = {str(source / place) for place in read_token_layers(source)}
+
+    def merged(folder: str, names: list[str]) -> list[str]:
+        return [name for name in names if folder in layers and name == WEIGHTS_FILE]
+
     for entry in sorted(source.iterdir()):
         if entry in weights or entry.name.startswith("."):
             continue
         if entry.is_dir():
-            shutil.copytree(entry, out / entry.name)
+            shutil.copytree(entry, out / entry.name, ignore=merged, dirs_exist_ok=True)
         else:
             shutil.copyfile(entry, out / entry.name)

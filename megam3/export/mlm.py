@@ -30,13 +30,9 @@ def export_mlm(state: Mapping[str, Tensor], source: str, out: str | Path) -> dic
         CheckpointError: `out` exists, there is no such head in `state`, or the folder read back differs.
     """
     out = refuse_existing(out)
-    model = _model_from_state(state, source)
+    model = masked_lm_from_state(state, source)
     with atomic_folder(out) as aside:
-        tied = set(getattr(model, "_tied_weights_keys", None) or ())
-        weights = {
-            name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied
-        }
-        save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
+        save_file(untied_weights(model), aside / "model.safetensors", metadata={"format": "pt"})
         write_json(
             aside / "config.json",
             published_config(read_json(Path(source) / "config.json"), type(model).__name__),
@@ -48,7 +44,19 @@ def export_mlm(state: Mapping[str, Tensor], source: str, out: str | Path) -> dic
     return differences
 
 
-def _model_from_state(state: Mapping[str, Tensor], source: str) -> PreTrainedModel:
+def untied_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights that a folder holds: those that repeat others are tied again by the reader."""
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def masked_lm_from_state(state: Mapping[str, Tensor], source: str) -> PreTrainedModel:
+    """The stock masked-LM model of folder `source` around `encoder.*` and `lm_head.*` of `state`, fp32, in
+    eval mode.
+
+    Raises:
+        CheckpointError: a weight of it is not in `state`.
+    """
     model = AutoModelForMaskedLM.from_config(
         AutoConfig.from_pretrained(source, trust_remote_code=False),
         dtype=torch.float32,

@@ -10,6 +10,9 @@ from typing import Any
 
 from megam3 import __version__
 from megam3.files import read_json
+from megam3.reading import Pooling
+
+_FLAGEMBEDDING_POOLINGS = {"mean": "mean", "last": "last_token"}
 
 _WARNING = """
 ## Other loaders
@@ -53,11 +56,19 @@ def facts_of_checkpoint(checkpoint: str | Path, recipe: Mapping[str, Any], recip
 
 
 def bge_m3_card(
-    heads: Collection[str], hidden_size: int, width: int | None, max_tokens: int, facts: CardFacts
+    heads: Collection[str],
+    hidden_size: int,
+    width: int | None,
+    max_tokens: int,
+    facts: CardFacts,
+    pooling: Pooling = "cls",
 ) -> str:
     """The card of the bge-m3 layout; `width` is the multi-vector head's, None without one."""
+    if pooling == "mcls":
+        return _mcls_card(heads, max_tokens, facts)
     is_narrow = width is not None and width != hidden_size
     option = f", colbert_dim={width}" if is_narrow else ""
+    option += "" if pooling == "cls" else f', pooling_method="{_FLAGEMBEDDING_POOLINGS[pooling]}"'
     usage = [
         "    from sentence_transformers import SentenceTransformer",
         '    SentenceTransformer(FOLDER).encode(["a text"])                          # the dense head',
@@ -79,8 +90,23 @@ def bge_m3_card(
             f"The multi-vector head has {width} dimensions: FlagEmbedding must be told so"
             f" (`colbert_dim={width}`).",
         ]
-    title = f"An M3 retriever ({', '.join(heads).replace('_', '-')}), up to {max_tokens} tokens"
-    return _card(title, "sentence-transformers", "\n".join(usage), _WARNING, facts)
+    if pooling != "cls":
+        usage += ["", f"The dense vector is pooled by {pooling!r}; FlagEmbedding must be told so, as above."]
+    return _card(_title(heads, max_tokens), "sentence-transformers", "\n".join(usage), _WARNING, facts)
+
+
+def _mcls_card(heads: Collection[str], max_tokens: int, facts: CardFacts) -> str:
+    """Of a model that puts `<s>` into long texts, which no other library does."""
+    usage = '    from megam3.embedder import M3Embedder\n    M3Embedder(FOLDER).encode(["a text"])'
+    note = (
+        "\nLong texts are read with `<s>` put in at intervals (`pooling: mcls`), which FlagEmbedding and"
+        " sentence-transformers do not do: their vectors of texts longer than one interval differ.\n"
+    )
+    return _card(_title(heads, max_tokens), "transformers", usage, note, facts)
+
+
+def _title(heads: Collection[str], max_tokens: int) -> str:
+    return f"An M3 retriever ({', '.join(heads).replace('_', '-')}), up to {max_tokens} tokens"
 
 
 def multi_vector_card(library: str, max_tokens: int, facts: CardFacts) -> str:

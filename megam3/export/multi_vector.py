@@ -9,19 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from megam3.export.model_card import CardFacts, multi_vector_card
-from megam3.export.token_vectors import write_token_vector_files
+from megam3.export.token_vectors import skipped_words, write_token_vector_files
 from megam3.files import write_json
 from megam3.model.m3 import M3Model
-from megam3.model.pretrained import load_tokenizer_of
 
-_PATHS = {
-    "": "sentence_transformers.base.modules.transformer.Transformer",
-    "1_Dense": "sentence_transformers.base.modules.dense.Dense",
-    "2_Normalize": "sentence_transformers.base.modules.normalize.Normalize",
-    "3_MultiVectorMask": (
-        "sentence_transformers.multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask"
-    ),
-}
+_MODULES = "sentence_transformers.base.modules"
+_MASK = "sentence_transformers.multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask"
 _NAMES = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
 
 
@@ -31,22 +24,28 @@ def write_multi_vector(out: Path, model: M3Model, source: Path, facts: CardFacts
     Raises:
         CheckpointError: the model has no multi-vector head.
     """
-    max_tokens = write_token_vector_files(out, model, source, dict(_NAMES))
+    max_tokens, layers = write_token_vector_files(out, model, source, _NAMES)
+    last = len(layers)
+    kinds = {"": f"{_MODULES}.transformer.Transformer"}
+    kinds |= dict.fromkeys(layers, f"{_MODULES}.dense.Dense")
+    kinds |= {
+        f"{last + 1}_Normalize": f"{_MODULES}.normalize.Normalize",
+        f"{last + 2}_MultiVectorMask": _MASK,
+    }
     modules = [
         {"idx": idx, "name": str(idx), "path": path, "type": kind}
-        for idx, (path, kind) in enumerate(_PATHS.items())
+        for idx, (path, kind) in enumerate(kinds.items())
     ]
     # M3 leaves <s> out on both sides and keeps </s>
-    first_token = load_tokenizer_of(str(source)).cls_token
     mask = {
-        "skiplist_words": [first_token],
+        "skiplist_words": skipped_words(model, source),
         "skiplist_tasks": ["query", "document"],
         "keep_only_token_ids": None,
     }
     files: dict[str, object] = {
         "modules.json": modules,
-        "2_Normalize/config.json": _NAMES,
-        "3_MultiVectorMask/config.json": mask,
+        f"{last + 1}_Normalize/config.json": _NAMES,
+        f"{last + 2}_MultiVectorMask/config.json": mask,
         "config_sentence_transformers.json": {
             "model_type": "MultiVectorEncoder",
             "similarity_fn_name": "meanmaxsim",

@@ -12,6 +12,7 @@ Needs the packages onnx and onnxscript to write, onnxruntime to check and to qua
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,17 +21,23 @@ from types import ModuleType
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 from megam3 import __version__
-from megam3.batch import pack_texts
+from megam3.config.schema import ModelConfig
 from megam3.errors import CheckpointError, ConfigError
 from megam3.export.tokenizer_files import write_tokenizer_files
-from megam3.export.verify import SAMPLE_TEXTS, model_from_state, refuse_existing, verify_tokenizer
+from megam3.export.verify import (
+    SAMPLE_TEXTS,
+    model_from_state,
+    refuse_existing,
+    refuse_mcls,
+    verify_tokenizer,
+)
 from megam3.files import atomic_folder, write_json
-from megam3.model.backbone import max_text_tokens
-from megam3.model.m3 import M3Model, represent
+from megam3.model.m3 import M3Model, max_model_tokens, represent
 from megam3.model.pretrained import load_tokenizer_of
+from megam3.packed_texts import pack_texts
 
 ONNX_TOLERANCE = 1e-4
 """Largest difference of any number in fp32; other kernels sum in another order. int8 is reported, not
@@ -44,32 +51,53 @@ class PaddedM3(nn.Module):
 
     def __init__(self, model: M3Model, source: str):
         super().__init__()
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = copy.deepcopy(model.encoder.config)
         self.encoder = AutoModel.from_config(
             config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
         )
         self.encoder.load_state_dict(model.encoder.state_dict(), strict=False)
         self.lexical_head, self.multi_vector_head = model.lexical_head, model.multi_vector_head
-        self.special_ids = model.special_ids
+        self.special_ids, self.pooling, self.first_id = (
+            model.special_ids,
+            model.reading.pooling,
+            model.first_id,
+        )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See the module's docstring."""
         assert self.lexical_head is not None
         assert self.multi_vector_head is not None
         hidden_NLD = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        dense_ND = nn.functional.normalize(hidden_NLD[:, 0], dim=-1)
         is_text = attention_mask > 0
+        dense_ND = nn.functional.normalize(self._pool(hidden_NLD, attention_mask), dim=-1)
         counts = is_text
         for special in self.special_ids:
             counts = counts & (input_ids != special)
         weights_NL = torch.relu(self.lexical_head(hidden_NLD)).squeeze(-1) * counts.to(hidden_NLD.dtype)
         rows_NLC = nn.functional.normalize(self.multi_vector_head(hidden_NLD), dim=-1)
-        kept_NL = is_text & (torch.arange(input_ids.shape[1], device=input_ids.device) > 0)
+        kept_NL = is_text
+        if self.first_id is not None:
+            kept_NL = is_text & (torch.arange(input_ids.shape[1], device=input_ids.device) > 0)
         return dense_ND, weights_NL, rows_NLC * kept_NL.unsqueeze(-1).to(hidden_NLD.dtype)
+
+    def _pool(self, hidden_NLD: Tensor, mask_NL: Tensor) -> Tensor:
+        """The row of each text that its dense vector is made of; texts are padded on the right."""
+        if self.pooling == "mean":
+            weights_NL1 = mask_NL.to(hidden_NLD.dtype).unsqueeze(-1)
+            return (hidden_NLD * weights_NL1).sum(1) / weights_NL1.sum(1)
+        if self.pooling == "last":
+            last_N11 = (mask_NL.sum(1) - 1).reshape(-1, 1, 1).expand(-1, 1, hidden_NLD.shape[2])
+            return hidden_NLD.gather(1, last_N11).squeeze(1)
+        return hidden_NLD[:, 0]
 
 
 def export_onnx(
-    state: Mapping[str, Tensor], source: str, out: str | Path, *, int8: bool = False
+    state: Mapping[str, Tensor],
+    source: str,
+    out: str | Path,
+    *,
+    int8: bool = False,
+    settings: ModelConfig | None = None,
 ) -> dict[str, float]:
     """Write model.onnx (and model.int8.onnx), the tokenizer and megam3_config.json as folder `out`.
 
@@ -84,11 +112,12 @@ def export_onnx(
     out = refuse_existing(out)
     for name in ("onnx", "onnxscript", "onnxruntime"):
         _import(name)
-    model = model_from_state(state, source)
+    model = model_from_state(state, source, settings)
+    refuse_mcls(model, "onnx")
     if model.lexical_head is None or model.multi_vector_head is None:
         rule = "the graph has three outputs, and a head is missing"
         raise CheckpointError("export", ", ".join(model.heads), rule, "export it as bge-m3")
-    max_tokens = min(max_text_tokens(model.encoder.config), load_tokenizer_of(source).model_max_length)
+    max_tokens = min(max_model_tokens(model), load_tokenizer_of(source).model_max_length)
     with atomic_folder(out) as aside:
         write_tokenizer_files(Path(source), aside, max_tokens)
         own = {
@@ -96,6 +125,7 @@ def export_onnx(
             "max_tokens": max_tokens,
             "special_ids": list(model.special_ids),
             "outputs": list(OUTPUTS),
+            "pooling": model.reading.pooling,
         }
         write_json(aside / "megam3_config.json", own)
         _write_graph(PaddedM3(model, source).eval(), aside / "model.onnx")
@@ -156,7 +186,8 @@ def onnx_differences(file: Path, model: M3Model, source: str) -> dict[str, float
         ids = [line[:n].tolist() for line, n in zip(feed["input_ids"], lengths)]
         wanted = represent(model, pack_texts(ids))
         found["dense"] = max(found["dense"], _difference(dense, wanted.dense_ND))
-        kept = np.concatenate([line[1:n] for line, n in zip(rows, lengths)])
+        first = 0 if model.first_id is None else 1
+        kept = np.concatenate([line[first:n] for line, n in zip(rows, lengths)])
         found["multi_vectors"] = max(found["multi_vectors"], _difference(kept, wanted.multi_KC))
         pooled = [_pool(line, of_line, model.special_ids) for line, of_line in zip(weights, ids)]
         flat = np.array([value for text in pooled for _, value in sorted(text.items())], dtype=np.float32)

@@ -3,13 +3,13 @@ in queries."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megam3.export.model_card import CardFacts, multi_vector_card
-from megam3.export.token_vectors import write_token_vector_files
+from megam3.export.token_vectors import skipped_words, write_token_vector_files
 from megam3.files import write_json
 from megam3.model.m3 import M3Model
-from megam3.model.pretrained import load_tokenizer_of
 
 QUERY_TOKENS = 512
 """Longer queries are cut by pylate; the paper's limit (arXiv 2402.03216, table 8)."""
@@ -21,13 +21,8 @@ def write_pylate(out: Path, model: M3Model, source: Path, facts: CardFacts) -> N
     Raises:
         CheckpointError: the model has no multi-vector head.
     """
-    max_tokens = write_token_vector_files(out, model, source, {"use_residual": False})
-    kinds = {"": "sentence_transformers.models.Transformer", "1_Dense": "pylate.models.Dense.Dense"}
-    modules = [
-        {"idx": idx, "name": str(idx), "path": path, "type": kind}
-        for idx, (path, kind) in enumerate(kinds.items())
-    ]
-    write_json(out / "modules.json", modules)
+    max_tokens, layers = write_token_vector_files(out, model, source, {})
+    write_modules(out, layers)
     settings = {
         "query_prefix": "",
         "document_prefix": "",
@@ -35,10 +30,21 @@ def write_pylate(out: Path, model: M3Model, source: Path, facts: CardFacts) -> N
         "document_length": max_tokens,
         "attend_to_expansion_tokens": False,
         "do_query_expansion": False,
-        "skiplist_words": [load_tokenizer_of(str(source)).cls_token],
+        "skiplist_words": skipped_words(model, source),
         "similarity_fn_name": "MaxSim",
         "prompts": {},
         "default_prompt_name": None,
     }
     write_json(out / "config_sentence_transformers.json", settings)
     (out / "README.md").write_text(multi_vector_card("PyLate", max_tokens, facts), encoding="utf-8")
+
+
+def write_modules(out: Path, layers: Sequence[str]) -> None:
+    """modules.json: the encoder, then the layers in the folders `layers`."""
+    kinds = {"": "sentence_transformers.models.Transformer"}
+    kinds |= dict.fromkeys(layers, "pylate.models.Dense.Dense")
+    modules = [
+        {"idx": idx, "name": str(idx), "path": path, "type": kind}
+        for idx, (path, kind) in enumerate(kinds.items())
+    ]
+    write_json(out / "modules.json", modules)

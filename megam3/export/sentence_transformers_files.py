@@ -7,26 +7,33 @@ name classes older ones lack.
 import json
 from pathlib import Path
 
+from megam3.reading import Pooling
+
 _CLASSES = "sentence_transformers.models"
 
 
-def write_sentence_transformers_files(out: Path, hidden_size: int, max_tokens: int) -> None:
-    """modules.json, 1_Pooling/config.json and both config files into `out`: encoder, first-token pooling,
-    normalisation."""
+def write_sentence_transformers_files(
+    out: Path, hidden_size: int, max_tokens: int, pooling: Pooling = "cls"
+) -> None:
+    """modules.json, 1_Pooling/config.json and both config files into `out`: encoder, pooling (cls, mean or
+    last), normalisation."""
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-    pooling = {
+    modes: dict[str, object] = {
         "word_embedding_dimension": hidden_size,
-        "pooling_mode_cls_token": True,
-        "pooling_mode_mean_tokens": False,
+        "pooling_mode_cls_token": pooling == "cls",
+        "pooling_mode_mean_tokens": pooling == "mean",
         "pooling_mode_max_tokens": False,
         "pooling_mode_mean_sqrt_len_tokens": False,
     }
+    if pooling == "last":
+        # versions before 2.4 do not know the key, and read such a folder wrongly with it or without
+        modes["pooling_mode_lasttoken"] = True
     files: dict[str, object] = {
         "modules.json": [
             {"idx": i, "name": str(i), "path": path, "type": f"{_CLASSES}.{name}"}
             for i, (path, name) in enumerate(modules)
         ],
-        "1_Pooling/config.json": pooling,
+        "1_Pooling/config.json": modes,
         "sentence_bert_config.json": {"max_seq_length": max_tokens, "do_lower_case": False},
         "config_sentence_transformers.json": {
             "__version__": {"sentence_transformers": "2.2.2", "transformers": "4.33.0", "pytorch": "2.1.2"}

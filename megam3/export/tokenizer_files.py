@@ -12,6 +12,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from megam3.model_files import read_model_object, refuse_links_out
+
 _COPIED = (
     "tokenizer.json",
     "sentencepiece.bpe.model",
@@ -26,13 +28,16 @@ _WRITTEN_BY_V5_ONLY = ("backend", "is_local", "local_files_only")
 
 def write_tokenizer_files(source: Path, out: Path, max_tokens: int) -> None:
     """The tokenizer of folder `source` into folder `out`, with `model_max_length` set to `max_tokens`."""
+    refuse_links_out(source)
+    config, special_tokens = (
+        _read_json(source / name) for name in ("tokenizer_config.json", "special_tokens_map.json")
+    )
     for name in _COPIED:
         if (source / name).exists():
             shutil.copyfile(source / name, out / name)
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if not (out / "tokenizer.json").exists() and tokenizer.is_fast:
         tokenizer.backend_tokenizer.save(os.fspath(out / "tokenizer.json"))
-    config = _read_json(source / "tokenizer_config.json")
     config = {key: value for key, value in config.items() if key not in _WRITTEN_BY_V5_ONLY}
     if isinstance(config.get("extra_special_tokens"), list):
         del config["extra_special_tokens"]
@@ -42,11 +47,11 @@ def write_tokenizer_files(source: Path, out: Path, max_tokens: int) -> None:
     special = {name: token for name in _SPECIAL_TOKENS if (token := getattr(tokenizer, name)) is not None}
     config = {**special, **config, "model_max_length": max_tokens}
     _write_json(out / "tokenizer_config.json", config)
-    _write_json(out / "special_tokens_map.json", _read_json(source / "special_tokens_map.json") or special)
+    _write_json(out / "special_tokens_map.json", special_tokens or special)
 
 
 def _read_json(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return read_model_object(file) if file.exists() else {}
 
 
 def _write_json(file: Path, content: dict) -> None:

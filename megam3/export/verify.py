@@ -1,18 +1,29 @@
 """Does an exported folder, read back from disk, represent text exactly as the weights in memory do?"""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megam3.batch import pack_texts
-from megam3.config.schema import ModelConfig
+from megam3.config.head_layers import find_layers
+from megam3.config.schema import LoraConfig, ModelConfig
 from megam3.encoders import HEAD_FILES
-from megam3.errors import CheckpointError
+from megam3.errors import CheckpointError, ConfigError
 from megam3.model.backbone import build_backbone, load_encoder_config
-from megam3.model.m3 import M3Model, represent
-from megam3.model.pretrained import load_m3, load_tokenizer_of, read_special_ids
+from megam3.model.lora import has_lora, merge_lora
+from megam3.model.m3 import M3Model, max_model_tokens, represent
+from megam3.model.pretrained import (
+    find_first_id,
+    find_special_ids,
+    held_heads,
+    load_m3,
+    load_tokenizer_of,
+    read_settings,
+)
+from megam3.packed_texts import pack_texts
+from megam3.token_layers import TokenLayer
 
 TOLERANCE = 1e-5
 """Largest difference of any number of any head, fp32."""
@@ -38,22 +49,46 @@ def refuse_existing(out: str | Path) -> Path:
     return Path(out)
 
 
-def model_from_state(state: Mapping[str, Tensor], source: str) -> M3Model:
+def model_from_state(
+    state: Mapping[str, Tensor], source: str, settings: ModelConfig | None = None
+) -> M3Model:
     """The model in memory: the config of folder `source` around the weights `state` (keys of an M3Model),
-    fp32, in eval mode.
+    fp32, in eval mode, read as the run's `settings` say (None: as the folder says).
 
     Raises:
         CheckpointError: weights of another model.
     """
-    config = load_encoder_config(source)
-    head = state.get("multi_vector_head.weight")
+    settings = settings or ModelConfig(path=source)
+    if has_lora(state):
+        state = merge_lora(state, _lora_settings(settings))
+    config = load_encoder_config(source, settings.attention)
+    reading = read_settings(source, config, settings)
+    tokenizer = load_tokenizer_of(source)
+    width, layers = _projection(state, source, settings, config.hidden_size)
     trained = {name: any(key.startswith(f"{name}_head.") for key in state) for name in HEAD_FILES}
+    expands = any(key.startswith("expansion_head.") for key in state)
+    trained["lexical"] |= expands
     model = M3Model(
         build_backbone(config),
-        read_special_ids(source),
-        multi_vector_dim=None if head is None else head.shape[0],
+        find_special_ids(tokenizer),
+        multi_vector_dim=width,
+        multi_vector_layers=layers,
         heads=["dense", *(name for name, is_there in trained.items() if is_there)],
+        expands=expands,
+        reading=reading,
+        first_id=find_first_id(tokenizer, source, reading),
     )
+    _refuse_other_weights(state, model, source)
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    return model.eval()
+
+
+def _refuse_other_weights(state: Mapping[str, Tensor], model: M3Model, source: str) -> None:
+    """Names and shapes must be those of the model.
+
+    Raises:
+        CheckpointError: some are missing, unknown or of another shape; names the first two.
+    """
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     shapes = [
@@ -74,24 +109,68 @@ def model_from_state(state: Mapping[str, Tensor], source: str) -> M3Model:
                 f"it {fault} {', '.join(names[:2])}{rest}",
                 "name the folder this checkpoint was trained from",
             )
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    return model.eval()
 
 
-def reload_bge_m3(folder: Path, model: M3Model) -> M3Model:
-    """The model in a folder of the bge-m3 layout, with the heads that `model` has."""
-    return load_m3(str(folder), ModelConfig(path=str(folder)), heads=model.heads).eval()
+def _projection(
+    state: Mapping[str, Tensor], source: str, settings: ModelConfig, hidden_size: int
+) -> tuple[int | None, tuple[TokenLayer, ...]]:
+    """Width and layers of the multi-vector head whose weights are in `state`."""
+    biases = [name for name in state if re.fullmatch(r"multi_vector_head\.(\d+\.linear\.)?bias", name)]
+    if not biases:
+        return None, ()
+    width = state[max(biases)].shape[0]
+    if not is_layered(state):
+        return width, ()
+    layers = find_layers(Path(source), settings, hidden_size, width)
+    if not layers:
+        rule = (
+            "these weights hold a multi-vector head of several layers, and nothing says what is between them"
+        )
+        remedy = "export a checkpoint inside its run folder, whose recipe.yaml has model.multi_vector_hidden"
+        raise CheckpointError("checkpoint", source, rule, remedy)
+    return width, layers
+
+
+def is_layered(state: Mapping[str, Tensor]) -> bool:
+    """Whether the multi-vector head among the weights `state` of an M3Model is a chain of layers."""
+    return "multi_vector_head.0.linear.weight" in state
+
+
+def _lora_settings(settings: ModelConfig) -> LoraConfig:
+    if settings.lora is not None:
+        return settings.lora
+    rule = "these weights hold low-rank adapters, and nothing says what alpha they were trained with"
+    remedy = "export a checkpoint inside its run folder, whose recipe.yaml has model.lora"
+    raise CheckpointError("checkpoint", settings.path, rule, remedy)
+
+
+def refuse_mcls(model: M3Model, format: str) -> None:
+    """The model's vectors can be computed by readers that put no `<s>` into a text.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if model.reading.pooling == "mcls":
+        rule = f"{format} is read by libraries that put no <s> into a text: every vector would differ"
+        raise ConfigError("model.pooling", "mcls", rule, "export it as bge-m3, for M3Embedder")
+
+
+def reload_heads(folder: Path, model: M3Model) -> M3Model:
+    """The model in an exported folder, with those of `model`'s heads that it holds."""
+    held = [name for name in model.heads if name in held_heads(str(folder))]
+    return load_m3(str(folder), ModelConfig(path=str(folder)), heads=held).eval()
 
 
 @torch.no_grad()
 def largest_differences(
-    folder: Path, model: M3Model, reload: Callable[[Path, M3Model], M3Model] = reload_bge_m3
+    folder: Path, model: M3Model, reload: Callable[[Path, M3Model], M3Model] = reload_heads
 ) -> dict[str, float]:
     """Largest absolute difference per head that both have, between the model in `folder`, read back by
     `reload`, and `model`; inf where shapes or ids differ."""
     tokenizer = load_tokenizer_of(str(folder))
     texts = [*SAMPLE_TEXTS, " ".join([*SAMPLE_TEXTS] * 64)]
-    limit = min(2048, tokenizer.model_max_length)
+    # mcls puts tokens in, which need positions too
+    limit = min(2048, tokenizer.model_max_length, max_model_tokens(model))
     reloaded = reload(folder, model)
     packed = pack_texts(tokenizer(texts, truncation=True, max_length=limit)["input_ids"])
     ours, theirs = represent(model, packed), represent(reloaded, packed)
@@ -111,7 +190,7 @@ def largest_differences(
 
 
 def verify_folder(
-    folder: Path, model: M3Model, source: str, reload: Callable[[Path, M3Model], M3Model] = reload_bge_m3
+    folder: Path, model: M3Model, source: str, reload: Callable[[Path, M3Model], M3Model] = reload_heads
 ) -> dict[str, float]:
     """`largest_differences`, refused above TOLERANCE, and the tokenizer of `folder` compared with `source`'s.
 

@@ -48,9 +48,9 @@ def mode_tables(runs: Sequence[RunRecord]) -> str:
     return _of_newest(runs, _mode_table)
 
 
-def heat_maps(runs: Sequence[RunRecord]) -> str:
-    """Languages as rows, modes as columns, the higher the darker."""
-    return _of_newest(runs, _heat_map)
+def heat_maps(runs: Sequence[RunRecord], by: str) -> str:
+    """Groups as rows, modes as columns, the higher the darker; `by` is language, length or query_length."""
+    return _of_newest(runs, lambda evaluation: _heat_map(evaluation, by))
 
 
 def _of_newest(runs: Sequence[RunRecord], draw: Callable[[Evaluation], str]) -> str:
@@ -83,21 +83,18 @@ def _mode_table(evaluation: Evaluation) -> str:
     return table(["mode", *METRICS, f"{METRICS[0]} over BM25"], rows)
 
 
-def _heat_map(evaluation: Evaluation) -> str:
-    modes = evaluation.result.modes
-    languages = dict.fromkeys(language for of_mode in modes.values() for language in of_mode.by_language)
-    rows = []
-    for language in languages:
-        cells = [of_mode.by_language.get(language, {}).get(METRICS[0]) for of_mode in modes.values()]
-        rows.append([safe(language), *cells])
-    head = "".join(f"<th>{safe(cell)}</th>" for cell in [METRICS[0], *modes])
-    body = "".join(
-        f"<tr><td>{name}</td>"
-        + "".join(
+def _heat_map(evaluation: Evaluation, by: str) -> str:
+    groups = {mode: getattr(of_mode, f"by_{by}") for mode, of_mode in evaluation.result.modes.items()}
+    unit = " tokens" if by != "language" else ""
+    body = ""
+    for name in dict.fromkeys(name for of_mode in groups.values() for name in of_mode):
+        each = [of_mode.get(name, {}) for of_mode in groups.values()]
+        queries = next((f"{found['queries']:,.0f}" for found in each if "queries" in found), "–")
+        cells = [found.get(METRICS[0]) for found in each]
+        drawn = "".join(
             "<td>–</td>" if cell is None else f'<td style="--share:{cell:.3f}">{cell:.3f}</td>'
             for cell in cells
         )
-        + "</tr>"
-        for name, *cells in rows
-    )
-    return f'<div class="scroll"><table class="heat"><tr>{head}</tr>{body}</table></div>' if rows else ""
+        body += f"<tr><td>{safe(name)}{unit} ({queries} queries)</td>{drawn}</tr>"
+    head = "".join(f"<th>{safe(cell)}</th>" for cell in [METRICS[0], *groups])
+    return f'<div class="scroll"><table class="heat"><tr>{head}</tr>{body}</table></div>' if body else ""

@@ -12,6 +12,8 @@ from itertools import groupby
 from megam3.data.manifest import Manifest
 from megam3.report.chart import NUM_COLOURS, Line, line_chart
 from megam3.report.evaluations import evaluation_curves, heat_maps, mode_tables
+from megam3.report.examples import examples_html
+from megam3.report.matches import MATCH_STYLE
 from megam3.report.record import Point, RunRecord, flatten
 from megam3.report.style import STYLE
 from megam3.report.text import figure, safe, table
@@ -38,7 +40,10 @@ def page(runs: Sequence[RunRecord]) -> str:
     sections = [
         ("Runs", _overview(runs)),
         ("Retrieval modes against BM25", mode_tables(runs)),
-        ("Modes by language", heat_maps(runs)),
+        ("Modes by language", heat_maps(runs, "language")),
+        ("Modes by length of the query", heat_maps(runs, "query_length")),
+        ("Modes by length of the longest relevant passage", heat_maps(runs, "length")),
+        ("Example queries", _examples(runs)),
         ("Evaluation over time", evaluation_curves(runs)),
         *_curves(runs),
         ("Memory planned and measured", _memory(runs)),
@@ -54,7 +59,7 @@ def page(runs: Sequence[RunRecord]) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head>\n"
+        f"<title>{title}</title><style>{STYLE}{MATCH_STYLE}</style></head>\n"
         f"<body><h1>{title}</h1>\n{body}\n</body></html>\n"
     )
 
@@ -79,6 +84,12 @@ def _overview(runs: Sequence[RunRecord]) -> str:
         if run.num_nonfinite
     ]
     return table(head, rows) + "".join(f'<p class="note">{safe(note)}</p>' for note in notes)
+
+
+def _examples(runs: Sequence[RunRecord]) -> str:
+    """Of each run; one run's without its name."""
+    parts = [(run.name, examples_html(run.examples)) for run in runs if run.examples]
+    return "".join(f"<h3>{safe(name)}</h3>{html}" if len(runs) > 1 else html for name, html in parts)
 
 
 def _last(run: RunRecord, name: str) -> str:
@@ -134,12 +145,17 @@ def _memory(runs: Sequence[RunRecord]) -> str:
         return ""
     rows = [
         ["measured", *(f"{memory.measured:.2f} ({safe(memory.what)})" for _, memory in known)],
-        ["planned", *("–" if memory.planned is None else f"{memory.planned:.2f}" for _, memory in known)],
+        ["planned for the same steps", *(_gib(memory.planned) for _, memory in known)],
+        ["planned for the heaviest step", *(_gib(memory.planned_most) for _, memory in known)],
     ]
     for part in dict.fromkeys(part for _, memory in known for part in memory.parts):
         cells = [f"{memory.parts[part]:.2f}" if part in memory.parts else "–" for _, memory in known]
-        rows.append([f"planned: {safe(part)}", *cells])
+        rows.append([f"of the heaviest: {safe(part)}", *cells])
     return table(["GiB of one rank", *(safe(run.name) for run, _ in known)], rows)
+
+
+def _gib(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _mixes(runs: Sequence[RunRecord]) -> str:

@@ -19,11 +19,12 @@ from megam3.data.store import dataset_folder
 from megam3.errors import DataError, UserError
 from megam3.files import read_json
 from megam3.obs.metrics import read_metrics
+from megam3.report.examples import Example, read_examples
 from megam3.retrieval.results import EvaluationResult, read_result
 
 _MEMORY = re.compile(
     r"peak memory after (?P<steps>\d+) steps: (?P<measured>[\d.]+) GiB \((?P<what>[^)]*)\)"
-    r"(?:; planned (?P<planned>[\d.]+) GiB)?"
+    r"(?:; planned (?P<planned>[\d.]+) GiB(?: for them, (?P<most>[\d.]+) GiB at most)?)?"
 )
 _PART = re.compile(r" INFO   (?P<name>\S.*?) +(?P<gib>\d+\.\d+)$")
 _EVALUATION = re.compile(r"step-(\d+)-.+\.json")
@@ -44,10 +45,13 @@ class Memory:
     steps: int
     measured: float
     what: str
-    """What was measured: a device's allocations, or the whole process."""
+    """What was measured: a device's allocations, or the process without what it held before its model."""
     planned: float | None
+    """For the steps that were measured; in logs of older releases for the longest texts allowed."""
+    planned_most: float | None
+    """For the heaviest step that the data can make."""
     parts: dict[str, float]
-    """The plan by component; empty where none was counted."""
+    """The plan of the heaviest step by component; empty where none was counted."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ class RunRecord:
     recipe_text: str
     recipe: Mapping[str, Any]
     environment: Mapping[str, Any]
+    examples: list[Example] = field(default_factory=list)
+    """Queries with what a model found; empty until `megam3 report --examples` was asked for them."""
     notes: list[str] = field(default_factory=list)
     """What is missing or cannot be read."""
 
@@ -113,6 +119,7 @@ def read_run(folder: str | Path) -> RunRecord:
         recipe_text=recipe_text,
         recipe=recipe,
         environment=_environment(folder / "env.json", notes),
+        examples=read_examples(folder, notes),
         notes=notes,
     )
 
@@ -190,6 +197,7 @@ def _memory(log: str) -> Memory | None:
         measured=float(last["measured"]),
         what=last["what"],
         planned=float(last["planned"]) if last["planned"] else None,
+        planned_most=float(last["most"]) if last["most"] else None,
         parts=parts,
     )
 

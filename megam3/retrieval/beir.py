@@ -4,56 +4,64 @@
     queries.jsonl     {"_id": "q1", "text": "bigger letters", "lang": "en"}   or under "metadata"
     qrels/test.tsv    query-id <tab> corpus-id <tab> score, with this header line or without
 
-Only queries with a judgement above 0 are kept: the file often holds the queries of all splits.
+Only queries with a judgement above 0 are kept: the file often holds the queries of all splits. Queries with
+`"answers": ["…"]` need no judgements: a passage is relevant if it holds one (`answers.py`).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megam3.errors import DataError
+from megam3.files import parse_json
 
+MAX_LINE_CHARACTERS = 1 << 25
+"""The longest document of a published benchmark has some hundred thousand."""
 _LAYOUT = "a BEIR folder holds corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BeirDataset:
-    """One test set in memory."""
+    """One test set; queries and judgements in memory, passages there or on disk."""
 
     name: str
-    passage_ids: list[str]
-    passages: list[str]
+    passage_ids: Sequence[str]
+    passages: Sequence[str]
     """Title and text, joined by a space when there is a title."""
     query_ids: list[str]
     queries: list[str]
     languages: list[str]
     """Of each query; `und` when it says none."""
     qrels: dict[str, dict[str, int]]
-    """query id -> passage id -> grade."""
+    """query id -> passage id -> grade; empty where `answers` judge."""
+    answers: dict[str, list[str]] | None = None
+    """query id -> texts of which a relevant passage holds one; None: `qrels` judge."""
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, str]]:
     if not path.is_file():
         raise DataError("evaluation folder", str(path), "is not there", _LAYOUT)
     with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_CHARACTERS + 1), ""), 1):
+            if len(line) > MAX_LINE_CHARACTERS:
+                rule = f"has more than {MAX_LINE_CHARACTERS} characters"
+                raise DataError(f"{path}:{number}", line[:80], rule, "cut the text up")
             if line.strip():
                 yield f"{path}:{number}", line.rstrip("\n")
 
 
-def _read_records(path: Path) -> Iterator[dict]:
-    """Records with a string `_id` (numbers are accepted) and a string `text`."""
+def _read_records(path: Path, unique: bool = True) -> Iterator[dict]:
+    """Records with a string `_id` (numbers are accepted), which no other has if `unique`, and a string
+    `text`."""
     seen: set[str] = set()
     for where, line in _read_lines(path):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                where, line[:80], f"is not JSON ({error.msg})", "write one JSON object a line"
-            ) from None
+            record = parse_json(line)
+        except ValueError as error:
+            rule = f"is not JSON ({getattr(error, 'msg', error)})"
+            raise DataError(where, line[:80], rule, "write one JSON object a line") from None
         if (
             not isinstance(record, dict)
             or not isinstance(record.get("_id"), str | int)
@@ -67,11 +75,28 @@ def _read_records(path: Path) -> Iterator[dict]:
             )
         record["_id"] = str(record["_id"])
         if record["_id"] in seen:
-            raise DataError(
-                where, record["_id"], "this `_id` was there before", "give every line an `_id` of its own"
-            )
-        seen.add(record["_id"])
+            raise repeated_id(where, record["_id"])
+        if unique:
+            seen.add(record["_id"])
         yield record
+
+
+def read_corpus(folder: Path, unique: bool = True) -> Iterator[tuple[str, str]]:
+    """(id, title and text) of each passage, one at a time.
+
+    Args:
+        unique: refuse an id that was there before, which needs all of them in memory.
+
+    Raises:
+        DataError: a missing file, or a bad line (`file:line`).
+    """
+    for record in _read_records(folder / "corpus.jsonl", unique):
+        yield record["_id"], f"{record.get('title') or ''} {record['text']}".strip()
+
+
+def repeated_id(where: str, found: str) -> DataError:
+    """The error of an `_id` that two records have."""
+    return DataError(where, found, "this `_id` was there before", "give every line an `_id` of its own")
 
 
 def _read_qrels(path: Path) -> Iterator[tuple[str, str, str, int]]:
@@ -95,52 +120,64 @@ def _language(record: dict) -> str:
     return str(record.get("lang") or inner or "und")
 
 
+def _answers(queries: dict[str, dict]) -> dict[str, list[str]]:
+    """Answers of the queries that have some."""
+    found = {query: record.get("answers") for query, record in queries.items()}
+    return {
+        query: [str(a) for a in given] for query, given in found.items() if isinstance(given, list) and given
+    }
+
+
 def read_beir(folder: str | Path, split: str = "test") -> BeirDataset:
-    """Read the test set in `folder`.
+    """Read the test set in `folder`, passages included.
 
     Raises:
         DataError: a missing file, a bad line (`file:line`), a judgement of an unknown query or passage, or no
             judgement above 0.
     """
     folder = Path(folder)
-    passages: dict[str, str] = {}
-    for record in _read_records(folder / "corpus.jsonl"):
-        title = record.get("title") or ""
-        passages[record["_id"]] = f"{title} {record['text']}".strip()
+    passages = dict(read_corpus(folder))
+    return read_judged(folder, split, list(passages), list(passages.values()))
+
+
+def read_judged(folder: Path, split: str, passage_ids: Sequence[str], passages: Sequence[str]) -> BeirDataset:
+    """Queries and judgements of `folder` over passages that were read already.
+
+    Raises:
+        DataError: as `read_beir`; nothing is said of a passage without a judgement.
+    """
     queries = {record["_id"]: record for record in _read_records(folder / "queries.jsonl")}
     qrels_file = folder / "qrels" / f"{split}.tsv"
+    lines = list(_read_qrels(qrels_file))
+    judged = {passage for _, _, passage, _ in lines}
+    known = {passage for passage in passage_ids if passage in judged}
     qrels: dict[str, dict[str, int]] = {}
-    for where, query, passage, grade in _read_qrels(qrels_file):
-        if query not in queries:
-            raise DataError(
-                where,
-                query,
-                "names a query that queries.jsonl does not hold",
-                "use the files of one data set",
-            )
-        if passage not in passages:
-            raise DataError(
-                where,
-                passage,
-                "names a passage that corpus.jsonl does not hold",
-                "use the files of one data set",
-            )
+    for where, query, passage, grade in lines:
+        for name, kind, file, held in (
+            (query, "query", "queries.jsonl", queries),
+            (passage, "passage", "corpus.jsonl", known),
+        ):
+            if name not in held:
+                rule = f"names a {kind} that {file} does not hold"
+                raise DataError(where, name, rule, "use the files of one data set")
         qrels.setdefault(query, {})[passage] = grade
     qrels = {query: grades for query, grades in qrels.items() if max(grades.values()) > 0}
-    if not qrels:
+    answers = {} if qrels else _answers(queries)
+    if not qrels and not answers:
         raise DataError(
             "evaluation folder",
             str(qrels_file),
             "holds no judgement above 0",
             "nothing can be measured without one",
         )
-    kept = [query for query in queries if query in qrels]
+    kept = [query for query in queries if query in (answers or qrels)]
     return BeirDataset(
         name=folder.name,
-        passage_ids=list(passages),
-        passages=list(passages.values()),
+        passage_ids=passage_ids,
+        passages=passages,
         query_ids=kept,
         queries=[queries[query]["text"] for query in kept],
         languages=[_language(queries[query]) for query in kept],
         qrels=qrels,
+        answers=answers or None,
     )

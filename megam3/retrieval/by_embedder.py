@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from megam3.batch import Representations
+from megam3.config.schema import MODE_HEADS
 from megam3.embedder import M3Embedder
 from megam3.retrieval.encode import EncodeIds
 from megam3.retrieval.evaluate import Tokenize
@@ -18,12 +19,14 @@ def embedder_tokenize(embedder: M3Embedder) -> Tokenize:
     return tokenize
 
 
-def embedder_encode(embedder: M3Embedder) -> EncodeIds:
-    """The embedder's model in the form `evaluate` takes: one batch, longest text first."""
+def embedder_encode(embedder: M3Embedder, modes: Sequence[str] | None = None) -> EncodeIds:
+    """The embedder's model in the form `evaluate` takes: one batch, longest text first; only the heads that
+    `modes` need are computed (None: all)."""
+    needed = None if modes is None else sorted({head for mode in modes for head in MODE_HEADS.get(mode, ())})
 
     def encode_ids(token_ids: Sequence[Sequence[int]]) -> Representations:
         total = sum(len(ids) for ids in token_ids)
-        (order, representations), *more = embedder.represent_ids(token_ids, batch_tokens=total)
+        (order, representations), *more = embedder.represent_ids(token_ids, batch_tokens=total, heads=needed)
         assert order == list(range(len(token_ids))), "one batch, sorted by length already"
         assert not more
         return representations

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from megam3.batch import Representations
 from megam3.dist import comm
-from megam3.embedder import length_batches
 from megam3.errors import CheckpointError
+from megam3.packed_texts import length_batches
 
 EncodeIds = Callable[[Sequence[Sequence[int]]], Representations]
 """Token id lists of one batch (special tokens included) to their representations, without a graph."""

@@ -11,15 +11,19 @@ BM25          all passages, over the model's own tokens
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megam3.config.schema import EvaluationConfig
+from megam3.config.schema import MODE_HEADS, EvaluationConfig, Mode
+from megam3.config.weights import HEADS
 from megam3.dist import comm
 from megam3.errors import ConfigError
+from megam3.retrieval.answers import answer_qrels
 from megam3.retrieval.beir import BeirDataset
 from megam3.retrieval.bm25 import bm25_hits
 from megam3.retrieval.encode import EncodedTexts, EncodeIds, encode_texts, multi_vector_rows
@@ -34,11 +38,14 @@ from megam3.retrieval.search import (
     score_candidates,
     unite,
 )
-from megam3.retrieval.topk import NO_ROW, Hits, sort_by_score
+from megam3.retrieval.topk import NO_ROW, Hits, empty_hits, sort_by_score
 
-MODES = ("Dense", "Sparse", "Multi-vec", "Dense+Sparse", "All", "BM25")
+MODES: tuple[str, ...] = (*MODE_HEADS, "BM25")
 LENGTH_EDGES = (128, 256, 512, 1024, 2048, 4096, 8192)
 """Upper edges, in tokens of a query's longest relevant passage, of the length buckets in a result."""
+
+QUERY_LENGTH_EDGES = (8, 16, 32, 64, 128, 256, 512)
+"""The same of the query's own tokens, special ones included."""
 
 Tokenize = Callable[[Sequence[str], int], list[list[int]]]
 """(texts, most tokens) -> ids with special tokens, cut at the limit."""
@@ -50,27 +57,47 @@ class _Tokenised:
     passage_ids: list[list[int]]
 
 
-def check_modes(modes: Sequence[str]) -> None:
-    """Raises ConfigError for a name that is no mode."""
+def offered_modes(heads: Collection[str]) -> tuple[str, ...]:
+    """The modes that a model with these heads can be searched in, BM25 among them.
+
+    >>> offered_modes(["dense", "multi_vector"])
+    ('Dense', 'Multi-vec', 'BM25')
+    """
+    held = {"dense", *heads}
+    return (*(mode for mode, needed in MODE_HEADS.items() if held.issuperset(needed)), "BM25")
+
+
+def check_modes(modes: Sequence[str], heads: Collection[str] = HEADS) -> None:
+    """The modes exist, and a model with these heads has what they need.
+
+    Raises:
+        ConfigError: one does not, or has not.
+    """
+    offered = offered_modes(heads)
     for mode in modes:
         if mode not in MODES:
             raise ConfigError(
                 "modes", mode, f"must be among {', '.join(MODES)}", "check the spelling, capitals included"
             )
+        if mode not in offered:
+            needed = MODE_HEADS[cast(Mode, mode)]
+            missing = ", ".join(head for head in HEADS if head in needed and head not in heads)
+            rule = f"needs the heads {missing}, which the model does not have"
+            raise ConfigError("modes", mode, rule, f"choose among {', '.join(offered)}")
 
 
-def length_bucket(num_tokens: int) -> str:
+def length_bucket(num_tokens: int, edges: Sequence[int] = LENGTH_EDGES) -> str:
     """Name of the bucket a token count falls in.
 
     >>> length_bucket(512), length_bucket(513), length_bucket(9000)
     ('257-512', '513-1024', 'over 8192')
     """
     low = 1
-    for edge in LENGTH_EDGES:
+    for edge in edges:
         if num_tokens <= edge:
             return f"{low}-{edge}"
         low = edge + 1
-    return f"over {LENGTH_EDGES[-1]}"
+    return f"over {edges[-1]}"
 
 
 def rank_candidates(candidates: Candidates, config: EvaluationConfig) -> dict[str, Hits]:
@@ -111,9 +138,11 @@ def _search(
     dense = best_of(
         dense_blocks(queries, passages), num_queries, max(config.rerank_dense, config.rerank_hybrid, DEPTH)
     )
-    lexical = best_of(
-        lexical_blocks(queries, passages), num_queries, max(config.rerank_hybrid, DEPTH), positive_only=True
-    )
+    depth = max(config.rerank_hybrid, DEPTH)
+    if {"Sparse", "Dense+Sparse", "All"}.intersection(modes):
+        lexical = best_of(lexical_blocks(queries, passages), num_queries, depth, positive_only=True)
+    else:
+        lexical = empty_hits(num_queries)
     hits = {"Dense": dense, "Sparse": lexical}
     if {"Multi-vec", "Dense+Sparse", "All"}.intersection(modes):
         with_multi = {"Multi-vec", "All"}.intersection(modes)
@@ -142,29 +171,81 @@ def _rerank(
     return rank_candidates(score_candidates(queries, passages, dense, rows, wanted, united), config)
 
 
-def _mode_result(dataset: BeirDataset, hits: Hits, buckets: dict[str, str]) -> ModeResult:
+def _mode_result(
+    dataset: BeirDataset, hits: Hits, buckets: dict[str, str], query_buckets: dict[str, str]
+) -> ModeResult:
     rankings = {
         query: [dataset.passage_ids[row] for row in rows if row != NO_ROW]
         for query, rows in zip(dataset.query_ids, hits.first(DEPTH).rows_QK.tolist())
     }
-    per_query = score_rankings(dataset.qrels, rankings)
+    qrels = dataset.qrels
+    if dataset.answers is not None:
+        found = set(hits.first(DEPTH).rows_QK.flatten().tolist()) - {NO_ROW}
+        texts = {dataset.passage_ids[row]: dataset.passages[row] for row in found}
+        qrels = answer_qrels(dataset.answers, rankings, texts)
+    per_query = score_rankings(qrels, rankings)
     languages = dict(sorted(zip(dataset.query_ids, dataset.languages), key=lambda item: item[1]))
     return ModeResult(
         mean_metrics(list(per_query.values())),
         mean_by_group(per_query, languages),
         mean_by_group(per_query, buckets),
+        mean_by_group(per_query, query_buckets),
     )
 
 
-def _buckets(dataset: BeirDataset, lengths: dict[str, int]) -> dict[str, str]:
-    """query -> length bucket of its longest relevant passage, short buckets first."""
+def _buckets(dataset: BeirDataset, passage_tokens: Sequence[int] | np.ndarray) -> dict[str, str]:
+    """query -> length bucket of its longest relevant passage, short buckets first; none where answers judge:
+    which passages are relevant then depends on what a mode found."""
+    if dataset.answers is not None:
+        return {}
+    judged = {passage for grades in dataset.qrels.values() for passage in grades}
+    tokens = {
+        passage: int(passage_tokens[row])
+        for row, passage in enumerate(dataset.passage_ids)
+        if passage in judged
+    }
     longest = {
-        query: max(lengths[passage] for passage, grade in dataset.qrels[query].items() if grade > 0)
+        query: max(tokens[passage] for passage, grade in dataset.qrels[query].items() if grade > 0)
         for query in dataset.query_ids
     }
     return {
         query: length_bucket(longest[query]) for query in sorted(longest, key=lambda query: longest[query])
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Searched:
+    """What a search of one test set found, before it is measured."""
+
+    hits: dict[str, Hits]
+    """By mode; rows are places in the dataset's `passage_ids`."""
+    query_tokens: Sequence[int]
+    """Tokens of each query, as it was encoded."""
+    passage_tokens: Sequence[int] | np.ndarray
+    seconds: float
+
+
+def measure(dataset: BeirDataset, searched: Searched, config: EvaluationConfig) -> EvaluationResult:
+    """Figures of each mode, over all queries and by group."""
+    buckets = _buckets(dataset, searched.passage_tokens)
+    query_tokens, passage_tokens = np.asarray(searched.query_tokens), np.asarray(searched.passage_tokens)
+    own = sorted(zip(searched.query_tokens, dataset.query_ids))
+    query_buckets = {query: length_bucket(count, QUERY_LENGTH_EDGES) for count, query in own}
+    at_limit = (query_tokens >= config.query_max_tokens).sum()
+    at_limit += (passage_tokens >= config.passage_max_tokens).sum()
+    return EvaluationResult(
+        dataset=dataset.name,
+        num_queries=len(dataset.query_ids),
+        num_passages=len(dataset.passage_ids),
+        num_tokens=int(passage_tokens.sum()),
+        num_at_limit=int(at_limit),
+        seconds=searched.seconds,
+        modes={
+            mode: _mode_result(dataset, searched.hits[mode], buckets, query_buckets)
+            for mode in MODES
+            if mode in searched.hits
+        },
+    )
 
 
 def evaluate(
@@ -191,15 +272,10 @@ def evaluate(
         hits |= _search(texts, encode_ids, config, modes)
     if "BM25" in modes:
         hits["BM25"] = bm25_hits(texts.query_ids, texts.passage_ids, DEPTH)
-    lengths = {passage: len(ids) for passage, ids in zip(dataset.passage_ids, texts.passage_ids)}
-    buckets = _buckets(dataset, lengths)
-    return EvaluationResult(
-        dataset=dataset.name,
-        num_queries=len(dataset.query_ids),
-        num_passages=len(dataset.passage_ids),
-        num_tokens=sum(lengths.values()),
-        num_at_limit=sum(len(ids) >= config.query_max_tokens for ids in texts.query_ids)
-        + sum(len(ids) >= config.passage_max_tokens for ids in texts.passage_ids),
+    searched = Searched(
+        hits={mode: hits[mode] for mode in modes},
+        query_tokens=[len(ids) for ids in texts.query_ids],
+        passage_tokens=[len(ids) for ids in texts.passage_ids],
         seconds=time.perf_counter() - started,
-        modes={mode: _mode_result(dataset, hits[mode], buckets) for mode in MODES if mode in modes},
     )
+    return measure(dataset, searched, config)

@@ -25,7 +25,8 @@ class MtebModel:
     Args:
         path: a folder in the published layout.
         name: what MTEB files the results under, `owner/name`.
-        batch_tokens: tokens per encoding batch; MTEB's own batch size counts texts and is not used.
+        batch_tokens: tokens per encoding batch, None: what suits the device; MTEB's own batch size counts
+            texts and is not used.
 
     Raises:
         ConfigError: mteb is not installed.
@@ -33,7 +34,12 @@ class MtebModel:
     """
 
     def __init__(
-        self, path: str, *, name: str = "megam3/local", device: str | None = None, batch_tokens: int = 32768
+        self,
+        path: str,
+        *,
+        name: str = "megam3/local",
+        device: str | None = None,
+        batch_tokens: int | None = None,
     ):
         try:
             mteb_models = importlib.import_module("mteb.models")

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 from megam3.data.record import BadRecord, Record, parse_record, short
-from megam3.data.source import HugeLine, Unit, find_files, place, read_unit, split_file
+from megam3.data.source import ForwardReader, HugeLine, Unit, find_files, place, read_unit, split_file
 from megam3.errors import DataError
+from megam3.files import parse_json
 
 READ_UNIT_BYTES = 64 << 20
 _CORRECT = "correct the record, or take it out"
 
 
-def read_objects(unit: Unit) -> Iterator[tuple[int, dict]]:
-    """(number within the unit, object) of each record.
+def read_objects(unit: Unit, reader: ForwardReader | None = None) -> Iterator[tuple[int, dict]]:
+    """(number within the unit, object) of each record. Whoever reads several units of a file gives the same
+    `reader` to each call, here and in what follows.
 
     Raises:
         DataError: a line that is no JSON object, with `file:line`.
     """
-    for number, line in read_unit(unit):
+    for number, line in read_unit(unit, reader):
         if isinstance(line, dict):
             yield number, line
             continue
         try:
-            parsed = None if isinstance(line, HugeLine) else json.loads(line)
-        except (ValueError, RecursionError) as error:
+            parsed = None if isinstance(line, HugeLine) else parse_json(line)
+        except ValueError as error:
             shown = short(line.decode("utf-8", "replace") if isinstance(line, bytes) else line)
             rule = f"is not valid JSON ({error})"
             raise DataError(place(unit, number), shown, rule, _CORRECT) from error
@@ -35,13 +37,13 @@ def read_objects(unit: Unit) -> Iterator[tuple[int, dict]]:
         yield number, parsed
 
 
-def read_pairs(unit: Unit) -> Iterator[tuple[dict, Record]]:
+def read_pairs(unit: Unit, reader: ForwardReader | None = None) -> Iterator[tuple[dict, Record]]:
     """(object as written, checked record) of each training record; a record without a query is refused.
 
     Raises:
         DataError: a record that breaks a rule of `parse_record`, with `file:line`.
     """
-    for number, parsed in read_objects(unit):
+    for number, parsed in read_objects(unit, reader):
         record = _checked(unit, number, parsed)
         if record.query is None:
             raise DataError(
@@ -60,7 +62,7 @@ def _checked(unit: Unit, number: int, parsed: dict) -> Record:
         raise DataError(f"{place(unit, number)} {why.field}", short(why.value), why.rule, _CORRECT) from why
 
 
-def read_passages(unit: Unit) -> Iterator[str]:
+def read_passages(unit: Unit, reader: ForwardReader | None = None) -> Iterator[str]:
     """Texts of passages: `text` after its `title` (BEIR's corpus.jsonl, `{"text"}`), or pos and neg of a
     training record.
 
@@ -69,7 +71,7 @@ def read_passages(unit: Unit) -> Iterator[str]:
     Raises:
         DataError: a record of neither form, with `file:line`.
     """
-    for number, parsed in read_objects(unit):
+    for number, parsed in read_objects(unit, reader):
         if "query" in parsed:
             yield from _checked(unit, number, parsed).passages
         elif isinstance(parsed.get("text"), str) and isinstance(parsed.get("title") or "", str):
@@ -77,6 +79,20 @@ def read_passages(unit: Unit) -> Iterator[str]:
         else:
             rule = "must hold a string under `text`, or `query` and `pos`"
             raise DataError(place(unit, number), short(parsed), rule, _CORRECT)
+
+
+def pairs_of(files: Iterable[str]) -> Iterator[Record]:
+    """Records of whole files, each file read once; see `read_pairs`."""
+    with closing(ForwardReader()) as reader:
+        for unit in units_of(files):
+            yield from (record for _, record in read_pairs(unit, reader))
+
+
+def passages_of(files: Iterable[str]) -> Iterator[str]:
+    """Texts of whole files, each file read once; see `read_passages`."""
+    with closing(ForwardReader()) as reader:
+        for unit in units_of(files):
+            yield from read_passages(unit, reader)
 
 
 def units_of(files: Iterable[str], unit_bytes: int = READ_UNIT_BYTES) -> list[Unit]:

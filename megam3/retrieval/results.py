@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.table import Table
 
+from megam3.files import read_json
 from megam3.retrieval.metrics import METRICS
 
 
@@ -21,6 +22,9 @@ class ModeResult:
     overall: dict[str, float]
     by_language: dict[str, dict[str, float]]
     by_length: dict[str, dict[str, float]]
+    """By tokens of a query's longest relevant passage."""
+    by_query_length: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By tokens of the query; empty in files from before it was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +60,7 @@ class EvaluationResult:
 
 def read_result(path: str | Path) -> EvaluationResult:
     """Read what `EvaluationResult.write` wrote."""
-    fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    fields = read_json(path)
     fields["modes"] = {mode: ModeResult(**values) for mode, values in fields["modes"].items()}
     return EvaluationResult(**fields)
 
@@ -79,10 +83,11 @@ def overall_table(results: Sequence[EvaluationResult]) -> Table:
 
 
 def group_table(result: EvaluationResult, by: str, metric: str = METRICS[0]) -> Table:
-    """Groups (`by` is "language" or "length") as rows, modes as columns, one metric."""
+    """Groups (`by` is language, length or query_length) as rows, modes as columns, one metric."""
     groups = {mode: getattr(values, f"by_{by}") for mode, values in result.modes.items()}
-    table = Table(title=f"{result.dataset}: {metric} by {by}", title_justify="left")
-    table.add_column(by)
+    words = by.replace("_", " ")
+    table = Table(title=f"{result.dataset}: {metric} by {words}", title_justify="left")
+    table.add_column(words)
     table.add_column("queries", justify="right")
     for mode in groups:
         table.add_column(mode, justify="right")

@@ -24,7 +24,7 @@ from megam3.retrieval.index.vectors import encode_vectors
 
 MAX_SHARD_PASSAGES = 16384
 MAX_SHARD_TEXT_BYTES = 128 << 20
-_FINGERPRINTED = ("*.json", "*.safetensors", "*.bin", "*.pt", "*.model")
+_FINGERPRINTED = ("*.json", "*.safetensors", "*.bin", "*.pt", "*.model", "*_Dense/*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +32,12 @@ class EncodeOptions:
     """How passages are encoded."""
 
     max_tokens: int = 512
-    batch_tokens: int = 32768
+    batch_tokens: int | None = None
+    """Tokens encoded at a time; None: what suits the device."""
     instruction: str = ""
     dense_dtype: str = "float16"
+    lexical: bool = True
+    """Lexical weights too; dense candidates need none."""
     multi_vector: bool = False
 
 
@@ -43,7 +46,7 @@ def model_fingerprint(folder: str | Path) -> str:
     hasher = hashlib.blake2b(digest_size=16)
     names = {path for pattern in _FINGERPRINTED for path in Path(folder).glob(pattern)}
     for path in sorted(names):
-        hasher.update(f"{path.name} {file_digest(path)}\n".encode())
+        hasher.update(f"{path.relative_to(folder)} {file_digest(path)}\n".encode())
     return hasher.hexdigest()
 
 
@@ -83,6 +86,7 @@ def build_index(
         max_tokens=min(options.max_tokens, embedder.max_tokens),
         instruction=options.instruction,
         dense_dtype=options.dense_dtype,
+        lexical=options.lexical,
         multi_vector=options.multi_vector,
     )
     if comm.is_main():
@@ -99,7 +103,12 @@ def build_index(
 
 
 def _encode_shard(
-    embedder: M3Embedder, pool: TextPool, spec: IndexSpec, folder: Path, number: int, batch_tokens: int
+    embedder: M3Embedder,
+    pool: TextPool,
+    spec: IndexSpec,
+    folder: Path,
+    number: int,
+    batch_tokens: int | None,
 ) -> None:
     texts = [spec.instruction + text for text in pool.texts(*spec.span(number))]
     with atomic_folder(folder) as aside:
@@ -113,6 +122,7 @@ def _encode_shard(
             max_tokens=spec.max_tokens,
             batch_tokens=batch_tokens,
             dense_dtype=np.float16 if spec.dense_dtype == "float16" else np.float32,
+            lexical=spec.lexical,
             new_multi=mapped if spec.multi_vector else None,
         )
         if isinstance(vectors.multi_KC, np.memmap):

@@ -48,6 +48,8 @@ class IndexSpec:
     """Put before every passage."""
     dense_dtype: str = "float16"
     """float16 or float32; float16 changes a score by at most 1e-3."""
+    lexical: bool = True
+    """Whether lexical weights were computed; without them no passage has any."""
     multi_vector: bool = False
     """Whether multi-vector rows are kept."""
     format: int = FORMAT

@@ -37,7 +37,7 @@ class TextPool:
     num_duplicates: int
     """Texts of the input that were there before."""
     num_empty: int
-    """Empty texts of the input, left out."""
+    """Empty texts of the input, left out unless they were asked for."""
     starts: np.ndarray
     hashes: np.ndarray
     blob: np.ndarray
@@ -92,8 +92,8 @@ class HashSet:
 class _Writer:
     """Appends blocks of texts to the files of a pool."""
 
-    def __init__(self, texts: IO[bytes]):
-        self.texts = texts
+    def __init__(self, texts: IO[bytes], keep_empty: bool):
+        self.texts, self.keep_empty = texts, keep_empty
         self.starts, self.hashes = array("q", [0]), array("q")
         self.num_duplicates = self.num_empty = 0
         self._seen = HashSet()
@@ -102,7 +102,8 @@ class _Writer:
     def add(self, text: str) -> None:
         if not text.strip():
             self.num_empty += 1
-            return
+            if not self.keep_empty:
+                return
         self._block.append(text)
         if len(self._block) == _BLOCK_TEXTS:
             self.flush()
@@ -117,19 +118,22 @@ class _Writer:
         self._block = []
 
 
-def write_pool(texts: Iterable[str], folder: Path) -> TextPool:
+def write_pool(texts: Iterable[str], folder: Path, keep_empty: bool = False) -> TextPool:
     """Write the distinct texts into a new pool; the folder appears when it is complete.
+
+    Args:
+        keep_empty: an empty text is a passage as any other.
 
     Raises:
         DataError: no text at all.
     """
     with atomic_folder(folder) as aside:
         with open(aside / "texts.bin", "wb") as stream:
-            writer = _Writer(stream)
+            writer = _Writer(stream, keep_empty)
             for text in texts:
                 writer.add(text)
             writer.flush()
-        if not len(writer.hashes):
+        if writer.starts[-1] == 0:
             rule = f"holds no passage ({writer.num_empty} empty texts)"
             raise DataError("corpus", None, rule, "give files with at least one text")
         np.save(aside / "starts.npy", np.frombuffer(writer.starts, dtype=np.int64))

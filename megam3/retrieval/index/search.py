@@ -8,6 +8,7 @@ sum                the best `depth` by dense and by lexical, ranked by
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,7 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from megam3.config.objective import HeadWeights
+from megam3.config.weights import HeadWeights
 from megam3.retrieval.index.layout import PassageIndex, Postings
 from megam3.retrieval.index.nearest import DenseSearch, dense_hits
 from megam3.retrieval.index.vectors import TextVectors
@@ -26,7 +27,16 @@ from megam3.scoring.maxsim import maxsim_scores
 RankBy = Literal["dense", "lexical", "multi_vector", "sum"]
 GATHERED_BYTES = 256 << 20
 """Representations of candidates held at a time, or of one query's candidates when these take more."""
+PRODUCT_ENTRIES = 1 << 24
+"""Scores that a product of postings may hold at a time: 12 bytes each, where every passage shares an id."""
+PostingValue = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""(passages in the shard, stored weights) of some postings -> what each is worth, float32."""
 RANK_BY = ("dense", "lexical", "multi_vector", "sum")
+
+
+def as_float(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The stored weight."""
+    return weights.astype(np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +53,27 @@ class SearchOptions:
     """Where `torch` searches and MaxSim runs."""
 
     @property
+    def needed_heads(self) -> tuple[str, ...]:
+        """The heads whose scores find or rank candidates."""
+        if self.by != "sum":
+            return ("dense", "multi_vector") if self.by == "multi_vector" else (self.by,)
+        # candidates come from these two, whatever they weigh
+        return ("dense", "lexical", *(["multi_vector"] if self.weights.multi_vector > 0 else []))
+
+    @property
+    def needs_lexical(self) -> bool:
+        """Whether the index must hold lexical weights."""
+        return "lexical" in self.needed_heads
+
+    @property
     def needs_multi_vector(self) -> bool:
         """Whether the index must hold multi-vector rows."""
-        return self.by == "multi_vector" or (self.by == "sum" and self.weights.multi_vector > 0)
+        return "multi_vector" in self.needed_heads
 
 
 def find_candidates(index: PassageIndex, queries: TextVectors, options: SearchOptions) -> Hits:
     """The best passages of each query, by the score that `options.by` names, best first."""
+    assert index.spec.lexical or not options.needs_lexical, "the index keeps no lexical weights"
     if options.by == "lexical":
         return lexical_hits(index, queries, options.depth)
     dense = dense_hits(index, queries.dense_ND, options.depth, options.dense_search, options.device)
@@ -91,16 +115,17 @@ def score_passages(
         weight = weights.dense if by == "sum" else 1.0
         scores += weight * (passages.dense_ND.astype(np.float32) @ queries.dense_ND[query].astype(np.float32))
     if by in ("lexical", "sum"):
-        scores += (weights.lexical if by == "sum" else 1.0) * _lexical_scores(
+        scores += (weights.lexical if by == "sum" else 1.0) * lexical_products(
             queries.lexical(query), passages
         )
     if options.needs_multi_vector:
         weight = weights.multi_vector if by == "sum" else 1.0
-        scores += weight * _multi_scores(queries.multi(query), passages, options.device)
+        scores += weight * maxsim_of_passages(queries.multi(query), passages, options.device)
     return scores
 
 
-def _lexical_scores(query: tuple[np.ndarray, np.ndarray], passages: TextVectors) -> np.ndarray:
+def lexical_products(query: tuple[np.ndarray, np.ndarray], passages: TextVectors) -> np.ndarray:
+    """Lexical scores, float32 [n], of one query's (ids, weights) with each passage."""
     ids, weights = query
     if not len(ids):
         return np.zeros(passages.num_texts, dtype=np.float32)
@@ -114,7 +139,8 @@ def _lexical_scores(query: tuple[np.ndarray, np.ndarray], passages: TextVectors)
     return np.bincount(text_Z, products_Z, minlength=passages.num_texts).astype(np.float32)
 
 
-def _multi_scores(query_KC: np.ndarray, passages: TextVectors, device: str) -> np.ndarray:
+def maxsim_of_passages(query_KC: np.ndarray, passages: TextVectors, device: str) -> np.ndarray:
+    """Multi-vector scores, float32 [n], of one query's rows with each passage."""
     assert passages.multi_KC is not None, "the index keeps no multi-vector rows"
     assert passages.multi_offsets_N1 is not None
     query = torch.from_numpy(np.array(query_KC)).to(device).float()
@@ -128,15 +154,25 @@ def lexical_hits(index: PassageIndex, queries: TextVectors, num_hits: int) -> Hi
     hits = empty_hits(queries.num_texts)
     for number in range(index.spec.num_shards):
         shard = index.shard(number)
-        found = _shard_hits(shard.postings, len(shard.vectors.dense_ND), queries, num_hits)
-        rows = torch.where(found.rows_QK == NO_ROW, NO_ROW, found.rows_QK + shard.first_row)
-        hits = merge_hits(hits, Hits(found.scores_QK, rows), num_hits)
+        found = posting_hits(shard.postings, len(shard.vectors.dense_ND), queries, num_hits)
+        hits = merge_hits(hits, shifted(found, shard.first_row), num_hits)
     return hits
 
 
-def _shard_hits(postings: Postings, num_passages: int, queries: TextVectors, num_hits: int) -> Hits:
-    """Term at a time over the postings of the queries' ids alone: a product of two sparse matrices, [Q, U]
-    and [U, n]."""
+def shifted(hits: Hits, first_row: int) -> Hits:
+    """Hits of one shard with rows of the whole index."""
+    return Hits(hits.scores_QK, torch.where(hits.rows_QK == NO_ROW, NO_ROW, hits.rows_QK + first_row))
+
+
+def posting_hits(
+    postings: Postings, num_passages: int, queries: TextVectors, num_hits: int, value: PostingValue = as_float
+) -> Hits:
+    """The best of a shard by the sum, over the ids that a query holds, of its weight times the `value` of the
+    posting.
+
+    Term at a time over the postings of the queries' ids alone: a product of two sparse matrices, [Q, U] and
+    [U, n], over as many queries at a time as PRODUCT_ENTRIES allows.
+    """
     ids = queries.lexical_ids_Z
     place_Z = np.searchsorted(postings.terms_U, ids).clip(max=max(len(postings.terms_U) - 1, 0))
     known_Z = postings.terms_U[place_Z] == ids if len(postings.terms_U) else np.zeros(len(ids), dtype=bool)
@@ -149,11 +185,15 @@ def _shard_hits(postings: Postings, num_passages: int, queries: TextVectors, num
     # places of all postings of the used ids, one run after another
     offsets = np.concatenate([[0], np.cumsum(counts)])
     place = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], counts)
-    values = postings.weights_Z[place].astype(np.float32)
-    right = scipy.sparse.csr_array(
-        (values, postings.rows_Z[place], offsets), shape=(len(used_U), num_passages)
-    )
-    return _best_of_rows(left @ right, min(num_hits, num_passages))
+    rows = postings.rows_Z[place]
+    values = value(rows, postings.weights_Z[place])
+    right = scipy.sparse.csr_array((values, rows, offsets), shape=(len(used_U), num_passages))
+    step = max(1, PRODUCT_ENTRIES // max(num_passages, 1))
+    parts = [
+        _best_of_rows(left[first : first + step] @ right, min(num_hits, num_passages))
+        for first in range(0, max(queries.num_texts, 1), step)
+    ]
+    return Hits(torch.cat([part.scores_QK for part in parts]), torch.cat([part.rows_QK for part in parts]))
 
 
 def _best_of_rows(product: scipy.sparse.csr_array, num_hits: int) -> Hits:

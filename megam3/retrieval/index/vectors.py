@@ -90,23 +90,30 @@ def encode_vectors(
     texts: Sequence[str],
     *,
     max_tokens: int,
-    batch_tokens: int,
+    batch_tokens: int | None = None,
     dense_dtype: type[np.floating] = np.float32,
+    lexical: bool = True,
     new_multi: NewArray | None = None,
 ) -> TextVectors:
-    """Encode texts in batches of like lengths; multi-vector rows go into the array that `new_multi` makes
-    (None: they are dropped).
+    """Encode texts in batches of like lengths; multi-vector rows go into the array that `new_multi` makes.
+
+    Args:
+        batch_tokens: encoded at a time; None: what suits the device.
+        lexical: compute lexical weights; False: no text has any.
+        new_multi: None: no multi-vector rows are computed.
 
     Raises:
         CheckpointError: a representation is not finite; the weights are broken.
     """
     token_ids = embedder.token_arrays(texts, max_tokens=max_tokens)
     dense_ND = np.zeros((len(texts), embedder.model.encoder.config.hidden_size), dtype=dense_dtype)
-    multi_offsets = offsets_of([len(ids) - 1 for ids in token_ids])
+    first = 0 if embedder.model.first_id is None else 1
+    multi_offsets = offsets_of([len(ids) - first for ids in token_ids])
     width = 0 if embedder.model.multi_vector_head is None else embedder.model.multi_vector_head.out_features
     multi_KC = None if new_multi is None else new_multi((int(multi_offsets[-1]), width))
     owners, ids, weights = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
-    for batch, encoded in embedder.represent_ids(token_ids, batch_tokens=batch_tokens):
+    heads = ["dense", *(["lexical"] if lexical else []), *([] if new_multi is None else ["multi_vector"])]
+    for batch, encoded in embedder.represent_ids(token_ids, batch_tokens=batch_tokens, heads=heads):
         if not all(bool(values.isfinite().all()) for values in encoded.floats()):
             rule = "give representations that are not finite"
             raise CheckpointError("model", "its weights", rule, "use an earlier checkpoint")

@@ -22,7 +22,7 @@ import numpy as np
 
 from megam3.data.record import Record
 from megam3.data.shard import text_hash
-from megam3.data.source import Unit, find_files
+from megam3.data.source import ForwardReader, Unit, find_files
 from megam3.dist import comm
 from megam3.embedder import M3Embedder
 from megam3.errors import DataError
@@ -32,12 +32,12 @@ from megam3.retrieval.index.layout import PassageIndex
 from megam3.retrieval.index.nearest import build_approximate
 from megam3.retrieval.index.pool import TextPool, open_pool, write_pool
 from megam3.retrieval.index.search import SearchOptions, find_candidates, score_passages
-from megam3.retrieval.index.vectors import TextVectors, encode_vectors
+from megam3.retrieval.index.vectors import TextVectors, encode_vectors, join_vectors
 from megam3.retrieval.mining.known import KnownPositives, open_known_positives, write_known_positives
 from megam3.retrieval.mining.report import MAX_EXAMPLES, Counts, add_up, report_of
 from megam3.retrieval.mining.select import KEPT, REASONS, Selection, SelectOptions, select_negatives
 from megam3.retrieval.parts import PART_BYTES, Emit, digest, join_parts, map_units, on_main, refuse_existing
-from megam3.retrieval.records import corpus_files, read_pairs, read_passages, units_of
+from megam3.retrieval.records import corpus_files, pairs_of, passages_of, read_pairs, units_of
 from megam3.retrieval.topk import NO_ROW
 
 logger = logging.getLogger(__name__)
@@ -75,11 +75,12 @@ def mine(embedder: M3Embedder, options: MiningOptions, on_progress: Report | Non
     """Write the records with mined negatives, and the report, which is returned.
 
     Raises:
-        ConfigError: options that cannot be.
+        ConfigError: options that cannot be, or that need a head which the model does not have.
         DataError: bad input (`file:line`), an output that exists, fewer passages than the range asks for, or
             no negative for any query.
     """
     options.select.check()
+    embedder.require_heads(options.search.needed_heads, "--candidates")
     refuse_existing(options.output)
     files = find_files(list(options.inputs), "input")
     sources = corpus_files(options.corpus, "--corpus") if options.corpus else files
@@ -141,10 +142,9 @@ def _prepare(work: Path, files: Sequence[str], sources: Sequence[str]) -> tuple[
     if comm.is_main():
         # first: it reads every training record, so that a bad line is found before anything long begins
         if not pairs_file.exists():
-            records = (record for unit in units_of(files) for _, record in read_pairs(unit))
-            write_known_positives(records, pairs_file)
+            write_known_positives(pairs_of(files), pairs_file)
         if not pool_folder.is_dir():
-            write_pool((text for unit in units_of(sources) for text in read_passages(unit)), pool_folder)
+            write_pool(passages_of(sources), pool_folder)
     comm.barrier()
     return open_pool(pool_folder), open_known_positives(pairs_file)
 
@@ -179,11 +179,14 @@ class _Miner:
         options: MiningOptions,
     ):
         self.embedder, self.index, self.pool, self.known, self.options = embedder, index, pool, known, options
+        self.reader = ForwardReader()
+        self.by_hash = np.argsort(pool.hashes)
+        """8 bytes a passage, as the writing of a pool takes."""
 
     def mine_unit(self, unit: Unit, emit: Emit) -> dict[str, Any]:
         """Emit the records of one unit with their negatives; returns the counts."""
         counts = Counts()
-        records = read_pairs(unit)
+        records = read_pairs(unit, self.reader)
         while block := list(islice(records, QUERIES_AT_ONCE)):
             for record in self._mine_block(block, counts):
                 emit(record)
@@ -200,10 +203,7 @@ class _Miner:
             ],
             options.query_max_tokens,
         )
-        own = self._encode(
-            [options.encode.instruction + text for texts in positives for text in texts],
-            options.encode.max_tokens,
-        )
+        own = self._positives([text for texts in positives for text in texts])
         hits = find_candidates(self.index, query_vectors, options.search)
         first = 0
         for n, (parsed, _) in enumerate(block):
@@ -227,14 +227,33 @@ class _Miner:
                 counts.examples.append(self._example(queries[n], positives[n], selection, rows, scores))
             yield self._record(parsed, positive_scores, rows[selection.chosen], scores[selection.chosen])
 
+    def _positives(self, texts: list[str]) -> TextVectors:
+        """Representations of positives: those that the pool holds (all of them, without --corpus) lie in the
+        index, the others are encoded."""
+        hashes = np.array([text_hash(text) for text in texts], dtype=np.int64)
+        place = np.searchsorted(self.pool.hashes, hashes, sorter=self.by_hash).clip(max=len(self.pool) - 1)
+        row_P = self.by_hash[place]
+        is_held_P = self.pool.hashes[row_P] == hashes
+        held = np.unique(row_P[is_held_P])
+        others = [text for text, is_held in zip(texts, is_held_P) if not is_held]
+        parts = [self.index.gather(held)] if len(held) else []
+        if others:
+            encode = self.options.encode
+            parts.append(self._encode([encode.instruction + text for text in others], encode.max_tokens))
+        wanted = np.where(is_held_P, np.searchsorted(held, row_P), len(held) + np.cumsum(~is_held_P) - 1)
+        return join_vectors(parts).select(wanted.tolist())
+
     def _encode(self, texts: list[str], max_tokens: int) -> TextVectors:
-        with_rows = self.options.search.needs_multi_vector
+        search = self.options.search
         return encode_vectors(
             self.embedder,
             texts,
             max_tokens=min(max_tokens, self.embedder.max_tokens),
             batch_tokens=self.options.encode.batch_tokens,
-            new_multi=(lambda shape: np.zeros(shape, dtype=np.float32)) if with_rows else None,
+            lexical=search.needs_lexical,
+            new_multi=(lambda shape: np.zeros(shape, dtype=np.float32))
+            if search.needs_multi_vector
+            else None,
         )
 
     def _record(

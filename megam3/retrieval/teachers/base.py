@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 
-from megam3.encoders import LEXICAL_FILE
+from megam3.encoders import HEAD_FILES
 from megam3.errors import CheckpointError
+from megam3.files import read_json
+from megam3.token_layers import has_head
 
 Pair = tuple[str, str]
 """(query, passage)."""
@@ -32,10 +33,10 @@ def kind_of(folder: str) -> TeacherKind:
         CheckpointError: none of the three kinds.
     """
     path = Path(folder)
-    if (path / LEXICAL_FILE).exists():
+    if any(has_head(path, head) for head in HEAD_FILES):
         return "megam3"
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = read_json(path / "config.json")
         architectures = config.get("architectures") or []
     except FileNotFoundError:
         architectures = []
@@ -46,7 +47,8 @@ def kind_of(folder: str) -> TeacherKind:
         return "cross-encoder"
     if (path / "modules.json").exists():
         return "bi-encoder"
-    rule = f"is no teacher that is known: no {LEXICAL_FILE}, no …ForSequenceClassification, no modules.json"
+    files = ", ".join([f"no {file}" for file in HEAD_FILES.values()])
+    rule = f"is no teacher that is known: {files}, no …ForSequenceClassification, no modules.json"
     remedy = "give a cross-encoder, a megam3 folder or a sentence-transformers folder"
     raise CheckpointError("--model", folder, rule, remedy)
 

@@ -8,7 +8,6 @@ a word.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from megam3.embedder import M3Embedder
 from megam3.errors import CheckpointError, ConfigError
-from megam3.model.folder import pick_device
+from megam3.files import read_json
+from megam3.model.device import pick_device
 from megam3.retrieval.teachers.base import Pair, padded_batches
 
 HEADS = ("dense", "lexical", "multi_vector", "sum")
@@ -31,7 +31,11 @@ _POOLINGS = {
 
 
 class M3Teacher:
-    """A megam3 folder by one of its heads, or by their sum with weights 1 / 0.3 / 1."""
+    """A megam3 folder by one of its heads, or by their sum with weights 1 / 0.3 / 1.
+
+    Raises:
+        ConfigError: an unknown head, or one that the folder does not hold.
+    """
 
     def __init__(
         self,
@@ -45,6 +49,7 @@ class M3Teacher:
         if head not in HEADS:
             raise ConfigError("--head", head, f"must be one of {', '.join(HEADS)}", "use sum")
         self.embedder = M3Embedder(folder, device=device)
+        self.embedder.require_heads(HEADS[:-1] if head == "sum" else [head], "--head")
         self.head, self.max_tokens, self.batch_tokens = head, max_tokens, batch_tokens
 
     def score(self, pairs: Sequence[Pair]) -> np.ndarray:
@@ -122,7 +127,7 @@ def _pool(hidden_NLD: Tensor, mask_NL: Tensor, pooling: str) -> Tensor:
 
 def _read_json(path: Path) -> dict | list:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
         rule = f"cannot be read ({error})"
         raise CheckpointError("--model", str(path), rule, "fetch the folder again") from error

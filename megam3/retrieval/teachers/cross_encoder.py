@@ -13,10 +13,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from megam3.errors import CheckpointError, ConfigError
-from megam3.model.folder import pick_device
+from megam3.model.device import DTYPES, pick_device, pick_precision
 from megam3.retrieval.teachers.base import Pair, padded_batches
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TOKENIZER_LIMIT = 1_000_000
 """Tokenizers without a limit report a number of thirty digits."""
 
@@ -48,18 +47,13 @@ class CrossEncoder:
         batch_tokens: int = 16384,
     ):
         self.device, self.batch_tokens = pick_device(device), batch_tokens
-        if precision == "auto":
-            precision = "bf16" if self.device.type == "cuda" else "fp32"
-        if precision not in _DTYPES:
-            raise ConfigError(
-                "--precision", precision, "must be auto, fp32, bf16 or fp16", "leave it at auto"
-            )
+        dtype = DTYPES[pick_precision(precision, self.device)]
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
             model = AutoModelForSequenceClassification.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True, dtype=_DTYPES[precision]
+                folder, trust_remote_code=False, local_files_only=True, dtype=dtype
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             rule = f"holds no cross-encoder that transformers can load ({str(error).partition(chr(10))[0]})"

@@ -7,13 +7,14 @@ together, so that batches hold pairs of like lengths.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megam3.data.record import Record
-from megam3.data.source import Unit, find_files
+from megam3.data.source import ForwardReader, Unit, find_files
 from megam3.errors import TrainingError
 from megam3.retrieval.index.build import model_fingerprint
 from megam3.retrieval.parts import PART_BYTES, Emit, digest, join_parts, map_units, on_main, refuse_existing
@@ -63,7 +64,12 @@ def add_teacher_scores(
         [options.query_instruction, options.passage_instruction],
     )
     folder = options.work / f"scores-{made_from}"
-    map_units(units, folder, lambda unit, emit: _score_unit(teacher, options, unit, emit), on_progress)
+    with closing(ForwardReader()) as reader:
+
+        def score(unit: Unit, emit: Emit) -> dict[str, int]:
+            return _score_unit(teacher, options, read_pairs(unit, reader), emit)
+
+        map_units(units, folder, score, on_progress)
     counts = join_parts(len(units), folder, options.output)
     return {name: sum(part[name] for part in counts) for name in ("records", "pairs")}
 
@@ -82,9 +88,11 @@ def _blocks(records: Iterator[tuple[dict, Record]]) -> Iterator[list[tuple[dict,
         yield block
 
 
-def _score_unit(teacher: Teacher, options: TeacherOptions, unit: Unit, emit: Emit) -> dict[str, int]:
+def _score_unit(
+    teacher: Teacher, options: TeacherOptions, records: Iterator[tuple[dict, Record]], emit: Emit
+) -> dict[str, int]:
     counts = {"records": 0, "pairs": 0}
-    for block in _blocks(read_pairs(unit)):
+    for block in _blocks(records):
         pairs = [pair for _, record in block for pair in _pairs(record, options)]
         scores = score_unique(pairs, teacher.score)
         if not np.isfinite(scores).all():
