@@ -5,14 +5,17 @@ python -m benchmarks packed maxsim          these two
 python -m benchmarks long_step  8192-token passages at XLM-R's width and vocabulary; minutes, 12 GB
 python -m benchmarks tiled_loss  tiles against whole matrices, and a loss over 65 536 × 65 536; minutes
 python -m benchmarks scaling  slopes of the loss's time and memory, with a plot of the curves; minutes
+python -m benchmarks gpu  the table of a GPU node, in pieces; `--device cpu --tiny` shows that it runs
 """
 
 import argparse
 import os
+import sys
 import time
 
 from benchmarks.comparisons import COMPARISONS as STEP_COMPARISONS
 from benchmarks.comparisons import DEFAULT
+from benchmarks.gpu.runner import main as run_gpu
 from benchmarks.loss_size import LOSS_COMPARISONS
 from benchmarks.measure import RESULTS, machine
 from benchmarks.plot import draw
@@ -23,6 +26,9 @@ COMPARISONS = {**STEP_COMPARISONS, **LOSS_COMPARISONS}
 
 def main() -> None:
     """See the module's docstring."""
+    if sys.argv[1:2] == ["gpu"]:
+        run_gpu(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -80,7 +80,9 @@ def measure(folder: Path, table: str, num_steps: int) -> dict:
         runs=runs,
         shard_starts=np.array([0, len(index)]),
     )
-    assembler = Assembler(config, plan, [stored], TextFrame((0,), (2,), (0,)))
+    assembler = Assembler(
+        config, plan, [stored], TextFrame(prefix=(0,), suffix=(2,), instruction_tokens=(0,))
+    )
     first = plan.batch(0)
     assign_ranks(assembler.row_costs(first), 96)
     first_batch = time.perf_counter() - started

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from benchmarks.worker import Step, serve
-from megam3.batch import pack_texts
 from megam3.encoders import EncoderShape
 from megam3.model.backbone import encode_packed, load_backbone
 from megam3.obs.clock import measure_matmul_peak
+from megam3.packed_texts import pack_texts
 
 
 def _packed(folder: str, columns: list[list[list[int]]]) -> tuple[torch.nn.Module, Step]:

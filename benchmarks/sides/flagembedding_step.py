@@ -1,7 +1,7 @@
 """One FlagEmbedding training step: its M3 model class, its collator's padding, its trainer's optimizer. Runs
 in its own environment.
 
-Spec: model_folder, texts; optional threads, checkpointing, address_space_bytes.
+Spec: model_folder, texts; optional threads, checkpointing, address_space_bytes, device.
 """
 
 import torch
@@ -11,6 +11,13 @@ from FlagEmbedding.finetune.embedder.encoder_only.m3.runner import EncoderOnlyEm
 from transformers import AutoTokenizer
 
 from benchmarks.worker import Step, serve
+
+
+def _moved(value, device: str):
+    """The collator's columns are batches of the tokenizer, lists of them, or None."""
+    if isinstance(value, list):
+        return [_moved(item, device) for item in value]
+    return value.to(device) if hasattr(value, "to") else value
 
 
 def build(spec: dict) -> Step:
@@ -32,6 +39,9 @@ def build(spec: dict) -> Step:
         use_self_distill=True,
         self_distill_start_step=-1,
     ).train()
+    device = spec.get("device", "cpu")
+    model.to(device)
+    batch = {name: _moved(value, device) for name, value in batch.items()}
     if spec.get("checkpointing"):
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
@@ -46,10 +56,10 @@ def build(spec: dict) -> Step:
     def step() -> dict:
         loss = model(**batch).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return {"loss": float(loss.detach())}
+        return {"loss": float(loss.detach()), "grad_norm": float(norm)}
 
     return step
 

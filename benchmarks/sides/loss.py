@@ -11,7 +11,8 @@ import torch
 from benchmarks.ranks import await_answer, meet, own_rank
 from benchmarks.worker import Step, serve
 from megam3.batch import Representations
-from megam3.config.objective import LossWeights, UnifiedConfig
+from megam3.config.objective import UnifiedConfig
+from megam3.config.weights import LossWeights
 from megam3.dist.gather import gather_rows
 from megam3.loss.negatives import Negatives
 from megam3.loss.rows import LossTerms

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.ranks import await_answer, meet, own_rank
 from benchmarks.worker import Step, serve
-from megam3.batch import Progress, RetrievalBatch, pack_texts
+from megam3.batch import Progress, RetrievalBatch
 from megam3.config.objective import UnifiedConfig
 from megam3.config.schema import ModelConfig, OptimConfig
 from megam3.engine.activations import ActivationMemory
@@ -21,6 +21,7 @@ from megam3.engine.deepspeed import Engine, join, model_construction
 from megam3.model.m3 import is_head_parameter
 from megam3.model.pretrained import load_m3
 from megam3.objectives.unified import UnifiedObjective
+from megam3.packed_texts import pack_texts
 
 OPTIM = OptimConfig(lr=1e-5, weight_decay=0.01, warmup_ratio=0.0, schedule="constant", clip_norm=1.0)
 
@@ -89,11 +90,11 @@ def build(spec: dict) -> Step:
             process.stdin.write("\n")
         with engine.step_scope():
             figures = objective.run(engine, batch, Progress(step=steps_done))
-        engine.update(steps_done)
+        update = engine.update(steps_done)
         steps_done += 1
         for process in other_ranks:
             await_answer(process)
-        return {"loss": float(figures["loss/total"])}
+        return {"loss": float(figures["loss/total"]), "grad_norm": update.grad_norm}
 
     for process in other_ranks:
         await_answer(process)

@@ -1,6 +1,6 @@
 """One sentence-transformers training step of ONE head with its cached loss. Runs in its own environment.
 
-Spec: model_folder, texts, head (dense, multi_vector or sparse), mini_batch_tokens; optional threads.
+Spec: model_folder, texts, head (dense, multi_vector or sparse), mini_batch_tokens; optional threads, device.
 Its nearest to M3's lexical head is SPLADE over the masked-language-model's logits.
 """
 
@@ -23,14 +23,14 @@ from benchmarks.worker import Step, serve
 SCALE = 50.0  # 1 / temperature
 
 
-def _dense(folder: str, chunk: int) -> tuple[nn.Module, nn.Module]:
+def _dense(folder: str, chunk: int, device: str) -> tuple[nn.Module, nn.Module]:
     transformer = Transformer(folder)
     width = transformer.get_embedding_dimension()
-    model = SentenceTransformer(modules=[transformer, Pooling(width, "cls"), Normalize()], device="cpu")
+    model = SentenceTransformer(modules=[transformer, Pooling(width, "cls"), Normalize()], device=device)
     return model, CachedMultipleNegativesRankingLoss(model, scale=SCALE, mini_batch_num_tokens=chunk)
 
 
-def _multi_vector(folder: str, chunk: int) -> tuple[nn.Module, nn.Module]:
+def _multi_vector(folder: str, chunk: int, device: str) -> tuple[nn.Module, nn.Module]:
     transformer = Transformer(folder)
     width = transformer.get_embedding_dimension()
     head = torch.load(Path(folder) / "colbert_linear.pt", weights_only=True)
@@ -39,16 +39,18 @@ def _multi_vector(folder: str, chunk: int) -> tuple[nn.Module, nn.Module]:
         width, width, activation_function=None, init_weight=head["weight"], init_bias=head["bias"], **tokens
     )
     mask = MultiVectorMask(["<s>"], skiplist_tasks=["query", "document"])
-    model = MultiVectorEncoder(modules=[transformer, linear, Normalize(**tokens), mask], device="cpu")
+    model = MultiVectorEncoder(modules=[transformer, linear, Normalize(**tokens), mask], device=device)
     loss = CachedMultiVectorMultipleNegativesRankingLoss(
         model, scale=SCALE, similarity_fct=mean_colbert_scores, mini_batch_num_tokens=chunk
     )
     return model, loss
 
 
-def _sparse(folder: str, chunk: int) -> tuple[nn.Module, nn.Module]:
+def _sparse(folder: str, chunk: int, device: str) -> tuple[nn.Module, nn.Module]:
+    # the folder has no head over the vocabulary: a new one, the same in each run
+    torch.manual_seed(0)
     model = SparseEncoder(
-        modules=[Transformer(folder, transformer_task="fill-mask"), SpladePooling("max")], device="cpu"
+        modules=[Transformer(folder, transformer_task="fill-mask"), SpladePooling("max")], device=device
     )
     inner = SparseMultipleNegativesRankingLoss(model, scale=SCALE)
     return model, CachedSpladeLoss(model, inner, 3e-5, 5e-5, mini_batch_num_tokens=chunk)
@@ -61,10 +63,17 @@ def build(spec: dict) -> Step:
     """Columns as its trainer hands them over: queries, positives, and one column per further passage of the
     group."""
     texts = spec["texts"]
-    model, loss_function = HEADS[spec["head"]](spec["model_folder"], spec["mini_batch_tokens"])
+    device = spec.get("device", "cpu")
+    model, loss_function = HEADS[spec["head"]](spec["model_folder"], spec["mini_batch_tokens"], device)
     group_size = len(texts["passages"]) // len(texts["queries"])
     columns = [texts["queries"], *(texts["passages"][i::group_size] for i in range(group_size))]
-    features = [model.preprocess(column) for column in columns]
+    features = [
+        {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in model.preprocess(column).items()
+        }
+        for column in columns
+    ]
     model.train()
     plain = [p for p in model.parameters() if p.dim() == 1]
     decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -78,10 +87,10 @@ def build(spec: dict) -> Step:
         loss = loss_function([dict(column) for column in features], None)
         loss = sum(loss.values()) if isinstance(loss, dict) else loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return {"loss": float(loss.detach())}
+        return {"loss": float(loss.detach()), "grad_norm": float(norm)}
 
     return step
 

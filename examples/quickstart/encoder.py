@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, XLMRobertaConfig, XLMRobertaModel
 
 from examples.quickstart.tokenizer import FIRST_PIECE_ID
+from megam3.files import permit_as_umask_does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +275,7 @@ def build_encoder(
     model = XLMRobertaModel._from_config(encoder_config(size, len(tokenizer)), add_pooling_layer=False)
     initialise(model, size, init, rarity, topics_VS, torch.Generator().manual_seed(seed))
     model.save_pretrained(folder)
+    permit_as_umask_does(folder)
     for name, tensors in initial_heads(size, init, rarity).items():
         torch.save(tensors, folder / name)
     return model

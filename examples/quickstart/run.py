@@ -39,7 +39,6 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from examples.quickstart.prepare import Prepared, prepare
-from megam3.batch import pack_texts
 from megam3.checkpoint import consolidated_weights, newest_complete
 from megam3.cli import report_user_errors
 from megam3.commands.report import PAGE_FILE, write_page
@@ -51,6 +50,7 @@ from megam3.errors import TrainingError
 from megam3.export.bge_m3 import export_bge_m3
 from megam3.model.m3 import represent
 from megam3.obs.log import setup_logging
+from megam3.packed_texts import pack_texts
 from megam3.report.page import page
 from megam3.report.record import read_run
 from megam3.retrieval.beir import BeirDataset, read_beir
