@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from megam3.batch import RetrievalBatch, pack_texts
+from megam3.batch import RetrievalBatch
+from megam3.packed_texts import pack_texts
 from tests.factory import random_token_ids
 
 

@@ -10,6 +10,7 @@ starts DeepSpeed's launcher.
 import contextlib
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -116,7 +117,10 @@ def train_calls(calls: Sequence[Mapping[str, Any]]) -> dict[str, dict]:
 
     A call may name a `signal` = (rank, step, signal name) that the rank sends itself before it takes the
     step, a file to `damage` beforehand, and a run folder to `record`: [time of writing, contents] of its
-    descriptions before and after, as `records`.
+    descriptions before and after, as `records`. `poison` names places of the plan whose gradient is NaN on
+    the main rank, `dies_at` one at which the call ends like a killed one, and `killed_at` one at which the
+    process kills itself. The `rows` that each step of
+    this rank was given come back as well.
     """
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # never used: the group is there already
     from megam3 import train  # a fresh process picks its accelerator while this is imported
@@ -126,19 +130,29 @@ def train_calls(calls: Sequence[Mapping[str, Any]]) -> dict[str, dict]:
         return {call["name"]: _call(train.main, call) for call in calls}
 
 
+def train_calls_in_fp16(calls: Sequence[Mapping[str, Any]]) -> dict[str, dict]:
+    """`train_calls` also where the CPU has no instructions for fp16: torch computes it all the same, slowly,
+    but DeepSpeed asks for them."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.accelerator import get_accelerator
+
+    with mock.patch.object(type(get_accelerator()), "is_fp16_supported", return_value=True):
+        return train_calls(calls)
+
+
 def _call(main: Any, call: Mapping[str, Any]) -> dict:
-    said = io.StringIO()
+    said, rows = io.StringIO(), list[list[int]]()
     if call.get("damage"):
         Path(call["damage"]).write_bytes(b"damaged")
     before = _descriptions(call.get("record", ""))
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), _disturbed(call):
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), _disturbed(call, rows):
         try:
             code = main([str(argument) for argument in call["arguments"]])
         except Exception:
             code = 1
             traceback.print_exc()
     records = (before, _descriptions(call.get("record", "")))
-    return {"code": code, "said": said.getvalue(), "records": records}
+    return {"code": code, "said": said.getvalue(), "records": records, "rows": rows}
 
 
 def _descriptions(run: str) -> dict[str, list]:
@@ -146,9 +160,15 @@ def _descriptions(run: str) -> dict[str, list]:
     return {path.name: [path.stat().st_mtime_ns, path.read_text()] for path in paths}
 
 
+def _is_at(run: Any, given: set[int], place: int | None) -> bool:
+    """Whether these rows are of the batch at `place` of the plan; at no place where a call names none."""
+    return place is not None and given <= set(run.data.plan.batch(place).rows.tolist())
+
+
 @contextlib.contextmanager
-def _disturbed(call: Mapping[str, Any]) -> Iterator[None]:
+def _disturbed(call: Mapping[str, Any], rows: list[list[int]]) -> Iterator[None]:
     from megam3 import trainer
+    from megam3.step import Wishes
 
     original = trainer.run_step
 
@@ -157,7 +177,18 @@ def _disturbed(call: Mapping[str, Any]) -> Iterator[None]:
         if (rank, step) == (trainer.comm.rank(), progress.step):
             os.kill(os.getpid(), signal.Signals[name])
             # Python runs the handler a moment later, the loop would see it at the next step
-            wishes = trainer.Wishes(requeue=name == "SIGUSR1", stop=name in ("SIGTERM", "SIGINT"))
+            wishes = Wishes(requeue=name == "SIGUSR1", stop=name in ("SIGTERM", "SIGINT"))
+        given = {row for batch in batches for row in batch.rows.tolist()}
+        rows.append(sorted(given))
+        if _is_at(run, given, call.get("dies_at")):
+            raise RuntimeError("this call ends here")
+        if _is_at(run, given, call.get("killed_at")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if any(_is_at(run, given, place) for place in call.get("poison", ())):
+            factor = math.nan if trainer.comm.is_main() else 1.0
+            backward = run.engine.backward
+            with mock.patch.object(run.engine, "backward", lambda loss, last: backward(loss * factor, last)):
+                return original(run, batches, progress, wishes, *waited)
         return original(run, batches, progress, wishes, *waited)
 
     with mock.patch.object(trainer, "run_step", run_step):

@@ -15,7 +15,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 NODES = ("n0", "n1")
@@ -34,7 +34,8 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
 SlurmctldPort={controller_port}
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin=task/affinity
+TaskPluginParam=None
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1
 SelectType=select/cons_tres
@@ -66,6 +67,8 @@ class Cluster:
 
     folder: Path
     environ: Mapping[str, str]
+    daemons: dict[str, subprocess.Popen] = field(default_factory=dict)
+    """By name: slurmctld, n0, n1."""
 
     def run(self, *command: str, **environ: str) -> str:
         """Standard output of a command; raises with its error output."""
@@ -79,6 +82,16 @@ class Cluster:
         )
         assert done.returncode == 0, f"{command}: {done.stderr}{done.stdout}"
         return done.stdout
+
+    def kill_node(self, name: str, *others: int) -> None:
+        """A node dies: its slurmd, and the processes `others` that run on it, end at once and say nothing."""
+        for pid in (self.daemons[name].pid, *others):
+            os.kill(pid, signal.SIGKILL)
+        self.daemons[name].wait()
+
+    def start_node(self, name: str) -> None:
+        """The node is back."""
+        self.daemons[name] = _spawn(["slurmd", "-D", "-N", name], self.environ, self.folder)
 
     def job(self, job_id: str) -> dict[str, str]:
         """Fields of `scontrol show job`."""
@@ -99,8 +112,12 @@ class Cluster:
 
 
 @contextmanager
-def slurm_cluster(folder: Path) -> Iterator[Cluster]:
-    """Start nodes n0 and n1 with their files in `folder`; everything started here is stopped at the end."""
+def slurm_cluster(folder: Path, settings: str = "") -> Iterator[Cluster]:
+    """Start nodes n0 and n1 with their files in `folder`; everything started here is stopped at the end.
+
+    Args:
+        settings: further lines of slurm.conf.
+    """
     ports = _free_ports(3)
     for name in ("state", *(f"spool.{node}" for node in NODES)):
         (folder / name).mkdir()
@@ -114,7 +131,8 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
         os.mknod(folder / f"gpu{gpu}", stat.S_IFCHR | 0o600, os.makedev(1, 3))  # /dev/null under another name
     (folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={folder}/gpu[0-1]\n")
     conf = folder / "slurm.conf"
-    conf.write_text(CONFIG.format(host=host, folder=folder, controller_port=ports[0], nodes=nodes))
+    text = CONFIG.format(host=host, folder=folder, controller_port=ports[0], nodes=nodes)
+    conf.write_text(f"{text}{settings}")
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))
     }
@@ -122,8 +140,11 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
     with ExitStack() as stack:
         _start_munge(stack)
         # every daemon stays a child of the test, so that it can be ended by its id
-        for command in (["slurmctld", "-D", "-c"], *(["slurmd", "-D", "-N", node] for node in NODES)):
-            _start(stack, command, cluster.environ, folder)
+        for name in ("slurmctld", *NODES):
+            command = ["slurmctld", "-D", "-c"] if name == "slurmctld" else ["slurmd", "-D", "-N", name]
+            cluster.daemons[name] = _spawn(command, cluster.environ, folder)
+            # by name: a node may have been started anew meanwhile
+            stack.callback(lambda name=name: _stop(cluster.daemons[name]))
         _wait_until_idle(cluster)
         yield cluster
 
@@ -168,7 +189,11 @@ def _munge_answers() -> bool:
 
 
 def _start(stack: ExitStack, command: list[str], environ: Mapping[str, str], folder: Path) -> None:
-    daemon = subprocess.Popen(
+    stack.callback(_stop, _spawn(command, environ, folder))
+
+
+def _spawn(command: list[str], environ: Mapping[str, str], folder: Path) -> subprocess.Popen:
+    return subprocess.Popen(
         command,
         env=dict(environ),
         stdout=subprocess.DEVNULL,
@@ -176,7 +201,6 @@ def _start(stack: ExitStack, command: list[str], environ: Mapping[str, str], fol
         cwd=folder,
         start_new_session=True,
     )
-    stack.callback(_stop, daemon)
 
 
 def _stop(daemon: subprocess.Popen) -> None:

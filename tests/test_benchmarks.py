@@ -110,5 +110,5 @@ def test_report_says_which_budgets_are_kept(tmp_path):
 
 
 def test_an_interpreter_of_your_own_replaces_the_environment(monkeypatch):
-    monkeypatch.setenv("MEGAM3_BENCH_PYTHON_SENTENCE_TRANSFORMERS", "/some/python")
-    assert python_of("sentence-transformers") == "/some/python"
+    monkeypatch.setenv("MEGAM3_BENCH_PYTHON_SENTENCE_TRANSFORMERS", sys.executable)
+    assert python_of("sentence-transformers") == sys.executable

@@ -1,6 +1,8 @@
 """A run that is continued on other ranks and ZeRO stages, through the trainer: same rows, same losses to fp32
 noise."""
 
+import json
+
 import pytest
 
 from tests.launches import Workplace, make_workplace, train_calls
@@ -37,7 +39,7 @@ def said(place: Workplace) -> dict[str, str]:
     )[0]
     second = run_ranks(train_calls, 1, [call("moving", 4, "zero3")], timeout_seconds=400)[0]
     other = ["train.seed=7", "train.resume_with_other_data=true"]
-    last = [call("moving", 6, "zero0"), call("moving", 7, "zero0", *other, name="other data")]
+    last = [call("moving", 6, "zero0"), call("moving", 7, "auto", *other, name="other data")]
     third = run_ranks(train_calls, 2, last, timeout_seconds=400)[0]
     results = {**first, **second, **third}
     assert all(result["code"] == 0 for result in results.values()), results
@@ -64,7 +66,17 @@ def test_the_log_says_that_files_were_cut_otherwise(said: dict[str, str]) -> Non
         in said["moving-4"]
     )
     assert "cut otherwise (1 ranks at ZeRO stage 3, now 2 ranks at ZeRO stage 0)" in said["moving-6"]
-    assert "cut otherwise" not in said["other data"]
+
+
+@pytest.mark.ranks
+def test_auto_continues_a_run_of_another_template_and_records_its_choice(
+    place: Workplace, said: dict[str, str]
+) -> None:
+    assert "engine.template=auto: zero2 on 2 CPU rank(s)" in said["other data"]
+    assert "cut otherwise (2 ranks at ZeRO stage 0, now 2 ranks at ZeRO stage 2)" in said["other data"]
+    record = json.loads((place.run("moving") / "engine_choice.json").read_text())
+    assert record["fields"]["template"] == "zero2"
+    assert "template: zero2" in (place.run("moving") / "recipe.yaml").read_text()
 
 
 @pytest.mark.ranks

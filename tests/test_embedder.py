@@ -5,9 +5,10 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from megam3.config.objective import HeadWeights
-from megam3.embedder import M3Embedder, length_batches
+from megam3.config.weights import HeadWeights
+from megam3.embedder import M3Embedder
 from megam3.errors import CheckpointError, ConfigError, DataError
+from megam3.packed_texts import length_batches
 from tests.factory import make_sentences, make_tiny_model_folder
 
 
@@ -110,9 +111,11 @@ def test_unknown_precision_is_refused(folder):
         M3Embedder(folder, precision="int8")
 
 
-def test_heads_are_required(tmp_path):
-    with pytest.raises(CheckpointError, match="sparse_linear.pt': head weights are missing"):
-        M3Embedder(make_tiny_model_folder(tmp_path, heads=False))
+def test_an_encoder_without_heads_offers_its_dense_vector_alone(tmp_path):
+    embedder = M3Embedder(make_tiny_model_folder(tmp_path, heads=False), device="cpu")
+    assert embedder.heads == ("dense",)
+    with pytest.raises(ConfigError, match="heads = 'lexical': the model has no lexical head, only dense"):
+        embedder.encode(["a"], heads=["lexical"])
 
 
 def test_progress_counts_every_text_once(embedder):
@@ -211,16 +214,16 @@ def test_a_name_that_is_no_folder_fails_once(monkeypatch, folder):
         asked.append(name)
         raise OSError("no route to the hub\nand a long story")
 
-    monkeypatch.setattr("megam3.model.folder.snapshot_download", offline)
+    monkeypatch.setattr("megam3.model.hub.snapshot_download", offline)
     with pytest.raises(CheckpointError, match="model = 'nope': is no folder on this machine; give the path"):
         M3Embedder("nope")
     assert asked == []
-    with pytest.raises(CheckpointError, match=r"the hub did not give it \(no route to the hub\); give"):
+    with pytest.raises(CheckpointError, match=r"the hub cannot be reached \(OSError\); check the network"):
         M3Embedder("owner/nope")
     assert asked == ["owner/nope"]
     with pytest.raises(CheckpointError, match="is a file; give the folder that holds it"):
         M3Embedder(folder / "config.json")
-    monkeypatch.setattr("megam3.model.folder.snapshot_download", lambda name, **options: str(folder))
+    monkeypatch.setattr("megam3.model.hub.snapshot_download", lambda name, **options: str(folder))
     assert M3Embedder("owner/name", device="cpu").max_tokens == 64
 
 

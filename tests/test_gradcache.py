@@ -2,13 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from megam3.batch import Representations, join_representations, pack_texts
-from megam3.config.objective import HEADS, HeadWeights, UnifiedConfig
+from megam3.batch import Representations, join_representations
+from megam3.config.objective import UnifiedConfig
+from megam3.config.weights import HEADS, HeadWeights
 from megam3.cost import plan_chunks
 from megam3.dist import comm
 from megam3.gradcache import cached_step
 from megam3.loss.settings import NAMES, resolve_settings
 from megam3.loss.unified import unified_loss
+from megam3.packed_texts import pack_texts
 from megam3.scoring.combine import count_over_ranks, score_global
 from tests.ranks import run_ranks
 

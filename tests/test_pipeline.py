@@ -11,6 +11,7 @@ import pytest
 
 from megam3.cli import main
 from megam3.errors import DataError
+from megam3.model.hub import ResolvedModel
 from megam3.obs.metrics import read_metrics
 from megam3.pipeline import DONE, LOG, STARTED, run_pipeline
 from megam3.pipeline_file import read_pipeline
@@ -73,6 +74,19 @@ def test_a_chain_runs_skips_and_reruns(workplace: Workplace, capsys: pytest.Capt
     before = {name: (chain / name / DONE).stat().st_mtime_ns for name in ("mine", "learn", "export")}
     assert statuses(path) == dict.fromkeys(("mine", "learn", "export", "evaluate"), "skipped")
     assert before == {name: (chain / name / DONE).stat().st_mtime_ns for name in before}
+
+    # what a program is told of it
+    capsys.readouterr()
+    assert main(["pipeline", str(path), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    figures = {stage["name"]: stage["figures"] for stage in said["stages"]}
+    assert figures == {
+        "mine": {"queries": len(mined), "negatives": 2 * len(mined)},
+        "learn": {"step": 2, "loss": rows[-1]["loss/total"]},
+        "export": {},
+        "evaluate": {"ndcg@10": {"beir": {"Dense": ndcg}}},
+    }
+    assert {stage["status"] for stage in said["stages"]} == {"skipped"}
 
     # a changed argument reruns its stage and what follows; the old model is kept
     path.write_text(path.read_text().replace("train.steps=2", "train.steps=3"))
@@ -189,3 +203,24 @@ def test_check_lists_stages_and_runs_nothing(tmp_path: Path, capsys: pytest.Capt
     assert main(["pipeline", str(path), "--check"]) == 0
     assert capsys.readouterr().out == "first: megam3 import x {output}\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_an_input_may_be_a_model_of_the_hub(
+    tmp_path: Path, commands_that_write_nothing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fetched(name: str) -> ResolvedModel:
+        asked.append(name)
+        return ResolvedModel(str(tmp_path), "5617a9f")
+
+    monkeypatch.setattr("megam3.pipeline.resolve_model", fetched)
+    stages = "  - {name: first, command: import, arguments: '{inputs.start} {output}'}\n"
+    list(run_pipeline(read_pipeline(write(tmp_path, stages, "{start: owner/name}")), print))
+    assert asked == ["owner/name"]
+    said = commands_that_write_nothing.read_text()
+    assert said == f"-m megam3 import {tmp_path} {tmp_path}/out/first/output\n"
+    # a mistyped path of data is no model's name
+    with pytest.raises(DataError, match=r"inputs\.start .* = 'data/pairs.jsonl': does not exist"):
+        list(run_pipeline(read_pipeline(write(tmp_path, stages, "{start: data/pairs.jsonl}")), print))
+    assert asked == ["owner/name"]

@@ -85,13 +85,23 @@ def test_no_stages(tmp_path: Path) -> None:
         read(tmp_path, "folder: chain\nstages: []\n")
 
 
-def test_the_example_is_a_valid_file_whose_recipes_load() -> None:
-    pipeline = read_pipeline(ROOT / "examples" / "pipeline" / "pipeline.yaml")
-    names = ["mine-1", "train-1", "export-1", "mine-2", "train-2", "export-2", "evaluate"]
-    assert [stage.name for stage in pipeline.stages] == names
+@pytest.mark.parametrize(
+    ("file", "commands"),
+    [
+        ("pipeline", "mine train export mine train export evaluate"),
+        (
+            "chain",
+            "evaluate extend-positions train export train export mine add-teacher-scores "
+            "train export evaluate",
+        ),
+    ],
+)
+def test_the_examples_are_valid_files_whose_recipes_load(file: str, commands: str) -> None:
+    pipeline = read_pipeline(ROOT / "examples" / "pipeline" / f"{file}.yaml")
+    assert [stage.command for stage in pipeline.stages] == commands.split()
     for stage in pipeline.stages:
         if stage.command == "train":
             words = [REFERENCE.sub("somewhere", word) for word in stage.arguments]
-            config = load_config(words[0], words[1:])
+            config = load_config(words[0].replace("examples", str(ROOT / "examples")), words[1:])
             assert config.data.train[0].paths == ["somewhere"]
             assert config.model.path == "somewhere"

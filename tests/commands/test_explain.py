@@ -1,12 +1,17 @@
 """`megam3 explain`: what a user reads of a field, from the schema."""
 
+import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import megam3
 from megam3.cli import main
 from megam3.config.explain import all_fields
+from megam3.obs.figures import FIGURES, meaning
 
 
 def said(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -76,3 +81,38 @@ def test_it_costs_no_torch() -> None:
     code = "import sys, megam3.commands.explain; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_a_figure_of_the_log_is_told_by_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(capsys, "lexical/nonzero_share") == (
+        "lexical/nonzero_share  share of token weights above 0 in the batch; 0: the head is dead\n"
+    )
+    assert "InfoNCE of the dense vector cut" in said(capsys, "loss/dense_256")
+    assert "self-distillation" in said(capsys, "loss/distill_dense")
+    everything = said(capsys, "figures")
+    assert len(everything.splitlines()) == len(FIGURES)
+    assert main(["explain", "loss/dens"]) == 2
+    assert "figure = 'loss/dens': is not among those that a run logs; did you mean loss/dense?" in (
+        capsys.readouterr().err
+    )
+
+
+def test_every_figure_that_the_source_names_has_a_meaning() -> None:
+    groups = "|".join(dict.fromkeys(name.partition("/")[0] for name in FIGURES))
+    named = {
+        name
+        for folder in ("objectives", "loss", ".")
+        for file in (Path(megam3.__file__).parent / folder).glob("*.py")
+        for name in re.findall(rf'f?"((?:{groups})/[^"]+)"', file.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 15
+    assert not [name for name in named if meaning(re.sub(r"{[^}]*}", "dense", name)) is None]
+
+
+def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    (facts,) = json.loads(said(capsys, "--json", "optim.head_lr"))
+    assert (facts["type"], facts["default"]) == ("float (> 0) | null", "null")
+    assert facts["meaning"] == "Peak learning rate of the heads; None: `lr`."
+    assert "weight" in json.loads(said(capsys, "--json", "data.train"))[0]["fields"]
+    assert json.loads(said(capsys, "--json", "optim/lr")) == {"optim/lr": FIGURES["optim/lr"]}
+    assert json.loads(said(capsys, "--json"))["sections"][:2] == ["name", "output_dir"]

@@ -183,6 +183,13 @@ def test_a_group_alone_needs_negatives() -> None:
     )
 
 
+def test_a_step_of_one_query_and_one_passage_has_no_loss() -> None:
+    assert message(data__batch__global_queries=1, data__passages_per_query=1) == (
+        "data.batch.global_queries = 1: one query and its one passage (pairs) are told apart from nothing: "
+        "the loss is 0; use at least 2, or passages_per_query of at least 2 with negatives in the records"
+    )
+
+
 def test_evaluating_needs_a_test_set() -> None:
     assert message(train__evaluate_every_steps=5) == (
         "train.evaluate_every_steps = 5: there is no test set to evaluate on; name BEIR folders in "
@@ -381,4 +388,35 @@ def test_matryoshka_dims_fit_the_encoder(project: Path) -> None:
     write_encoder_config(project / "encoder", hidden_size=64)
     assert message(files=True, objective__matryoshka_dims=[32, 65]).startswith(
         "objective.matryoshka_dims = [32, 65]: the encoder's dense vectors have 64 entries; use at most 64"
+    )
+
+
+def test_several_positives_are_refused_where_texts_are_read():
+    texts = make_config(data__positives_per_query=2, objective={"kind": "pretrain"})
+    with pytest.raises(ConfigError, match=r"data.positives_per_query.*reads texts, which have no positives"):
+        check_config(texts, 1, files=False)
+    check_config(make_config(data__positives_per_query=2), 1, files=False)
+
+
+def test_layers_are_not_compiled_for_attention_by_runs() -> None:
+    config = make_config(engine__compile_layers=True, engine__attention="sdpa")
+    with pytest.raises(ConfigError, match="needs the varlen kernel: with engine.attention=sdpa each batch"):
+        check_config(config, 1, files=False)
+
+
+def test_a_file_where_the_run_folder_would_be_is_told_before_anything_starts(project: Path) -> None:
+    (project / "file").touch()
+    for changes, field in (
+        ({"output_dir": str(project / "file"), "name": "run"}, "output_dir"),
+        ({"output_dir": str(project), "name": "file"}, "name"),
+    ):
+        said = message(files=True, **changes)
+        assert f"{field} = " in said
+        assert f"{project}/file is a file, and the run wants a folder there; name a folder" in said
+
+
+def test_an_expansion_head_that_is_not_trained_is_named(project: Path) -> None:
+    said = message(files=True, model__lexical_kind="expansion", objective__heads=["dense"])
+    assert (
+        "model.lexical_kind = 'expansion': is a kind of lexical head, which this stage does not train" in said
     )

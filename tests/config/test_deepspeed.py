@@ -74,6 +74,37 @@ def test_deepspeed_knows_every_key(name: str) -> None:
             assert getattr(parsed, field) == value
 
 
+def test_the_precision_in_which_gradients_are_sent() -> None:
+    assert "communication_data_type" not in build("zero2")
+    assert build("zero2", engine__gradient_dtype="fp32")["communication_data_type"] == "fp32"
+
+
+def test_the_precision_is_given_once(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "communication_data_type": "bf16"}))
+    with pytest.raises(
+        ConfigError, match=r"communication_data_type = 'bf16': given in two places.*remove one"
+    ):
+        build(str(path), engine__gradient_dtype="fp32")
+
+
+def test_one_reduction_at_stage_3_is_for_fp32() -> None:
+    assert build("zero3", engine__gradient_reduction="once")
+    message = (
+        r"engine.gradient_reduction = 'once': would sum .* in bf16 at ZeRO stage 3; use engine.template=zero2"
+    )
+    with pytest.raises(ConfigError, match=message):
+        build("zero3", engine__gradient_reduction="once", engine__precision="bf16")
+
+
+def test_layers_are_compiled_below_stage_3() -> None:
+    for template in ("zero0", "zero1", "zero2"):
+        assert build(template, engine__compile_layers=True)
+    message = r"engine.compile_layers = True: ZeRO stage 3 gathers .* use engine.template=zero2, or set"
+    with pytest.raises(ConfigError, match=message):
+        build("zero3", engine__compile_layers=True)
+
+
 def test_clipping_off() -> None:
     assert build("zero1", optim__clip_norm=None)["gradient_clipping"] == 0.0
 

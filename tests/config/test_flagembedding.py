@@ -109,3 +109,37 @@ def test_the_recipe_trains(tmp_path, capsys):
 def test_neither_a_line_nor_a_script(capsys):
     assert report_user_errors(from_flagembedding.main, ["nothing.sh"]) == 2
     assert "is neither a command line nor a readable script" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("cls", None), ("mean", "mean"), ("last_token", "last")])
+def test_their_pooling_is_kept(theirs, ours):
+    line = f"torchrun {MODULE} --model_name_or_path m --train_data d --sentence_pooling_method {theirs}"
+    assert parse_config(migrate(line).recipe).model.pooling == ours
+
+
+def test_frozen_parts_keep_their_meaning():
+    both = OLD + " --fix_encoder True --fix_position_embedding True"
+    assert parse_config(migrate(both).recipe).model.freeze == ["encoder", "positions"]
+    assert parse_config(migrate(OLD).recipe).model.freeze == []
+
+
+@pytest.mark.parametrize("written", ["2 8 4", "2,4,8", "'[2, 4, 8]'"])
+def test_matryoshka_dimensions_are_taken_over(written):
+    call = f"torchrun {MODULE} --model_name_or_path m --train_data d --use_mrl True"
+    migration = migrate(f"{call} --mrl_dims {written}")
+    config = parse_config(migration.recipe)
+    check_config(config, 1, files=False)
+    assert config.objective.matryoshka_dims == [2, 4, 8]
+    assert "--use_mrl became objective.matryoshka_dims" in " ".join(migration.notes)
+    off = migrate(f"torchrun {MODULE} --model_name_or_path m --train_data d --mrl_dims {written}")
+    assert parse_config(off.recipe).objective.matryoshka_dims is None
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [("", "says nothing without --mrl_dims"), ("--mrl_dims 2 many", "are not whole numbers")],
+)
+def test_matryoshka_without_dimensions_is_refused(written, message):
+    call = f"torchrun {MODULE} --model_name_or_path m --train_data d --use_mrl True"
+    with pytest.raises(ConfigError, match=message):
+        migrate(f"{call} {written}")

@@ -199,7 +199,7 @@ def test_unknown_key_that_belongs_elsewhere(recipe: Path) -> None:
 
 
 def test_unknown_key_without_a_neighbour_lists_the_section(recipe: Path) -> None:
-    assert "remove it, or use one of: lr, head_lr, betas" in message(recipe, "optim.zzz=1")
+    assert "remove it, or use one of: lr, head_lr, lexical_lr" in message(recipe, "optim.zzz=1")
 
 
 def test_wrong_type_says_field_value_rule_remedy_and_line(recipe: Path) -> None:
@@ -225,7 +225,7 @@ def test_wrong_type_says_field_value_rule_remedy_and_line(recipe: Path) -> None:
             "= None: must be a number; give a value to optim.lr (Peak learning rate of the encoder)",
         ),
         ("engine.activation_offload=1", "= 1: must be a boolean"),
-        ("engine.precision=fp8", "= 'fp8': must be 'auto', 'bf16' or 'fp32'"),
+        ("engine.precision=fp8", "= 'fp8': must be 'auto', 'bf16', 'fp16' or 'fp32'"),
         ("data.batch.buckets=m3_unifed", "= 'm3_unifed': must be a list or 'm3_contrastive' or 'm3_unified'"),
         ("data.train=[]", "= []: must be right (List should have at least 1 item after validation, not 0)"),
         ("optim=3", "optim (override optim=3) = 3: must be a dictionary"),
@@ -273,7 +273,7 @@ def test_several_bad_overrides_at_once(recipe: Path) -> None:
     assert "override = 'optim.lr': is not of the form key=value; write for example optim.lr=2e-5" in text
     assert (
         "data.train (override data.train.5.weight=2) = '5': is a list of 2, and this is no index of it; use "
-        "an index: 0 to 1" in text
+        "an index: 0 to 1, or 2 to append" in text
     )
     assert (
         "name (override name.first=x) = 'small': is a value, so it has no part 'first'; set name itself, or "
@@ -417,3 +417,16 @@ def test_path_fields_are_fields(field: tuple[str, ...]) -> None:
     schema = RunConfig.model_json_schema()
     known = set(schema["properties"]).union(*(d.get("properties", {}) for d in schema["$defs"].values()))
     assert names <= known
+
+
+def test_one_behind_the_last_index_appends(recipe: Path) -> None:
+    entry = "data.train.2={name: third, paths: [c.jsonl]}"
+    config = load_config(recipe, [entry, "data.train.2.weight=0.5", "evaluation.folders.0=heldout"])
+    assert [dataset.name for dataset in config.data.train][2:] == ["third"]
+    assert config.data.train[2].weight == 0.5
+    assert config.evaluation.folders == ["heldout"]
+    config = load_config(recipe, ["data.train.2.name=x", "data.train.2.paths=[~/x.jsonl]"])
+    assert config.data.train[2].paths == [os.path.expanduser("~/x.jsonl")]
+    assert "data.train.2.paths (override data.train.2.name=x) = None: is required" in message(
+        recipe, "data.train.2.name=x"
+    )

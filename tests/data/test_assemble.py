@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megam3.config.batch_size import queries_in_buckets
 from megam3.cost import text_cost
 from megam3.data.assemble import SEGMENT_ORDERS, draw_group, pack_documents, shuffle_segments
 from megam3.data.dataset import open_training_data
@@ -161,3 +162,76 @@ def test_ranks_are_balanced(tmp_path, tokenizer):
         ideal = max(np.mean(loads), data.assembler().row_costs(data.plan.batch(number)).max())
         over.append(max(loads) / ideal - 1)
     assert max(over) < 0.05
+
+
+@given(st.integers(1, 5), st.integers(0, 6), st.integers(1, 4), st.integers(2, 4), st.integers(0, 2**40))
+def test_a_group_opens_with_several_distinct_positives(num_positives, num_negatives, size, wanted, row):
+    group = draw_group(stored_row(num_positives, num_negatives), size, 5, row, 0, positives_per_query=wanted)
+    drawn = min(num_positives, wanted)
+    assert len(set(group)) == len(group) == drawn + min(num_negatives, size - 1)
+    assert all(1 <= index <= num_positives for index in group[:drawn])
+    assert all(index > num_positives for index in group[drawn:])
+
+
+def test_several_positives_are_drawn_uniformly_and_by_descending_teacher_score():
+    counts = np.zeros(5)
+    for number in range(2000):
+        np.add.at(counts, draw_group(stored_row(4, 0), 1, key_of(0, 0), number, 0, positives_per_query=2), 1)
+    assert ((counts[1:] - 1000) ** 2 / 1000).sum() < 30
+    row = stored_row(3, 3, scores=[1.0, 3.0, 2.0, 4.0, 6.0, 5.0])
+    assert draw_group(row, 4, 1, 7, 0, positives_per_query=3) == [2, 3, 1, 5, 6, 4]
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory, tokenizer):
+    """Records with one to three positives, all of one length within a record, and one negative."""
+    folder, records = tmp_path_factory.mktemp("several"), make_records(90, num_negatives=1)
+    for number, record in enumerate(records):
+        words = record["pos"][0].split()
+        record["pos"] = [" ".join(words[k:] + words[:k]) for k in range(min(1 + number % 3, len(words)))]
+    path = write_jsonl(folder / "d.jsonl", records)
+    config = data_config(path, passages_per_query=2, positives_per_query=2)
+    return open_training_data(config, tokenizer, folder / "store", seed=3), config, folder / "store"
+
+
+def test_drawn_positives_open_the_groups_on_any_number_of_ranks(several):
+    data, _, _ = several
+    seen = set()
+    for number in range(data.plan.num_batches):
+        whole = samples(shares(data, number, 1))
+        assert samples(shares(data, number, 3)) == whole
+        (draft,) = shares(data, number, 1)
+        stored = [data.datasets[0].row(row) for row in draft.rows.tolist()]
+        drawn = [min(2, row.num_positives) for row in stored]
+        assert (draft.positive_counts.tolist() or [1] * len(drawn)) == drawn
+        assert draft.group_sizes == [count + 1 for count in drawn]
+        for count, row, (_, hashes) in zip(drawn, stored, (whole[r] for r in draft.rows.tolist())):
+            assert set(hashes[:count]) <= set(row.hashes[1 : 1 + row.num_positives].tolist())
+        seen |= set(drawn)
+        lengths = np.array([len(text) for text in draft.texts()])
+        counted = data.assembler().row_tokens(data.plan.batch(number))
+        assert counted[2].sum() == len(draft.hashes)
+        # cut words make the positives of a record differ by a token or two
+        assert abs(int(counted[:2].sum()) - int(lengths.sum())) <= 2 * len(drawn)
+    assert seen == {1, 2}
+
+
+def test_how_many_positives_are_drawn_is_part_of_the_plan(several, tokenizer):
+    data, config, store = several
+    one = config.model_copy(update={"positives_per_query": 1})
+    other = open_training_data(one, tokenizer, store, seed=3)
+    assert other.plan.fingerprint != data.plan.fingerprint
+    assert other.assembler().share(0, 0, 1).positive_counts.tolist() == []
+    again = open_training_data(config, tokenizer, store, seed=3)
+    assert again.plan.fingerprint == data.plan.fingerprint
+
+
+def test_a_token_budget_leaves_room_for_every_drawn_positive(tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", make_records(4))
+    config = data_config(path, batch={"global_tokens": 4096}, passages_per_query=2)
+    edges = [16, 32, 64, 128]
+    for wanted in (1, 3):
+        steps = queries_in_buckets(config.model_copy(update={"positives_per_query": wanted}), 2)
+        sizes = [4096 // (min(edge, 32) + (1 + wanted) * edge) for edge in edges]
+        assert [step.queries for step in steps] == sizes
+        assert [step.passages for step in steps] == [size * (1 + wanted) for size in sizes]

@@ -11,13 +11,15 @@ from dataclasses import fields
 import pytest
 import torch
 
-from megam3.batch import Batch, PackedTexts, RetrievalBatch, TextBatch
+from megam3.batch import Batch, RetrievalBatch, TextBatch
 from megam3.data import dataset
 from megam3.data.dataset import open_on_every_rank, open_training_data
 from megam3.data.shard import text_hash
 from megam3.data.tokenizer import Tokenizer
 from megam3.data.worker import changed_parts
+from megam3.dist import comm
 from megam3.errors import ConfigError, DataError
+from megam3.packed_texts import PackedTexts
 from tests.data.pairs import data_config, make_records, write_jsonl
 from tests.ranks import run_ranks
 
@@ -312,5 +314,40 @@ def test_waiting_ranks_say_that_the_main_rank_failed(tmp_path, tokenizer):
     messages = run_ranks(_open_on_a_rank, 2, data_config(path), tokenizer.to_json(), str(tmp_path / "s"))
     assert "d.jsonl:4 line" in messages[0]
     assert messages[1] == (
-        f"data.store_dir = '{tmp_path / 's'}': the main rank could not prepare or open it; see its message"
+        f"data.store_dir = '{tmp_path / 's'}': a rank that opens it for the others could not; see its message"
     )
+
+
+def _open_on_two_nodes(config, tokenizer_json, store_dir):
+    """How often this rank of a, a, b, b compared the store's checksums, or what it was told; node b's are
+    wrong where the store holds a file of that name."""
+    node = "aabb"[comm.rank()]
+    dataset.socket.gethostname = lambda: node
+    verified = []
+    verify = dataset.verify_files
+
+    def verify_files(folder, manifest, num_threads):
+        verified.append(folder)
+        if node == "b" and (folder / "damaged on b").exists():
+            raise DataError("store file", "index.npy", "must have another checksum", "delete it")
+        return verify(folder, manifest, num_threads)
+
+    dataset.verify_files = verify_files
+    try:
+        open_on_every_rank(config, Tokenizer.from_json(tokenizer_json), store_dir, 1)
+    except DataError as error:
+        return str(error)
+    return len(verified)
+
+
+@pytest.mark.ranks
+def test_a_store_is_verified_once_on_every_node(tmp_path, tokenizer):
+    """Each machine has its own memory and its own path to the files; its ranks share both."""
+    path = write_jsonl(tmp_path / "d.jsonl", make_records(40))
+    config = data_config(path, batch={"global_queries": 8})
+    arguments = (config, tokenizer.to_json(), str(tmp_path / "s"))
+    assert run_ranks(_open_on_two_nodes, 4, *arguments) == [1, 0, 1, 0]
+    (tmp_path / "s" / "d" / "damaged on b").touch()
+    said = run_ranks(_open_on_two_nodes, 4, *arguments)
+    assert "must have another checksum" in said[2]
+    assert ["a rank that opens it for the others could not" in said[rank] for rank in (0, 1, 3)] == [True] * 3

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megam3.data.manifest import ShardSummary, StoreSpec, finish_dataset
+from megam3.data.finish import finish_dataset
+from megam3.data.manifest import ShardSummary, StoreSpec
 from megam3.data.prepare import prepare_data
 from megam3.data.shard import text_hash
 from megam3.data.store import open_dataset, verify_dataset
@@ -188,10 +189,12 @@ def test_changed_settings_are_named(tmp_path, corpus, tokenizer, change, message
     prepare(data_config(corpus), tokenizer, tmp_path / "s")
     with pytest.raises(
         DataError,
-        match=rf"store of dataset d = .*{message}.*does not match the recipe; go back to what it"
-        rf" was prepared",
+        match=rf"store of dataset d = .*{message}.*does not match the recipe .*; go back to what it was"
+        r" prepared from, .*or prepare anew: rm -r \S+/s/d && megam3 prepare RECIPE",
     ):
         prepare(data_config(corpus, **change), tokenizer, tmp_path / "s")
+    shutil.rmtree(tmp_path / "s" / "d")  # what the message says
+    assert prepare(data_config(corpus, **change), tokenizer, tmp_path / "s")
 
 
 def test_changed_inputs_are_named(tmp_path, corpus, tokenizer):
@@ -202,12 +205,8 @@ def test_changed_inputs_are_named(tmp_path, corpus, tokenizer):
     corpus.write_bytes(original.replace(b'"lang": "de"', b'"lang": "fr"', 1))
     with pytest.raises(DataError, match="d.jsonl has other contents"):
         prepare(data_config(tmp_path), tokenizer, tmp_path / "s")
-    corpus.write_bytes(original + b"{}\n")
+    corpus.write_bytes(original[: len(original) // 2])
     with pytest.raises(DataError, match=r"d.jsonl had \d+ bytes, has \d+"):
-        prepare(data_config(tmp_path), tokenizer, tmp_path / "s")
-    corpus.write_bytes(original)
-    shutil.copy(corpus, tmp_path / "e.jsonl")
-    with pytest.raises(DataError, match="e.jsonl was not there"):
         prepare(data_config(tmp_path), tokenizer, tmp_path / "s")
 
 
@@ -356,6 +355,22 @@ def test_full_disk(tmp_path, corpus, tokenizer, small_disk, processes):
     assert contents(small_disk) == contents(tmp_path / "whole")
 
 
+def test_what_an_error_interrupts_leaves_no_temporary_file(tmp_path, corpus, tokenizer):
+    """Workers are killed in the middle of their units when another unit's error ends the preparation."""
+    store = tmp_path / "s"
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    half = store / "d" / "shards" / f"00003.arrow.{socket.gethostname()}-{ended.pid}-1.tmp"
+
+    def interrupt(progress):
+        half.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(data_config(corpus), tokenizer, store, num_processes=2, on_progress=interrupt)
+    assert not list(store.rglob("*.tmp"))
+
+
 def test_file_size_limit(tmp_path, corpus, tokenizer):
     """The same for those who may not mount: a shard that does not fit leaves no trace."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -384,11 +399,11 @@ def test_only_temporary_files_of_ended_processes_are_deleted(tmp_path, corpus, t
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     kept = [
-        folder / f"manifest.json.{host}-{os.getppid()}.tmp",  # another task of an array, at work
-        folder / "shards" / "00000.arrow.elsewhere-1.tmp",  # on another host: nothing is known of it
+        folder / f"manifest.json.{host}-{os.getppid()}-7.tmp",  # another task of an array, at work
+        folder / "shards" / "00000.arrow.elsewhere-1-1.tmp",  # on another host: nothing is known of it
         folder / "notes.tmp",  # somebody else's
     ]
-    gone = [folder / f"index.npy.{host}-{ended.pid}.tmp", folder / "shards" / "00001.json.elsewhere-2.tmp"]
+    gone = [folder / f"index.npy.{host}-{ended.pid}-1.tmp", folder / "shards" / "00001.json.elsewhere-2-2.tmp"]
     for path in (*kept, *gone):
         path.touch()
     os.utime(gone[1], (0, 0))

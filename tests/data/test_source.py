@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import json
 import os
@@ -5,12 +6,21 @@ import os
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megam3.data import source
-from megam3.data.source import HugeLine, find_files, first_line, place, read_unit, split_file
+from megam3.data.source import (
+    ForwardReader,
+    HugeLine,
+    find_files,
+    first_line,
+    place,
+    read_unit,
+    split_file,
+)
 from megam3.errors import DataError
 from tests.data.pairs import make_records, write_jsonl
 
@@ -22,6 +32,12 @@ def read_all(path, unit_bytes):
         for unit in split_file(str(path), unit_bytes)
         for number, line in read_unit(unit)
     ]
+
+
+def pack(path: str, text: bytes) -> None:
+    """`text` as a compressed file of the kind its name says."""
+    with gzip.open(path, "wb") if path.endswith("gz") else pa.output_stream(path, compression="zstd") as file:
+        file.write(text)
 
 
 @given(
@@ -171,3 +187,79 @@ def test_ordinary_records_do_not_look_like_a_bomb(tmp_path, suffix, monkeypatch)
     path = tmp_path / f"d{suffix}"
     squeeze(path, plain.read_bytes())
     assert split_file(str(path), 1 << 30)[-1].stop == plain.stat().st_size
+
+
+def count_rows(path) -> int:
+    return sum(1 for unit in split_file(str(path), 64 << 20) for _ in read_unit(unit))
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_a_parquet_file_that_opens_to_far_more_than_its_size_is_refused_in_bounded_memory(
+    tmp_path, dictionary, monkeypatch
+):
+    path = tmp_path / "bomb.parquet"
+    value = "".join(map(chr, range(97, 123))) * 20_000  # half a megabyte, 200 times
+    table = pa.table({"text": pa.array([value] * 200)})
+    pq.write_table(table, path, use_dictionary=dictionary, compression="zstd", data_page_size=1 << 20)
+    assert path.stat().st_size < 100_000
+    monkeypatch.setattr(source, "SMALL_TEXT_BYTES", 1 << 20)
+    monkeypatch.setattr(source, "MAX_SLICE_BYTES", 20 << 20)
+    slices = []
+    batches = pq.ParquetFile.iter_batches
+
+    def counted(self, *args, **options):
+        for batch in batches(self, *args, **options):
+            slices.append(batch.nbytes)
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+    with pytest.raises(DataError, match=r"bomb.parquet.*bytes open to more than \d+, which text does not"):
+        count_rows(path)
+    assert sum(slices) < 30 << 20
+
+
+def test_ordinary_parquet_is_read_in_large_slices_whatever_its_dictionaries(tmp_path):
+    records = [{"text": f"text {number}", "language": "de"} for number in range(5000)]
+    path = tmp_path / "d.parquet"
+    pq.write_table(pa.Table.from_pylist(records), path)
+    (unit,) = split_file(str(path), 64 << 20)
+    assert [row for _, row in read_unit(unit)] == records
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+def test_units_of_a_compressed_file_are_read_in_one_pass(tmp_path, suffix, monkeypatch):
+    """Any cut, gaps included: the lines are those of a file opened for each unit."""
+    lines = [json.dumps({"text": "x" * (17 * i % 400)}).encode() + b"\n" for i in range(300)]
+    path = str(tmp_path / f"d{suffix}")
+    pack(path, b"".join(lines))
+    opened = []
+    original = source._open_text
+
+    def open_text(*arguments):
+        opened.append(arguments)
+        return original(*arguments)
+
+    for unit_bytes in (50, 1000, 7000):
+        units = split_file(path, unit_bytes)
+        alone = [list(read_unit(unit)) for unit in units]
+        assert [line for unit in alone for _, line in unit] == lines
+        for step in (1, 2, 5):
+            with monkeypatch.context() as patch, contextlib.closing(ForwardReader()) as reader:
+                patch.setattr(source, "_open_text", open_text)
+                opened.clear()
+                assert [list(read_unit(unit, reader)) for unit in units[::step]] == alone[::step]
+            assert len(opened) == 1
+        # any other order is right as well
+        with contextlib.closing(ForwardReader()) as reader:
+            assert [list(read_unit(unit, reader)) for unit in units[::-1]] == alone[::-1]
+
+
+def test_a_reader_given_up_in_the_middle_of_a_unit_starts_anew(tmp_path):
+    path = str(tmp_path / "d.jsonl.gz")
+    pack(path, b"".join(b'{"text": "%d"}\n' % i for i in range(100)))
+    units = split_file(path, 300)
+    with contextlib.closing(ForwardReader()) as reader:
+        given_up = read_unit(units[0], reader)
+        next(given_up)
+        given_up.close()
+        assert list(read_unit(units[1], reader)) == list(read_unit(units[1]))

@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
 
 from megam3.data import store
 from megam3.data.prepare import prepare_data
+from megam3.data.shard import to_arrow
 from megam3.data.store import open_dataset, verify_dataset
 from megam3.errors import DataError
 from tests.data.pairs import data_config, make_records, write_jsonl
@@ -74,7 +77,8 @@ def test_other_format(folder):
     path = folder / "d" / "manifest.json"
     path.write_text(path.read_text().replace('"format": 1', '"format": 9', 1))
     with pytest.raises(
-        DataError, match="store format = 9: this version reads format 1; prepare the data again"
+        DataError,
+        match=r"store format = 9: this version reads format 1 \(.*manifest.json\); prepare the data again",
     ):
         open_dataset(folder, "d")
 
@@ -89,3 +93,10 @@ def test_few_shards_are_open_at_a_time(folder, monkeypatch):
 
 def test_any_dataset_name_is_a_folder_inside_the_store(tmp_path):
     assert store.dataset_folder(tmp_path, "../a/b").parent == tmp_path
+
+
+def test_a_unit_of_more_tokens_than_offsets_reach():
+    # ranges stand in for texts: their lengths alone are read before the refusal
+    row = SimpleNamespace(texts=[range(1 << 30), range(1 << 30)])
+    with pytest.raises(DataError, match=r"unit = 2147483648: holds more tokens than a shard can"):
+        to_arrow([row])

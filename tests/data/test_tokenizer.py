@@ -1,9 +1,11 @@
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
 
-from megam3.data.tokenizer import Tokenizer, load_tokenizer
+from megam3.data import tokenizer as tokenizer_module
+from megam3.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megam3.errors import ConfigError
 from tests.factory import make_sentences, write_tiny_tokenizer
 
@@ -56,6 +58,15 @@ def test_padded_embedding_is_accepted(tokenizer, tokenizer_folder):
     load_tokenizer(tokenizer_folder, vocab_size=tokenizer.vocab_size + 63)
 
 
+def test_room_of_a_hundredth_is_accepted_in_a_large_vocabulary():
+    qwen = SimpleNamespace(vocab_size=151_669)
+    check_vocabulary(qwen, 151_936, "Qwen3-Embedding-0.6B")
+    with pytest.raises(
+        ConfigError, match="the tokenizer has 151669 tokens, the model's embedding 153600 rows"
+    ):
+        check_vocabulary(qwen, 153_600, "other")
+
+
 def test_missing_folder():
     with pytest.raises(ConfigError, match=r"model.path = '/nowhere': is not a folder"):
         load_tokenizer("/nowhere")
@@ -74,3 +85,23 @@ def test_five_token_trap(tokenizer_folder, tmp_path):
     shutil.copy(tokenizer_folder / "tokenizer_config.json", tmp_path)
     with pytest.raises(ConfigError, match=r"model.path"):
         load_tokenizer(tmp_path, vocab_size=600)
+
+
+def test_texts_of_many_characters_share_no_call(tokenizer, monkeypatch):
+    """The same ids, in as many calls as the bound on their characters asks for."""
+    texts = [*make_sentences(30), " ".join(make_sentences(20)), "x"]
+    expected = [ids.tolist() for ids in tokenizer.encode(texts, 32)[0]]
+    copy = Tokenizer.from_json(tokenizer.to_json())
+    backend, sizes = copy._backend, []
+
+    class Counting:
+        def encode_batch_fast(self, some, add_special_tokens):
+            sizes.append(sum(map(len, some)) if len(some) > 1 else 0)
+            return backend.encode_batch_fast(some, add_special_tokens=add_special_tokens)
+
+    copy._backend = Counting()
+    monkeypatch.setattr(tokenizer_module, "CHARACTERS_PER_CALL", 200)
+    assert [ids.tolist() for ids in copy.encode(texts, 32)[0]] == expected
+    assert len(sizes) > 5
+    assert max(sizes) <= 200
+    assert copy.encode([], 32) == ([], 0)

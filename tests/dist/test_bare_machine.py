@@ -32,7 +32,8 @@ for template in ("zero1", "zero3_offload"):
     config = build_deepspeed_config(make_config(engine__template=template), ranks.world_size)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config,
-    dist_init_required=False) for _ in range(2):
+    dist_init_required=False)
+    for _ in range(2):
         loss = engine(torch.ones(2, 4)).square().mean()
         engine.backward(loss)
         engine.step()
@@ -50,9 +51,26 @@ def run_bare(folder: Path, *program: str) -> None:
         found = shutil.which(name)
         assert found
         (programs / name).symlink_to(found)
-    environ = {"PATH": str(programs), "HOME": "/dev/null", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PROBE_OUT": str(folder)}
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(free_port()), *program]
-    done = subprocess.run(launcher, env=environ, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    environ = {
+        "PATH": str(programs),
+        "HOME": "/dev/null",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "PROBE_OUT": str(folder),
+    }
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        str(free_port()),
+        *program,
+    ]
+    done = subprocess.run(
+        launcher, env=environ, cwd=folder, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megam3.dist import comm
+from megam3.dist.env import free_port
 from megam3.errors import ConfigError
 from tests.ranks import run_ranks
 
@@ -28,7 +29,11 @@ def _collectives():
     assert not comm.any_rank(False)
     assert comm.max_over_ranks(rank * 7) == 14
     assert comm.all_gather_ints([rank, 10 * rank]) == [[0, 0], [1, 10], [2, 20]]
-    assert comm.all_gather_rows(torch.tensor([rank / 4, 1.0], dtype=torch.float64)).tolist() == [[0.0, 1.0], [0.25, 1.0], [0.5, 1.0]]
+    assert comm.all_gather_rows(torch.tensor([rank / 4, 1.0], dtype=torch.float64)).tolist() == [
+        [0.0, 1.0],
+        [0.25, 1.0],
+        [0.5, 1.0],
+    ]
     told = comm.gather_objects_json({"rank": rank, "text": "ü" * rank, "none": None})
     assert told == [{"rank": r, "text": "ü" * r, "none": None} for r in range(3)]
     assert comm.is_main() == (rank == 0)
@@ -90,11 +95,27 @@ def test_a_port_in_use_is_told_before_anything_hangs():
         other.listen()
         port = other.getsockname()[1]
         address = _Address(0, 2, "127.0.0.1", port)
-        with pytest.raises(ConfigError, match=rf"MASTER_PORT = {port}: another process on 127.0.0.1 listens.*deepspeed --master_port N"):
+        with pytest.raises(
+            ConfigError,
+            match=rf"MASTER_PORT = {port}: another process on 127.0.0.1 listens.*deepspeed --master_port N",
+        ):
             comm.start(address, "gloo")
 
 
+@pytest.mark.parametrize(("rank", "reason"), [(0, "waiting for clients"), (1, "trying to connect")])
+def test_ranks_that_do_not_meet_are_told_so(rank: int, reason: str) -> None:
+    address = _Address(rank, 2, "127.0.0.1", free_port())
+    with pytest.raises(
+        comm.MeetingError,
+        match=rf"MASTER_ADDR = '127.0.0.1:\d+': the 2 ranks did not meet there within 1 s \(.*{reason}.*\);"
+        r" look for the rank that is missing; .*GLOO_SOCKET_IFNAME",
+    ):
+        comm.start(address, "gloo", timeout_seconds=1)
+
+
 def test_a_lost_peer_is_told_from_our_own_faults():
-    assert comm.is_lost_peer(RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711"))
+    assert comm.is_lost_peer(
+        RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711")
+    )
     assert not comm.is_lost_peer(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"))
     assert not comm.is_lost_peer(ValueError("Connection closed by peer"))

@@ -103,7 +103,8 @@ def test_mpi_variables_without_an_mpi_library(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(
         ConfigError,
-        match="MPI's variables are set but MPI cannot be loaded .*; load the cluster's MPI module, or start with",
+        match="MPI's variables are set but MPI cannot be loaded .*; "
+        "load the cluster's MPI module, or start with",
     ):
         discover_ranks({"OMPI_COMM_WORLD_SIZE": "4"})
 
@@ -131,7 +132,8 @@ def test_partial_launcher_variables_name_what_is_missing() -> None:
 def test_partial_slurm_variables_name_what_is_missing() -> None:
     assert message({"SLURM_PROCID": "1"}) == (
         "environment = {'SLURM_PROCID': '1'}: a Slurm task has more variables than this, "
-        "and SLURM_NTASKS, SLURM_LOCALID, SLURM_JOB_NODELIST is not set; start with `srun`, or unset SLURM_PROCID"
+        "and SLURM_NTASKS, SLURM_LOCALID, SLURM_JOB_NODELIST is not set; "
+        "start with `srun`, or unset SLURM_PROCID"
     )
 
 
@@ -141,12 +143,14 @@ def test_partial_slurm_variables_name_what_is_missing() -> None:
         ({"RANK": "x"}, "RANK = 'x': must be a whole number; correct or unset RANK"),
         (
             {"RANK": "4"},
-            "rank = 4: must be at least 0 and below the world size 4 (launcher); correct the launcher's variables",
+            "rank = 4: must be at least 0 and below the world size 4 (launcher); "
+            "correct the launcher's variables",
         ),
         ({"RANK": "-1"}, "rank = -1: must be at least 0"),
         (
             {"RANK": "0"},
-            "local rank = 1: must be at least 0 and not above the rank 0 (launcher); correct the launcher's variables",
+            "local rank = 1: must be at least 0 and not above the rank 0 (launcher); "
+            "correct the launcher's variables",
         ),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT = 70000: is no port number; use one from 1024 to 65535"),
     ],

@@ -10,7 +10,9 @@ ROWS = (3, 1, 0, 2)
 
 
 def _rows(rank, dtype=torch.float64):
-    return (100 * rank + torch.arange(ROWS[rank] * 2, dtype=dtype).view(-1, 2)).requires_grad_(dtype.is_floating_point)
+    return (100 * rank + torch.arange(ROWS[rank] * 2, dtype=dtype).view(-1, 2)).requires_grad_(
+        dtype.is_floating_point
+    )
 
 
 def _convention(rank, world):
@@ -41,10 +43,15 @@ def _exchanges():
             (grad,) = torch.autograd.grad(gathered, rows, torch.full_like(gathered, rank + 1.0))
             assert torch.equal(grad, torch.full_like(rows, sum(range(1, world + 1))))
     offsets = gather_offsets(torch.arange(COUNTS[rank] + 1) * (rank + 1))
-    assert offsets.tolist() == [0, *torch.tensor([r + 1 for r in range(world) for _ in range(COUNTS[r])]).cumsum(0).tolist()]
+    assert offsets.tolist() == [
+        0,
+        *torch.tensor([r + 1 for r in range(world) for _ in range(COUNTS[r])]).cumsum(0).tolist(),
+    ]
 
     queries, passages = COUNTS[:world], ROWS[:world]
-    full = torch.arange(2 * sum(queries) * sum(passages), dtype=torch.float64).view(2, sum(queries), sum(passages))
+    full = torch.arange(2 * sum(queries) * sum(passages), dtype=torch.float64).view(
+        2, sum(queries), sum(passages)
+    )
     rows_of = slice(sum(queries[:rank]), sum(queries[: rank + 1]))
     columns_of = slice(sum(passages[:rank]), sum(passages[: rank + 1]))
     blocks = full[:, :, columns_of].clone().requires_grad_()
@@ -62,7 +69,9 @@ def _exchanges():
 def test_exchanges_and_the_gradient_convention(world):
     results = run_ranks(_exchanges, world)
     weight = torch.tensor([[0.5, -1.0], [2.0, 0.25]], dtype=torch.float64, requires_grad=True)
-    inputs = torch.randn(sum(ROWS[:world]), 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    inputs = torch.randn(
+        sum(ROWS[:world]), 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
     vectors = inputs @ weight
     loss = torch.nn.functional.cross_entropy(vectors @ vectors.T, torch.arange(len(inputs)))
     loss.backward()

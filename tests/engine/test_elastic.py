@@ -1,12 +1,19 @@
 """Checkpoints continue at another world size and ZeRO stage: against an uninterrupted torch loop, and by
 name, bit for bit."""
 
+import shutil
+import socket
+from pathlib import Path
+
 import pytest
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+import megam3.engine.consolidate as consolidate_module
+import megam3.engine.deepspeed as deepspeed_module
 from megam3.dist import comm
 from megam3.engine.consolidate import MOMENTS, TAG, WEIGHT, SavedStates, consolidate, weights_only_loads
+from megam3.errors import CheckpointError
 from tests.engine.test_engine import make_engine, torch_run, train_steps
 from tests.factory import make_tiny_model_folder
 from tests.ranks import run_ranks
@@ -132,3 +139,35 @@ def _before_the_first_step(model: str, root: str) -> list[bool]:
 @pytest.mark.ranks
 def test_a_checkpoint_from_before_the_first_update_carries_no_moments_and_continues(model, tmp_path):
     assert run_ranks(_before_the_first_step, 1, model, str(tmp_path)) == [[True, True, True]]
+
+
+def _load_elsewhere(model: str, root: str) -> list:
+    """Rank 1 sees the folder without one of its files, as on a node with another disk; then the whole folder,
+    listed by rank 0 alone."""
+    engine = make_engine(model, 1, total_steps=STEPS)
+    engine.save(f"{root}/0")
+    comm.barrier()
+    listed = []
+    plain = consolidate_module.list_files
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(deepspeed_module, "list_files", lambda f: listed.append(f) or plain(f))
+        engine.load_elastic(f"{root}/0")
+        message = ""
+        if comm.rank() == 1:
+            shutil.copytree(f"{root}/0", f"{root}/1")
+            next(Path(f"{root}/1").rglob("*rank_1_*_optim_states.pt")).unlink()
+        try:
+            # each rank its own disk under the same name
+            engine.load_elastic(f"{root}/{comm.rank()}")
+        except CheckpointError as error:
+            message = str(error)
+    return [len(listed), message]
+
+
+@pytest.mark.ranks
+def test_rank_0_lists_the_files_and_a_rank_that_misses_one_says_so(model, tmp_path):
+    (first, said_0), (second, said_1) = run_ranks(_load_elsewhere, 2, model, str(tmp_path))
+    assert (first, second) == (2, 0)
+    assert said_0 == ""
+    assert f"rank 1 on {socket.gethostname()} does not see {tmp_path}/1/{TAG}/" in said_1
+    assert "which rank 0 lists; give output_dir on a file system that all nodes share" in said_1

@@ -42,10 +42,18 @@ def ds_config(stage: int, *, bf16: bool = False) -> dict:
 
 
 def make_engine(
-    folder: str, stage: int, *, offload: bool = False, bf16: bool = False, total_steps: int = STEPS + 1
+    folder: str,
+    stage: int,
+    *,
+    offload: bool = False,
+    bf16: bool = False,
+    total_steps: int = STEPS + 1,
+    reduces_once: bool = False,
+    zero: dict | None = None,
 ) -> Engine:
     join(CPU)
     config = ds_config(stage, bf16=bf16)
+    config["zero_optimization"] |= zero or {}
     with model_construction(config):
         module = load_m3(folder, ModelConfig(path=folder), dtype=torch.bfloat16 if bf16 else torch.float32)
     return Engine(
@@ -56,6 +64,7 @@ def make_engine(
         device=CPU,
         total_steps=total_steps,
         activations=ActivationMemory(module, offload, offload),
+        reduces_once=reduces_once,
     )
 
 

@@ -2,7 +2,8 @@ import torch
 from torch import nn
 
 from megam3.config.schema import OptimConfig
-from megam3.engine.optim import build_adamw, parameter_groups
+from megam3.engine.adamw import build_adamw
+from megam3.engine.optim import group_layout, parameter_groups
 from megam3.model.m3 import is_head_parameter
 
 
@@ -55,5 +56,42 @@ def test_adamw_takes_the_recipe_moments():
     groups = parameter_groups(
         _Toy().named_parameters(), OptimConfig(lr=1e-3, betas=[0.8, 0.95], eps=1e-6), is_head_parameter
     )
-    optimizer = build_adamw(groups, OptimConfig(lr=1e-3, betas=[0.8, 0.95], eps=1e-6), torch.device("cpu"))
+    optimizer = build_adamw(groups, OptimConfig(lr=1e-3, betas=[0.8, 0.95], eps=1e-6))
     assert all(group["betas"] == (0.8, 0.95) and group["eps"] == 1e-6 for group in optimizer.param_groups)
+
+
+def _named(names: list[str]) -> list[tuple[str, nn.Parameter]]:
+    return [(name, nn.Parameter(torch.zeros(2, 2))) for name in names]
+
+
+def test_rates_fall_from_the_top_layer_to_the_embeddings():
+    rates = {
+        "encoder.embeddings.word_embeddings.weight": 1e-3 / 8,
+        "encoder.encoder.layer.0.output.dense.weight": 1e-3 / 4,
+        "encoder.encoder.layer.1.output.dense.weight": 1e-3 / 2,
+        "encoder.encoder.layer.2.output.dense.weight": 1e-3,
+        "lexical_head.weight": 5e-3,
+        "multi_vector_head.weight": 7e-3,
+        "expansion_head.dense.weight": 5e-3,
+    }
+    named = _named(list(rates))
+    named[1][1].requires_grad_(False)
+    config = OptimConfig(lr=1e-3, head_lr=7e-3, lexical_lr=5e-3, layer_decay=0.5)
+    groups = parameter_groups(named, config, is_head_parameter)
+    rate_of = {id(p): group["peak_lr"] for group in groups for p in group["params"]}
+    # the frozen layer still counts: the ones around it keep their rates
+    assert {name: rate_of.get(id(p)) for name, p in named} == {
+        **rates,
+        "encoder.encoder.layer.0.output.dense.weight": None,
+    }
+    modern = _named(
+        ["encoder.layers.0.mlp.Wi.weight", "encoder.layers.1.mlp.Wi.weight", "encoder.final_norm.x"]
+    )
+    groups = parameter_groups(modern, OptimConfig(lr=1e-3, layer_decay=0.5), is_head_parameter)
+    assert [group["peak_lr"] for group in groups] == [5e-4, 1e-3]
+    assert [len(group["params"]) for group in groups] == [1, 2]
+
+
+def test_the_layout_of_groups_is_told_only_where_rates_make_one():
+    assert group_layout(OptimConfig(lr=1e-3, head_lr=1e-2)) == []
+    assert group_layout(OptimConfig(lr=1e-3, layer_decay=0.9)) == [1e-3, None, None, None, 0.9]

@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 import megam3.export.bge_m3 as bge_m3
-from megam3.batch import pack_texts
 from megam3.config.schema import ModelConfig
 from megam3.embedder import M3Embedder
 from megam3.errors import CheckpointError
@@ -17,6 +16,7 @@ from megam3.export.bge_m3 import export_bge_m3, read_pooler, source_of_checkpoin
 from megam3.export.verify import verify_folder
 from megam3.model.m3 import represent
 from megam3.model.pretrained import load_m3
+from megam3.packed_texts import pack_texts
 from tests.factory import make_sentences, make_tiny_model_folder
 
 LAYOUT = {

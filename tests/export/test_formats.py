@@ -23,7 +23,7 @@ def source(tmp_path_factory):
 def test_the_head_becomes_a_dense_module(source, tmp_path, name):
     model = trained(source)
     differences = export(model.state_dict(), str(source), tmp_path / "out", format=name)
-    assert differences.keys() == {"dense", "multi_vector"}
+    assert differences.keys() == {"dense", "lexical", "multi_vector"}
     assert max(differences.values()) <= 1e-5
     head = load_file(tmp_path / "out" / "1_Dense" / "model.safetensors")
     assert torch.equal(head["linear.weight"], model.multi_vector_head.weight)

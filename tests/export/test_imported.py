@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from megam3.commands import import_model as command
 from megam3.config.schema import ModelConfig
+from megam3.embedder import M3Embedder
 from megam3.errors import CheckpointError, ConfigError
 from megam3.export.imported import import_model, read_pooling
 from megam3.model.pretrained import load_m3
@@ -50,8 +51,17 @@ def test_the_command_says_what_is_missing_and_how_it_was_pooled(tmp_path, capsys
     assert command.main([str(source), str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "no weights for lexical, multi_vector: train with model.missing_heads=init" in said
-    assert "pooled by 'mean'; megam3 reads the first token" in said
+    assert "pooled by 'mean', and training goes on so" in said
     load(tmp_path / "out", missing_heads="init")
+
+
+def test_new_heads_are_those_that_training_starts_and_old_ones_stay(source, tmp_path, capsys):
+    (source / "sparse_linear.pt").unlink()
+    assert command.main([str(source), str(tmp_path / "out"), "--new-heads"]) == 0
+    assert "the others were written" in capsys.readouterr().out
+    wanted, got = load(source, missing_heads="init").state_dict(), load(tmp_path / "out").state_dict()
+    assert wanted.keys() == got.keys()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize(
@@ -93,3 +103,29 @@ def test_a_damaged_file_and_a_family_that_is_not_served_are_refused(source, tmp_
     (source / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(ConfigError, match="is a 't5' model"):
         import_model(str(source), tmp_path / "out")
+
+
+def test_layers_behind_the_pooling_are_told_and_not_served(tmp_path):
+    """As EmbeddingGemma's: pooling, two layers, normalisation."""
+    source = make_tiny_model_folder(tmp_path / "source", max_tokens=64, heads=False)
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Dense": "Dense"}
+    for place in list(kinds)[1:]:
+        (source / place).mkdir()
+        (source / place / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (source / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(
+        CheckpointError, match="puts its dense vector through 2_Dense, 3_Dense, which megam3 does"
+    ):
+        M3Embedder(source, device="cpu")
+    notes = " ".join(import_model(str(source), tmp_path / "out").notes())
+    assert "went through 2_Dense, 3_Dense, which megam3 has no place for" in notes
+    assert M3Embedder(tmp_path / "out", device="cpu").model.reading.pooling == "mean"
+
+
+@pytest.mark.parametrize("modules", ['{"0": "Dense"}', '[{"type": "models.Dense"}]', "[1]"])
+def test_a_damaged_list_of_modules_is_one_message(tmp_path, modules):
+    source = make_tiny_model_folder(tmp_path / "source", max_tokens=64)
+    (source / "modules.json").write_text(modules)
+    with pytest.raises(CheckpointError, match=r"modules\.json': names layers that cannot be read .*copy the"):
+        M3Embedder(source, device="cpu")

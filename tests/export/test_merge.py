@@ -137,6 +137,24 @@ def test_what_does_not_fit_is_refused(folders, tmp_path, change, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("method", "shares"), [("average", [0.5, 0.5]), ("slerp", [1.0, 0.0])])
+def test_a_bare_encoder_has_no_say_in_the_heads(folders, tmp_path, method, shares):
+    bare = tmp_path / "bare"
+    shutil.copytree(folders[0], bare, ignore=shutil.ignore_patterns("*.pt"))
+    merge_folders([str(bare), folders[1]], tmp_path / "out", shares, method)
+    merged, first, trained = states(tmp_path / "out"), states(folders[0]), states(folders[1])
+    for name, tensor in merged.items():
+        wanted = trained[name] if ".pt:" in name else shares[0] * first[name] + shares[1] * trained[name]
+        torch.testing.assert_close(tensor, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_two_bare_encoders_merge_without_heads(folders, tmp_path):
+    for number in (0, 1):
+        shutil.copytree(folders[number], tmp_path / str(number), ignore=shutil.ignore_patterns("*.pt"))
+    merge_folders([str(tmp_path / "0"), str(tmp_path / "1")], tmp_path / "out", None, "average")
+    assert not list((tmp_path / "out").glob("*.pt"))
+
+
 def test_another_vocabulary_is_refused(folders, tmp_path):
     other = make_tiny_model_folder(tmp_path / "other", max_tokens=64, vocab_size=300)
     with pytest.raises(CheckpointError, match="has another vocabulary than"):
@@ -166,3 +184,9 @@ def test_messages_on_the_command_line(folders, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
     assert main(["merge", folders[0], "nowhere", str(tmp_path / "out")]) == 2
     assert "is no folder on this machine" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model_is_refused(folders, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="is no model folder .no config.json.; give exported folders"):
+        merge_folders([folders[0], tmp_path / "empty"], tmp_path / "out", None, "average")

@@ -4,12 +4,11 @@ ways are equal there."""
 import pytest
 import torch
 
-from megam3.encoders import served_families
 from megam3.model.attention import choose_attention, report_attention
 from megam3.model.backbone import build_backbone
 from tests.factory import random_token_ids
 from tests.gpu.varlen_stand_in import install
-from tests.model.test_attention import LENGTHS, packed_hidden, padded_hidden, tiny, twins
+from tests.model.test_attention import LENGTHS, READINGS, packed_hidden, padded_hidden, tiny, twins
 
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16
 
@@ -66,10 +65,10 @@ def test_launches_are_one_a_layer_or_one_a_layer_and_length(monkeypatch, dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("family", served_families())
-def test_the_varlen_way_equals_the_padded_model(monkeypatch, family, dtype):
+@pytest.mark.parametrize(("family", "attention"), READINGS)
+def test_the_varlen_way_equals_the_padded_model(monkeypatch, family, attention, dtype):
     stand_in = install(monkeypatch, any_dtype=True)
-    packed, padded = twins(family, dtype)
+    packed, padded = twins(family, dtype, attention)
     token_ids = random_token_ids(LENGTHS)
     ours, theirs = packed_hidden(packed, token_ids), padded_hidden(padded, token_ids)
     tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype is torch.float64 else {"rtol": 1e-4, "atol": 1e-4}

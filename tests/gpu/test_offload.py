@@ -7,11 +7,11 @@ import pytest
 import torch
 from deepspeed.runtime.activation_checkpointing.offload_activations import CheckpointHiddenStatesOffload
 
-from megam3.batch import pack_texts
 from megam3.config.schema import ModelConfig
 from megam3.engine.activations import LAYERS_AHEAD, ActivationMemory, InputStash
 from megam3.model.m3 import represent
 from megam3.model.pretrained import load_m3
+from megam3.packed_texts import pack_texts
 from tests.factory import make_tiny_model_folder, random_token_ids
 from tests.gpu.fake_accelerator import install
 

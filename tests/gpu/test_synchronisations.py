@@ -1,15 +1,24 @@
 """How often the host waits for the device in a step, counted on a pretended device with real numbers."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.utils._pytree as pytree
 
 from megam3.batch import Progress
 from megam3.config.objective import UnifiedConfig
 from megam3.config.schema import ModelConfig
+from megam3.dist import comm
 from megam3.model.pretrained import load_m3
 from megam3.objectives.unified import UnifiedObjective
+from megam3.packed_texts import pin_memory
 from megam3.scoring import lexical, maxsim, sparse
-from tests.batches import batch_of, make_groups
+from megam3.step import Wishes, run_step
+from tests.batches import make_groups, split_over_ranks
 from tests.factory import make_tiny_model_folder
 from tests.gpu import varlen_stand_in
 from tests.gpu.pretend_device import Pretend, PretendTensor, _register, move, unwrapped
@@ -31,6 +40,12 @@ class PlainEngine:
         self.num_chunks += 1
         loss.backward()
 
+    def step_scope(self):
+        return nullcontext()
+
+    def accumulation(self, index, count):
+        return nullcontext()
+
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
@@ -46,11 +61,32 @@ def _measure(folder):
         with pytest.MonkeyPatch.context() as monkeypatch:
             varlen_stand_in.install(monkeypatch, any_dtype=True)
             plain = PlainEngine(load_m3(folder, ModelConfig(path=folder)).train())
-            UnifiedObjective(CONFIG, chunk_tokens).run(plain, batch_of(make_groups(4)), Progress(step=0))
+            UnifiedObjective(CONFIG, chunk_tokens).run(plain, share(), Progress(step=0))
         with pytest.MonkeyPatch.context() as monkeypatch:
             results[chunk_tokens or 0] = _on_device(folder, monkeypatch, chunk_tokens)
         results[chunk_tokens or 0]["expected"] = {n: p.grad for n, p in plain.model.named_parameters()}
     return results
+
+
+COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "all_to_all_single")
+
+
+def _talk_from_device(monkeypatch, device):
+    """Collective calls read and write the pretended device, as NCCL's do; gloo carries the numbers."""
+    monkeypatch.setattr(comm, "transfer_device", lambda: device)
+
+    def from_device(function):
+        def call(*args, **kwargs):
+            flat = pytree.tree_leaves((args, kwargs))
+            tensors = [x for x in flat if isinstance(x, torch.Tensor)]
+            assert all(isinstance(x, PretendTensor) for x in tensors), "NCCL takes no tensor of the host"
+            args, kwargs = pytree.tree_map_only(PretendTensor, lambda x: x.inner, (args, kwargs))
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in COLLECTIVES:
+        monkeypatch.setattr(dist, name, from_device(getattr(dist, name)))
 
 
 def _on_device(folder, monkeypatch, chunk_tokens):
@@ -66,20 +102,42 @@ def _on_device(folder, monkeypatch, chunk_tokens):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, unwrapped(getattr(sparse, name)))
     engine = PlainEngine(load_m3(folder, ModelConfig(path=folder)).train())
-    batch = batch_of(make_groups(4))
+    batch = loaded_batch(engine.model.special_ids)
     with Pretend() as device:
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: device.pin(tensor))
         move(engine.model)
-        batch = batch.to(device.device)
+        batch, engine.device = pin_memory(batch), device.device
+        if comm.is_grouped():
+            _talk_from_device(monkeypatch, device.device)
         device.syncs.clear()
         device.launches = 0
-        UnifiedObjective(CONFIG, chunk_tokens).run(engine, batch, Progress(step=0))
+        run = SimpleNamespace(
+            config=SimpleNamespace(train=SimpleNamespace(seed=0)),
+            engine=engine,
+            objective=UnifiedObjective(CONFIG, chunk_tokens),
+        )
+        report = run_step(run, [batch], Progress(step=0), Wishes())
     return {
+        "loss": report.figures["loss/total"],
         "gradients": {n: p.grad.inner for n, p in engine.model.named_parameters()},
         "chunks": engine.num_chunks,
         "waits": [list(wait) for wait in device.syncs],
         "launches": device.launches,
         "attention_launches": stand_in.launches,
     }
+
+
+def share():
+    """This rank's share of four groups."""
+    return split_over_ranks(make_groups(4), comm.rank(), comm.world_size())
+
+
+def loaded_batch(special_ids):
+    """A batch as the loader hands it over: with the pairs of its texts."""
+    batch = share()
+    # no question is asked twice: those of a batch are compared on the host
+    hashes = batch.rows_Q.clone()
+    return replace(batch, texts=batch.texts.with_pairs(special_ids), query_hashes_Q=hashes)
 
 
 @pytest.mark.parametrize("chunk_tokens", [0, 60])
@@ -118,18 +176,42 @@ def test_waits_are_seen():
     ]
 
 
-STEP_WAITS = 20
-"""Of one pass on one rank, as found; the goal is 4. May only fall."""
-CHUNK_WAITS = 7
-"""More for each chunk of the gradient cache: twice the three of the lexical structure, and one look at the
-offsets of the chunk. The goal is 0: ids, structure and offsets from the loader's worker."""
+STEP_WAITS = 4
+"""Of one step, from the pinned batch to the figures for the log. On one rank they alone are waited for; three
+are left for what ranks tell each other."""
 
 
-def test_a_step_waits_no_more_often_than_it_did(measured):
-    assert len(measured[0]["waits"]) <= STEP_WAITS
-    # and three copies of the filler text, once a step; the structure of the one pass is counted with the
-    # chunks
-    assert len(measured[60]["waits"]) <= STEP_WAITS + CHUNK_WAITS * measured[60]["chunks"] - 4 + 3 + 1
+def test_a_step_waits_for_its_figures_and_a_chunk_for_nothing(measured):
+    for chunk_tokens, result in measured.items():
+        assert len(result["waits"]) <= STEP_WAITS, (chunk_tokens, result["waits"])
+    assert measured[60]["chunks"] > 1
+    assert measured[60]["waits"] == measured[0]["waits"]
+
+
+RANKS_WAIT = 3
+"""Of one step on several ranks beyond the one for its figures: the number of chunks, how many texts all ranks
+hold, pairs and rows and hash of each of their queries. None of them in a chunk."""
+
+
+def _measure_together(folder):
+    _register()
+    results = {}
+    for chunk_tokens in (None, 60):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            result = _on_device(folder, monkeypatch, chunk_tokens)
+        results[chunk_tokens or 0] = {name: result[name] for name in ("loss", "chunks", "waits")}
+    return results
+
+
+@pytest.mark.ranks
+def test_several_ranks_wait_for_what_they_tell_each_other(measured, tmp_path):
+    folder = make_tiny_model_folder(tmp_path / "model", num_layers=2)
+    for result in run_ranks(_measure_together, 2, str(folder), timeout_seconds=300):
+        for chunk_tokens, found in result.items():
+            assert found["loss"] == pytest.approx(measured[chunk_tokens]["loss"], rel=1e-5)
+            assert len(found["waits"]) <= 1 + RANKS_WAIT - (not chunk_tokens) <= STEP_WAITS, found["waits"]
+            assert not [wait for wait in found["waits"] if "pageable" in wait[0]]
+        assert result[60]["chunks"] > 1
 
 
 def test_attention_is_one_launch_a_layer(measured):

@@ -33,6 +33,7 @@ class StandIn:
         *,
         scale: float | None = None,
         window_size: tuple[int, int] = (-1, -1),
+        enable_gqa: bool = False,
     ) -> Tensor:
         self.launches += 1
         spans = cu_seq_q.tolist()
@@ -40,29 +41,33 @@ class StandIn:
         assert spans == cu_seq_k.tolist()
         assert spans[0] == 0
         assert spans[-1] == query_THd.shape[0]
+        assert key_THd.shape == value_THd.shape
+        assert enable_gqa == (query_THd.shape[1] != key_THd.shape[1]), "the kernel refuses it otherwise"
         assert max(b - a for a, b in zip(spans, spans[1:])) == max_q == max_k
         for x in (query_THd, key_THd, value_THd):
             assert x.dtype == query_THd.dtype in self.dtypes
             assert x.stride(-1) == 1
             assert x.shape[-1] % 8 == 0
         texts = [
-            self._attend(query_THd[a:b], key_THd[a:b], value_THd[a:b], scale, window_size[0])
+            self._attend(query_THd[a:b], key_THd[a:b], value_THd[a:b], scale, window_size)
             for a, b in zip(spans, spans[1:])
         ]
         return torch.cat(texts).to(query_THd.dtype)
 
-    def _attend(self, query_LHd, key_LHd, value_LHd, scale, half_window):
+    def _attend(self, query_LHd, key_LHd, value_LHd, scale, window):
         # in fp32, as the kernel accumulates
         heads = [
             x.transpose(0, 1).to(torch.promote_types(x.dtype, torch.float32))
             for x in (query_LHd, key_LHd, value_LHd)
         ]
-        mask = None
-        if half_window >= 0:
-            position = torch.arange(query_LHd.shape[0])
-            mask = (position[:, None] - position[None, :]).abs() <= half_window
+        position = torch.arange(query_LHd.shape[0], device=query_LHd.device)
+        distance = position[:, None] - position[None, :]
+        left, right = (query_LHd.shape[0] if reach < 0 else reach for reach in window)
+        mask = (distance <= left) & (-distance <= right)
         with torch.autocast("cpu", enabled=False):
-            return scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale).transpose(0, 1)
+            return scaled_dot_product_attention(
+                *heads, attn_mask=mask, scale=scale, enable_gqa=True
+            ).transpose(0, 1)
 
 
 def install(monkeypatch, *, any_dtype: bool = False) -> StandIn:

@@ -3,9 +3,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megam3.batch import RetrievalBatch, pack_texts
+from megam3.batch import RetrievalBatch
 from megam3.dist import comm
-from megam3.loss.negatives import find_negatives, group_rows
+from megam3.loss.negatives import find_negatives, group_rows, share_known_positives
+from megam3.packed_texts import pack_texts
+from megam3.scoring.combine import RankCounts
 from tests.ranks import run_ranks
 
 
@@ -63,14 +65,19 @@ def test_groups_side_by_side():
     columns, exists = negatives.group_columns()
     assert columns.tolist() == [[0, 1, 1], [2, 2, 2], [3, 4, 5]]
     assert exists.tolist() == [[True, True, False], [True, False, False], [True, True, True]]
-    rows = group_rows(torch.arange(6.0), _batch(SIZES, HASHES).group_offsets_Q1, fill=-1.0)
+    batch = _batch(SIZES, HASHES)
+    rows = group_rows(torch.arange(6.0), batch.group_offsets_Q1, batch.group_sizes, fill=-1.0)
     assert rows.tolist() == [[0.0, 1.0, -1.0], [2.0, -1.0, -1.0], [3.0, 4.0, 5.0]]
-    assert negatives.to("cpu").visible().tolist() == negatives.visible().tolist()
+
+
+def _counts(queries, passages):
+    nothing = (0,) * sum(queries)
+    return RankCounts(queries=queries, passages=passages, pairs_by_query=nothing, rows_by_query=nothing)
 
 
 def _on_a_rank():
     batch = _batch(SIZES[:2], HASHES[:3]) if comm.rank() == 0 else _batch(SIZES[2:], HASHES[3:])
-    negatives = find_negatives(batch, True, (3, 3))
+    negatives = find_negatives(batch, True, _counts((2, 1), (3, 3)))
     return [
         negatives.visible().tolist(),
         negatives.positive_column_Q.tolist(),
@@ -113,3 +120,45 @@ def test_every_known_positive_of_a_query_is_no_negative():
     in_group = negatives.visible_in_group()
     assert torch.equal(in_group & exists, negatives.visible().gather(1, columns) & exists)
     assert find_negatives(batch, False).visible().all()
+
+
+ASKED, KNOWN = [11, 12, 11, 13, 12], [[1, 2], [5, 5], [3, 3], [4, 4], [6, 5]]
+"""Query texts of five rows, and the known positives of each: 11 and 12 are asked twice."""
+SHARED = [{1, 2, 3}, {5, 6}, {1, 2, 3}, {4}, {5, 6}]
+
+
+def _shared_on_a_rank():
+    own = slice(0, 2) if comm.rank() == 0 else slice(2, 5)
+    # the second rank's records have one positive more, so widths differ
+    known = torch.tensor(KNOWN)[own] if comm.rank() else torch.tensor(KNOWN)[own, :1]
+    counts = replace(_counts((2, 3), (2, 3)), query_hashes=torch.tensor(ASKED))
+    return share_known_positives(known, torch.tensor(ASKED)[own], counts).tolist()
+
+
+@pytest.mark.ranks
+def test_rows_that_ask_the_same_share_their_known_positives_over_ranks():
+    first, second = run_ranks(_shared_on_a_rank, 2)
+    # only what was drawn is known of the rows of rank 0 here
+    assert [set(row) for row in first] == [{1, 3}, {5, 6}]
+    assert [set(row) for row in second] == [{1, 3}, {4}, {5, 6}]
+    assert [row[0] for row in first + second] == [row[0] for row in KNOWN]
+
+
+def test_rows_that_ask_the_same_share_their_known_positives():
+    known = torch.tensor(KNOWN)
+    shared = share_known_positives(known, torch.tensor(ASKED), None)
+    assert [set(row) for row in shared.tolist()] == SHARED
+    assert shared[:, 0].tolist() == known[:, 0].tolist()
+    # nothing asked twice: nothing changes, nothing is exchanged
+    assert share_known_positives(known, torch.arange(5), None) is known
+
+
+def test_the_positive_of_another_row_that_asks_the_same_is_no_negative():
+    batch = replace(_batch([2, 2], [1, 9, 2, 8]), query_hashes_Q=torch.tensor([4, 4]))
+    assert find_negatives(batch, True).visible().tolist() == [
+        [True, True, False, True],
+        [False, True, True, True],
+    ]
+    assert find_negatives(batch, False).visible().all()
+    others = replace(batch, query_hashes_Q=torch.tensor([4, 5]))
+    assert find_negatives(others, True).visible().all()

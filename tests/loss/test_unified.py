@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from megam3.config.objective import HeadWeights, LossWeights, UnifiedConfig
+from megam3.config.objective import UnifiedConfig
+from megam3.config.weights import HeadWeights, LossWeights
 from megam3.loss.distillation import TeacherGroups
 from megam3.loss.settings import NAMES, resolve_settings
 from megam3.loss.unified import unified_loss

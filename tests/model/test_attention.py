@@ -2,15 +2,16 @@
 family that is served."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from megam3.batch import pack_texts
-from megam3.encoders import served_families
+from megam3.encoders import FAMILIES, served_families
 from megam3.model.attention import equal_length_runs, packed_attention
-from megam3.model.backbone import build_backbone, encode_packed
+from megam3.model.backbone import build_backbone, encode_packed, turn_config
+from megam3.packed_texts import pack_texts
 from tests.factory import random_token_ids
 
 # repeated, sorted, unsorted and single-token texts; ModernBERT's window of 8 reaches 4 tokens to each side,
@@ -18,7 +19,13 @@ from tests.factory import random_token_ids
 LENGTHS = (5, 17, 3, 17, 1, 40, 5, 300, 2, 17)
 
 
-def tiny(family, *, dropout=0.0):
+READINGS = [(family, None) for family in served_families()] + [
+    (family, "bidirectional") for family in served_families() if FAMILIES[family].direction_field
+]
+"""Every served family as its config reads, and those made left to right also in both directions."""
+
+
+def tiny(family, *, dropout=0.0, attention=None):
     names = (
         "hidden_dropout_prob",
         "attention_probs_dropout_prob",
@@ -44,13 +51,21 @@ def tiny(family, *, dropout=0.0):
     )
     if family == "electra":
         config.embedding_size = 16
+    if FAMILIES[family].is_rotary and family != "modernbert":
+        config.num_key_value_heads, config.head_dim = 2, 8
+    if family in ("gemma3_text", "mistral"):
+        # Mistral lists no kinds of layers: all have the window, and none may when read in both directions
+        config.sliding_window = None if family == "mistral" and attention == "bidirectional" else 8
+    if family == "gemma3_text":
+        config.layer_types = ["full_attention", "sliding_attention", "sliding_attention"]
+        config.query_pre_attn_scalar = 8
     if family == "modernbert":
         config.local_attention = 8
         config.layer_types = ["full_attention", "sliding_attention", "sliding_attention"]
     for name in names:
         if hasattr(config, name):
             setattr(config, name, dropout)
-    return config
+    return config if attention is None else turn_config(config, attention, family)
 
 
 def padded_hidden(encoder, token_ids):
@@ -66,21 +81,38 @@ def packed_hidden(encoder, token_ids):
     return encode_packed(encoder, texts.input_ids_T, texts.position_ids_T, texts.cu_seqlens_N1, texts.lengths)
 
 
-def twins(family, dtype):
+def norms_in_own_dtype(encoder):
+    """RMS norms of the Llama line are computed in fp32 whatever the dtype, and their rounding in sums over
+    tokens would hide what a float64 test looks for: compute them in the dtype of their input, on both
+    sides."""
+    for module in encoder.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = functools.partial(own_dtype_norm, module)
+    return encoder
+
+
+def own_dtype_norm(norm, x):
+    weight = 1 + norm.weight if type(norm).__name__.startswith("Gemma") else norm.weight
+    eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def twins(family, dtype, attention=None):
     """One set of weights in a packed encoder and in a padded one."""
     torch.manual_seed(0)
-    packed = build_backbone(tiny(family), dtype=dtype).eval()
+    config = tiny(family, attention=attention)
+    packed = build_backbone(config, dtype=dtype).eval()
     # eager takes its softmax in fp32 whatever the dtype, and its float64 mask overflows there
     reference = "sdpa" if dtype is torch.float64 else "eager"
-    padded = AutoModel.from_config(tiny(family), attn_implementation=reference, dtype=dtype).eval()
+    padded = AutoModel.from_config(copy.deepcopy(config), attn_implementation=reference, dtype=dtype).eval()
     assert not padded.load_state_dict(packed.state_dict(), strict=False).unexpected_keys
-    return packed, padded
+    return norms_in_own_dtype(packed), norms_in_own_dtype(padded)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("family", served_families())
-def test_outputs_and_gradients_equal_the_padded_model(family, dtype):
-    packed, padded = twins(family, dtype)
+@pytest.mark.parametrize(("family", "attention"), READINGS)
+def test_outputs_and_gradients_equal_the_padded_model(family, attention, dtype):
+    packed, padded = twins(family, dtype, attention)
     token_ids = random_token_ids(LENGTHS)
     tolerance = {"rtol": 1e-9, "atol": 1e-10} if dtype is torch.float64 else {"rtol": 1e-4, "atol": 2e-5}
     expected, got = padded_hidden(padded, token_ids), packed_hidden(packed, token_ids)
@@ -261,3 +293,19 @@ def test_an_encoder_with_other_attention_is_never_run():
     encoder = AutoModel.from_config(tiny("xlm-roberta"), attn_implementation="sdpa")
     with pytest.raises(AssertionError, match="attention was changed"):
         packed_hidden(encoder, random_token_ids([9, 4]))
+
+
+def test_bf16_on_a_cpu_attends_in_fp32_and_rounds_once():
+    lengths = (5, 17, 17, 40)
+    query, key, value = (torch.randn(1, 2, sum(lengths), 8).bfloat16().requires_grad_() for _ in range(3))
+    packed, _ = packed_attention(None, query, key, value, None, lengths=lengths, max_length=40)
+    texts = zip(*(x[0].float().split(lengths, dim=1) for x in (query, key, value)))
+    naive = [((q @ k.mT) / 8**0.5).softmax(-1) @ v for q, k, v in texts]
+    wanted = torch.cat(naive, dim=1).transpose(0, 1).bfloat16()
+    # one rounding to bf16 apart at most: both are fp32 inside, in another order of sums
+    assert torch.allclose(packed[0].float(), wanted.float(), rtol=2**-8, atol=0)
+    got = torch.autograd.grad(packed.float().square().sum(), [query, key, value], retain_graph=True)
+    expected = torch.autograd.grad(wanted.float().square().sum(), [query, key, value])
+    for mine, theirs in zip(got, expected):
+        assert mine.dtype == torch.bfloat16
+        assert torch.allclose(mine.float(), theirs.float(), rtol=2**-7, atol=1e-5)

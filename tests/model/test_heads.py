@@ -4,15 +4,14 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from megam3.batch import pack_texts
 from megam3.model.heads import (
     dense_vectors,
-    lexical_structure,
     lexical_weights,
     multi_vector_rows,
     normalize_rows,
 )
 from megam3.model.rows import select_unique_rows
+from megam3.packed_texts import pack_texts
 
 SPECIAL = (0, 1, 2, 3)
 # repeated ids, an unknown token, a text of specials only, a text of one token
@@ -40,13 +39,17 @@ def random_tensor(*shape, seed=0):
 
 def packed_structure(token_ids):
     texts = pack_texts(token_ids)
-    return texts, lexical_structure(texts.input_ids_T, texts.text_ids_T(), texts.num_texts, SPECIAL)
+    return texts, texts.with_pairs(SPECIAL).lexical
+
+
+def weights_of(logits_T, pairs):
+    return lexical_weights(logits_T, pairs.pair_T, pairs.ids_Z.shape[0])
 
 
 def test_lexical_weights_and_gradients_equal_a_loop():
     texts, structure = packed_structure(TOKEN_IDS)
     logits_T = random_tensor(texts.num_tokens)
-    weights_Z = lexical_weights(logits_T, structure)
+    weights_Z = weights_of(logits_T, structure)
     expected = naive_lexical(logits_T, TOKEN_IDS)
     assert structure.offsets_N1.tolist() == [0, 2, 3, 3, 3, 5]
     assert structure.ids_Z.tolist() == [token for text in expected for token in text]
@@ -57,17 +60,30 @@ def test_lexical_weights_and_gradients_equal_a_loop():
     torch.testing.assert_close(got, torch.autograd.grad((expected_Z * direction).sum(), logits_T)[0])
 
 
+def test_a_run_of_texts_keeps_its_own_pairs():
+    """Views of the stream's pairs, as a chunk takes them, are what looking anew would find."""
+    texts = pack_texts(TOKEN_IDS).with_pairs(SPECIAL)
+    for start, stop in ((0, 2), (1, 4), (2, 2), (3, 5)):
+        part, anew = (
+            texts.select(start, stop).lexical,
+            pack_texts(TOKEN_IDS[start:stop]).with_pairs(SPECIAL).lexical,
+        )
+        assert part.counts == anew.counts
+        for name in ("ids_Z", "offsets_N1", "pair_T"):
+            assert torch.equal(getattr(part, name), getattr(anew, name)), name
+
+
 def test_equal_tokens_share_the_gradient_of_their_maximum():
     texts, structure = packed_structure([[0, 7, 7, 8, 2]])
     logits_T = torch.full((texts.num_tokens,), 0.3, requires_grad=True)
-    lexical_weights(logits_T, structure).sum().backward()
+    weights_of(logits_T, structure).sum().backward()
     assert logits_T.grad.tolist() == [0, 0.5, 0.5, 1, 0]
 
 
 def test_no_lexical_weight_without_ordinary_tokens():
     for token_ids in ([], [[0, 2]]):
         texts, structure = packed_structure(token_ids)
-        assert lexical_weights(torch.ones(texts.num_tokens), structure).shape == (0,)
+        assert weights_of(torch.ones(texts.num_tokens), structure).shape == (0,)
         assert structure.offsets_N1.tolist() == [0] * (len(token_ids) + 1)
 
 
@@ -85,7 +101,7 @@ def test_dense_vectors_are_the_normalised_first_tokens():
 def test_multi_vector_rows_drop_the_first_token_and_keep_the_last():
     texts = pack_texts(TOKEN_IDS)
     projected_TC = random_tensor(texts.num_tokens, 5)
-    got, offsets_N1 = multi_vector_rows(projected_TC, texts.text_ids_T(), texts.cu_seqlens_N1)
+    got, offsets_N1 = multi_vector_rows(projected_TC, texts.cu_seqlens_N1)
     parts = [normalize(part[1:], dim=-1) for part in projected_TC.split(texts.lengths)]
     expected = torch.cat(parts)
     torch.testing.assert_close(got, expected)
@@ -99,8 +115,8 @@ def test_bf16_leaves_in_the_promised_precision():
     texts, structure = packed_structure(TOKEN_IDS)
     hidden_TD = random_tensor(texts.num_tokens, 64).detach().bfloat16()
     assert dense_vectors(hidden_TD, texts.cu_seqlens_N1).dtype is torch.float32
-    assert lexical_weights(hidden_TD[:, 0], structure).dtype is torch.float32
-    rows, _ = multi_vector_rows(hidden_TD, texts.text_ids_T(), texts.cu_seqlens_N1)
+    assert weights_of(hidden_TD[:, 0], structure).dtype is torch.float32
+    rows, _ = multi_vector_rows(hidden_TD, texts.cu_seqlens_N1)
     assert rows.dtype is torch.bfloat16
     # each element is rounded once, from a norm taken in fp32
     assert torch.equal(normalize_rows(hidden_TD), normalize(hidden_TD.float(), dim=-1).bfloat16())
@@ -124,4 +140,4 @@ def test_memory_does_not_follow_the_vocabulary():
     huge = 2**31 - 1
     texts, structure = packed_structure([[0, huge, 5, huge, 2], [0, huge, 2]])
     assert structure.ids_Z.tolist() == [5, huge, huge]
-    assert lexical_weights(torch.arange(8.0), structure).tolist() == [2, 3, 6]
+    assert weights_of(torch.arange(8.0), structure).tolist() == [2, 3, 6]

@@ -7,13 +7,14 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from megam3.batch import Representations, join_representations, pack_texts
+from megam3.batch import Representations, join_representations
 from megam3.config.schema import ModelConfig
 from megam3.encoders import LEXICAL_FILE, MULTI_VECTOR_FILE
 from megam3.errors import CheckpointError
 from megam3.model.backbone import build_backbone
 from megam3.model.m3 import M3Model, is_head_parameter, represent
 from megam3.model.pretrained import load_m3, read_special_ids
+from megam3.packed_texts import pack_texts
 from tests.factory import make_tiny_model_folder, random_token_ids, tiny_config, write_tiny_tokenizer
 
 LENGTHS = (9, 3, 40, 9, 3, 2, 17)
@@ -59,7 +60,8 @@ def test_forward_returns_a_plain_tuple_in_the_order_of_representations(folder):
     outputs = model(texts.input_ids_T, texts.position_ids_T, texts.cu_seqlens_N1, texts.lengths)
     assert type(outputs) is tuple
     named = represent(model, texts)
-    for field, output in zip(dataclasses.fields(Representations), outputs, strict=True):
+    # what follows stands on the host
+    for field, output in zip(dataclasses.fields(Representations)[:6], outputs, strict=True):
         assert torch.equal(getattr(named, field.name), output)
 
 

@@ -8,12 +8,12 @@ from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 from transformers import XLMRobertaForMaskedLM
 
-from megam3.batch import pack_texts
 from megam3.config.schema import ModelConfig
 from megam3.errors import CheckpointError
 from megam3.model.backbone import encode_packed
 from megam3.model.masked_lm import MaskedLMHead, fill_lm_head, tied_cross_entropy
 from megam3.model.retromae import load_retromae
+from megam3.packed_texts import pack_texts
 from tests.factory import tiny_config
 
 

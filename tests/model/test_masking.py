@@ -4,8 +4,8 @@ alone."""
 import pytest
 import torch
 
-from megam3.batch import pack_stream
 from megam3.model.masking import hashed_uniform, mask_tokens, order_in_halves, vocabulary_tables
+from megam3.packed_texts import pack_stream
 
 # ids 0-4 are special; even ids begin a word
 PIECES = [

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from megam3.batch import pack_texts
 from megam3.cli import report_user_errors
 from megam3.config.schema import ModelConfig
 from megam3.errors import CheckpointError, ConfigError
 from megam3.model.m3 import represent
 from megam3.model.positions import extend_folder, extend_position_rows
 from megam3.model.pretrained import load_m3
+from megam3.packed_texts import pack_texts
 from tests.factory import make_tiny_model_folder, random_token_ids
 from tools.extend_positions import main
 

@@ -5,11 +5,11 @@ import torch
 from torch.nn.functional import cross_entropy, gelu
 from transformers import BertConfig, ModernBertConfig
 
-from megam3.batch import pack_stream
 from megam3.errors import ConfigError
 from megam3.model.backbone import build_backbone, encode_packed
 from megam3.model.masking import order_in_halves
 from megam3.model.retromae import RetroMAE, half_lengths, key_order
+from megam3.packed_texts import pack_stream
 
 LENGTHS = (9, 2, 14, 9)
 
@@ -77,10 +77,10 @@ def test_loss_and_all_gradients_equal_the_naive_model(mask_share):
     hidden = torch.tensor([2, 5, 10, 13, 20, 30])
     masked[hidden] = 4
     order = order_in_halves(texts.text_ids_T(), texts.text_ids_T(), texts.position_ids_T, seed=0, step=0)
-    scales = (0.3, 0.2)
+    scales = (0.3, 0.2, 0.0)
     decoded = (ids >= 5) & (texts.position_ids_T > 0)
     stream = (ids, masked, texts.position_ids_T, texts.cu_seqlens_N1, LENGTHS)
-    loss, encoder, decoder = model(*stream, hidden, order, decoded, mask_share, scales)
+    loss, encoder, decoder, _ = model(*stream, hidden, order, decoded, None, mask_share, scales)
     torch.testing.assert_close(loss.item(), (0.3 * encoder + 0.2 * decoder).item(), rtol=1e-12, atol=0)
     loss.backward()
     fast = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -100,6 +100,41 @@ def test_rows_and_keys_of_a_text_by_hand():
     rows, keys = half_lengths((6,), 0.5)
     assert (rows, keys) == ([3, 2], [3, 3])
     assert key_order(order, (6,), rows, keys).tolist() == [0, 3, 2, 0, 4, 1]
+
+
+def seen_columns(order: list[int], rows: list[int], keys: list[int], key_K: list[int]) -> dict[int, set[int]]:
+    """Columns that each row of one text reads, by a walk over what the decoder is given."""
+    seen, first_row, first_key = {}, 1, 0
+    for num_rows, num_keys in zip(rows, keys):
+        for row in order[first_row : first_row + num_rows]:
+            seen[row] = set(key_K[first_key : first_key + num_keys])
+        first_row, first_key = first_row + num_rows, first_key + num_keys
+    return seen
+
+
+def test_a_row_of_the_decoder_reads_s_and_half_of_the_others_at_random_and_never_itself():
+    length, draws = 21, 400
+    counts = torch.zeros(length, length)
+    texts = pack_stream(torch.zeros(length, dtype=torch.int64), (length,))
+    rows, keys = half_lengths((length,), 0.5)
+    for step in range(draws):
+        order = order_in_halves(
+            texts.text_ids_T(), texts.text_ids_T(), texts.position_ids_T, seed=0, step=step
+        )
+        key_K = key_order(order, (length,), rows, keys)
+        for row, columns in seen_columns(order.tolist(), rows, keys, key_K.tolist()).items():
+            assert row not in columns
+            assert len(columns) == 11
+            counts[row, list(columns)] += 1
+    assert counts[1:, 0].tolist() == [draws] * (length - 1)
+    others = counts[1:, 1:][~torch.eye(length - 1, dtype=torch.bool)]
+    # 10 of the 19 other columns; five standard deviations of a binomial of 400 draws
+    assert (others - draws * 10 / 19).abs().max() < 5 * (draws * 10 / 19 * 9 / 19) ** 0.5
+
+
+def test_nothing_caps_what_the_decoder_hides_at_512():
+    rows, keys = half_lengths((8192,), 0.5)
+    assert (sum(rows), rows, keys) == (8191, [4096, 4095], [4096, 4097])
 
 
 def test_an_encoder_without_learned_positions_is_refused_by_name():

@@ -1,6 +1,8 @@
 """The unified objective on one and two ranks against the formulas written out with torch on padded score
 matrices."""
 
+import math
+
 import pytest
 import torch
 from torch.nn.functional import log_softmax
@@ -167,6 +169,23 @@ def test_spread_is_zero_for_equal_vectors_and_one_for_opposite_ones():
     one = torch.nn.functional.normalize(torch.randn(8), dim=0)
     assert float(spread(one.expand(5, 8))) == pytest.approx(0.0, abs=1e-6)
     assert float(spread(torch.stack([one, -one]))) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_first_token_that_reads_no_text_is_a_dying_dense_head_stuck_at_log_of_the_passages(folder):
+    """The last layer norm of the encoder gives every token one and the same state."""
+    engine = PlainEngine(folder)
+    with torch.no_grad():
+        engine.model.encoder.encoder.layer[-1].output.LayerNorm.weight.zero_()
+        engine.model.encoder.encoder.layer[-1].output.LayerNorm.bias.copy_(torch.linspace(-1, 1, 32))
+    objective = UnifiedObjective(CONFIG)
+    groups = make_groups(5, 2)
+    figures = objective.run(engine, batch_of(groups), Progress())
+    values = {name: float(value) for name, value in figures.items()}
+    assert values["loss/dense"] == pytest.approx(math.log(10), rel=1e-6), "5 queries with 2 passages each"
+    said = list(objective.warnings(values, 0.001))
+    assert [text.split(" is dying")[0] for text in said] == ["the dense head", "the multi_vector head"]
+    assert "dense/spread = " in said[0]
+    assert "lower optim.lr or optim.head_lr, or lengthen optim.warmup_ratio" in said[0]
 
 
 @pytest.mark.parametrize(("limit", "tiled"), [("MATRIX_SCORES", True), ("WINNERS", True), (None, False)])

@@ -13,11 +13,13 @@ from megam3.obs.guard import RunGuard
 
 def test_a_folder_is_held_from_entering_to_leaving(tmp_path: Path) -> None:
     with RunGuard(str(tmp_path), 60.0, {}) as guard:
+        guard.take_folder()
         guard.fence()
         with pytest.raises(ConfigError, match=rf"another run uses this folder: process {os.getpid()}"):
-            RunGuard(str(tmp_path), 60.0, {}).__enter__()
+            RunGuard(str(tmp_path), 60.0, {}).take_folder()
     assert not (tmp_path / "lease.json").exists()
     with RunGuard(str(tmp_path), 60.0, {}) as guard:
+        guard.take_folder()
         (tmp_path / "lease.json").unlink()
         with pytest.raises(ConfigError, match="lease.json was removed"):
             guard.fence()
@@ -26,7 +28,7 @@ def test_a_folder_is_held_from_entering_to_leaving(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_a_users_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"run folder = .*file/run.*: cannot be written \("):
-        RunGuard(str(tmp_path / "file" / "run"), 60.0, {}).__enter__()
+        RunGuard(str(tmp_path / "file" / "run"), 60.0, {}).take_folder()
 
 
 def test_steps_too_long_for_the_warning_are_said_once(
@@ -37,6 +39,7 @@ def test_steps_too_long_for_the_warning_are_said_once(
     monkeypatch.setattr(guard_module.logger, "warning", lambda text, *values: said.append(text % values))
     clock = iter(range(0, 10_000, 200))
     with RunGuard(str(tmp_path), 60.0, {"MEGAM3_WARNING_SECONDS": "300"}) as guard:
+        guard.take_folder()
         monkeypatch.setattr("megam3.obs.heartbeat.time.monotonic", lambda: float(next(clock)))
         for step in range(4):
             guard.progress(step, 10)

@@ -17,6 +17,14 @@ die_with_launcher()
 print("ready", flush=True)
 time.sleep(600)
 """
+# what train.py does first; it never comes to the rest
+RANK_THAT_IMPORTS = """
+import time
+from megam3.obs.launcher import remember_launcher
+remember_launcher()
+print("ready", flush=True)
+time.sleep(600)
+"""
 # a runner that starts a launcher that starts a rank, as `deepspeed` does
 LAUNCHER = "import subprocess, sys\nsys.exit(subprocess.call(sys.argv[1:]))\n"
 
@@ -26,8 +34,8 @@ def tree(tmp_path: Path):
     """Starts runner, launcher and rank under the given program names; returns their processes."""
     started: list[psutil.Process] = []
 
-    def start(name: str) -> list[psutil.Process]:
-        (tmp_path / "rank.py").write_text(RANK)
+    def start(name: str, program: str = RANK) -> list[psutil.Process]:
+        (tmp_path / "rank.py").write_text(program)
         for part in ("runner", "launch"):
             (tmp_path / f"{name}_{part}.py").write_text(LAUNCHER)
         programs = [str(tmp_path / f"{name}_runner.py"), sys.executable, str(tmp_path / f"{name}_launch.py")]
@@ -70,3 +78,9 @@ def test_a_rank_outlives_a_program_that_is_no_launcher(tree) -> None:
     for process in processes[:2]:
         os.kill(process.pid, signal.SIGKILL)
     assert not is_gone(processes[2], 2.5)
+
+
+def test_a_launcher_that_ends_while_its_rank_imports_takes_the_rank_along(tree) -> None:
+    runner, launcher, rank = tree("deepspeed", RANK_THAT_IMPORTS)
+    launcher.kill()
+    assert is_gone(rank, 10)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megam3.errors import ConfigError
-from megam3.obs.lease import Holder, acquire, describe_self, process_start, read_lease
+from megam3.obs.lease import Holder, Lease, acquire, describe_self, process_start, read_lease
 
 SELF = describe_self({"SLURM_JOB_ID": "7"})
 ELSEWHERE = replace(SELF, host="gpu07", token="elsewhere", job="6")
@@ -91,6 +91,14 @@ def test_a_run_that_was_frozen_and_overtaken_may_not_publish_nor_take_the_lease_
         frozen.check()
 
 
+def holds(lease: Lease) -> bool:
+    try:
+        lease.check()
+    except ConfigError:
+        return False
+    return True
+
+
 def test_of_many_that_take_an_abandoned_lease_at_most_one_holds_it(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("megam3.obs.lease.SETTLE_SECONDS", 0.3)
     write_lease(tmp_path, ELSEWHERE)
@@ -109,8 +117,9 @@ def test_of_many_that_take_an_abandoned_lease_at_most_one_holds_it(tmp_path: Pat
         thread.start()
     for thread in threads:
         thread.join()
-    assert (len(took), len(refused)) == (1, 5)
-    took[0].check()
+    assert len(took) + len(refused) == 6
+    # one that the machine held up between looking and writing comes late and overtakes: the fence tells
+    assert len([lease for lease in took if holds(lease)]) == 1
 
 
 def test_the_beat_moves_by_itself(tmp_path: Path) -> None:

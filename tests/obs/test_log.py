@@ -39,3 +39,21 @@ def test_a_second_setup_replaces_the_first(tmp_path, capsys):
     logging.getLogger("megam3").info("once")
     assert capsys.readouterr().err == "once\n"
     assert (tmp_path / "log.txt").read_text().count("once") == 1
+
+
+def test_a_full_disk_costs_lines_and_one_word_about_them(tmp_path, capsys):
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    setup_logging(tmp_path, is_main=True)
+    for number in range(3):
+        logging.getLogger("megam3").info("line %d", number)
+    said = capsys.readouterr().err
+    missing = (
+        f"megam3: {tmp_path}/log.txt cannot be written (No space left on device): lines are missing there"
+    )
+    assert sorted(said.splitlines()) == ["line 0", "line 1", "line 2", missing]
+
+
+def test_our_own_mistakes_in_a_line_keep_their_traceback(tmp_path, capsys):
+    setup_logging(tmp_path, is_main=True)
+    logging.getLogger("megam3").info("%d", "no number")
+    assert "--- Logging error ---" in capsys.readouterr().err

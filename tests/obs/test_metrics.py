@@ -1,6 +1,10 @@
+import contextlib
+import errno
 import json
 import math
+import threading
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megam3.obs.metrics import MetricsWriter, read_metrics
@@ -55,3 +59,38 @@ def test_off_the_main_rank_nothing_is_written(tmp_path):
         writer.write(1, {"loss": 2.5})
         writer.flush()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_under_tensorboard_is_raised_by_the_next_call_and_told_once(tmp_path, monkeypatch):
+    def full(writer, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    told = []
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, {"loss": 1.0})
+    writer.flush()
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+
+    def write_on() -> None:
+        for step in range(2, 50):
+            writer.write(step, {"loss": 1.0})
+            writer.flush()
+
+    with pytest.raises(OSError, match="No space left"):
+        write_on()
+    with contextlib.suppress(OSError):
+        writer.close()
+    assert told == []
+    threading.excepthook("given back")
+    assert told == ["given back"]
+
+
+def test_other_errors_of_threads_keep_their_traceback(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(threading, "excepthook", lambda failed: told.append(failed.exc_type))
+    with MetricsWriter(tmp_path):
+        thread = threading.Thread(target=lambda: 1 / 0)
+        thread.start()
+        thread.join()
+    assert told == [ZeroDivisionError]

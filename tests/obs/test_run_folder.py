@@ -5,6 +5,7 @@ import pytest
 
 from megam3.files import read_json
 from megam3.obs.run_folder import describe_run_folder
+from megam3.reading import read_pooling
 
 
 @pytest.fixture
@@ -60,3 +61,17 @@ def test_written_again_it_holds_the_newer_and_no_left_over(tmp_path: Path, model
     assert (run / "recipe.yaml").read_text() == "name: b\n"
     assert (run / "model" / "config.json").read_text() == "another"
     assert not list(run.rglob("*.tmp"))
+
+
+def test_how_a_model_is_read_goes_into_every_checkpoint(tmp_path: Path, model: Path) -> None:
+    """A run whose model came with mean pooling exports it so when that folder is gone."""
+    (model / "1_Pooling").mkdir()
+    (model / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    (model / "1_Pooling" / "notes.txt").write_text("no model file")
+    modules = '[{"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]'
+    (model / "modules.json").write_text(modules)
+    kept = describe(tmp_path / "run", model)
+    assert read_pooling(kept) == "mean"
+    assert [file.name for file in (kept / "1_Pooling").iterdir()] == ["config.json"]
+    (model / "megam3_config.json").write_text('{"pooling": "last"}')
+    assert read_pooling(describe(tmp_path / "again", model)) == "last"

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megam3.batch import Representations, pack_texts
+from megam3.batch import Representations
 from megam3.config.objective import UnifiedConfig
 from megam3.loss.distillation import TeacherGroups
 from megam3.loss.negatives import Negatives
 from megam3.loss.settings import resolve_settings
 from megam3.loss.unified import unified_loss
-from megam3.model.heads import dense_vectors, lexical_structure, lexical_weights, multi_vector_rows
+from megam3.model.heads import dense_vectors, lexical_weights, multi_vector_rows
+from megam3.packed_texts import pack_texts
 from megam3.scoring.combine import score_heads
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "flagembedding_unified.safetensors"
@@ -25,16 +26,15 @@ SPECIAL_IDS = (0, 1, 2, 3)
 
 def _represent(ids, hidden, record, weights):
     texts = pack_texts(ids.tolist())
-    hidden_TD, text_ids_T = hidden.flatten(0, 1), texts.text_ids_T()
-    structure = lexical_structure(texts.input_ids_T, text_ids_T, texts.num_texts, SPECIAL_IDS)
+    hidden_TD, pairs = hidden.flatten(0, 1), texts.with_pairs(SPECIAL_IDS).lexical
     logits_T = torch.nn.functional.linear(hidden_TD, weights["lexical"], record["lexical.bias"]).squeeze(1)
     projected_TC = torch.nn.functional.linear(hidden_TD, weights["multi_vector"], record["multi_vector.bias"])
-    multi_KC, multi_offsets_N1 = multi_vector_rows(projected_TC, text_ids_T, texts.cu_seqlens_N1)
+    multi_KC, multi_offsets_N1 = multi_vector_rows(projected_TC, texts.cu_seqlens_N1)
     return Representations(
         dense_ND=dense_vectors(hidden_TD, texts.cu_seqlens_N1),
-        lexical_weights_Z=lexical_weights(logits_T, structure),
-        lexical_ids_Z=structure.ids_Z,
-        lexical_offsets_N1=structure.offsets_N1,
+        lexical_weights_Z=lexical_weights(logits_T, pairs.pair_T, pairs.ids_Z.shape[0]),
+        lexical_ids_Z=pairs.ids_Z,
+        lexical_offsets_N1=pairs.offsets_N1,
         multi_KC=multi_KC,
         multi_offsets_N1=multi_offsets_N1,
     )

@@ -16,20 +16,27 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megam3.batch import Progress
+from megam3.config.load import load_config
 from megam3.config.objective import UnifiedConfig
-from megam3.config.schema import ModelConfig, OptimConfig
+from megam3.config.schema import LoraConfig, ModelConfig, OptimConfig
 from megam3.dist import comm
 from megam3.dist.env import discover_ranks, free_port
 from megam3.engine.activations import ActivationMemory
 from megam3.engine.deepspeed import Engine, join, model_construction
+from megam3.model.backbone import build_backbone, load_encoder_config
+from megam3.model.freeze import freeze_parameters
 from megam3.model.m3 import is_head_parameter
 from megam3.model.pretrained import load_m3
 from megam3.objectives.unified import UnifiedObjective
-from megam3.planning.memory import ModelShape, StepShape, Strategy, plan_memory
+from megam3.planning.memory import plan_memory
+from megam3.planning.parameters import num_parameters
+from megam3.planning.recipe import read_model_shape
+from megam3.planning.shapes import ModelShape, StepShape, Strategy
 from tests.batches import batch_of
 from tests.factory import make_tiny_model_folder, random_token_ids
 
@@ -45,10 +52,25 @@ DEFAULTS = {
     "dropout": 0.0,
     "zero_stage": 0,
     "world_size": 1,
+    "config": None,
+    "freeze": [],
+    "lora_rank": 0,
+    "multi_vector_hidden": None,
 }
+"""`config`: of an encoder of another family, whose sizes it decides."""
 
 
-SMALL = {"hidden_size": 32, "num_layers": 1, "num_queries": 2, "passages_per_query": 2, "passage_tokens": 64}
+SMALL: dict[str, Any] = {
+    "config": None,
+    "freeze": [],
+    "lora_rank": 0,
+    "multi_vector_hidden": None,
+    "hidden_size": 32,
+    "num_layers": 1,
+    "num_queries": 2,
+    "passages_per_query": 2,
+    "passage_tokens": 64,
+}
 """Loads libraries."""
 
 
@@ -73,7 +95,11 @@ def probe(change: dict, world_size: int = 1) -> dict:
                 "num_heads": 4,
                 "dropout": spec["dropout"],
             }
+            if spec["config"] is not None:
+                sizes["hidden_size"] = spec["config"]["hidden_size"]
             make_tiny_model_folder(Path(spec["folder"]), **sizes)
+            if spec["config"] is not None:
+                put_encoder(Path(spec["folder"]), spec["config"])
         command, place = (
             [sys.executable, "-m", "tests.planning.memory_probe", json.dumps(cases)],
             Path(__file__).resolve().parents[2],
@@ -100,13 +126,48 @@ def probe(change: dict, world_size: int = 1) -> dict:
     return json.loads(outputs[0].splitlines()[-1])
 
 
-def _resident(key: str) -> int:
+def put_encoder(folder: Path, config: dict) -> None:
+    """An encoder of `config` at random in the place of the folder's own; its heads and tokenizer stay."""
+    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": vocab_size}))
+    (folder / "model.safetensors").unlink()
+    build_backbone(load_encoder_config(str(folder))).save_pretrained(folder)
+
+
+def resident_bytes(key: str) -> int:
+    """VmRSS (now) or VmHWM (the most since it was cleared) of this process."""
     return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024  # type: ignore[union-attr]
+
+
+def shape_of(model: Any, **fields: Any) -> ModelShape:
+    """Sizes of the encoder in `model`, the rest from `fields`."""
+    config = model.encoder.config
+    return ModelShape(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        num_positions=config.max_position_embeddings,
+        **fields,
+    )
 
 
 def _groups(spec: dict, seed: int) -> list:
     lengths = [spec["query_tokens"]] + [spec["passage_tokens"]] * spec["passages_per_query"]
     return [random_token_ids(lengths, seed=seed + q) for q in range(spec["num_queries"])]
+
+
+def _shape(spec: dict, model: Any) -> ModelShape:
+    """What the plan counts with: by the recipe for other families, which reads config.json."""
+    inner = spec["multi_vector_hidden"]
+    if spec["config"] is None and not spec["freeze"] and not spec["lora_rank"] and inner is None:
+        return shape_of(model, hidden_dropout=spec["dropout"], attention_dropout=spec["dropout"])
+    overrides = [f"model.path={spec['folder']}", f"model.freeze={json.dumps(spec['freeze'])}"]
+    overrides += [f"model.lora.rank={spec['lora_rank']}"] if spec["lora_rank"] else []
+    overrides += [f"model.multi_vector_hidden={inner}"] if inner else []
+    overrides += [f"model.{kind}_dropout={spec['dropout']}" for kind in ("hidden", "attention")]
+    return read_model_shape(load_config("unified", overrides))
 
 
 def main(spec: dict) -> dict:
@@ -122,9 +183,16 @@ def main(spec: dict) -> dict:
     }
     gc.collect()
     torch.ones(256, 256) @ torch.ones(256, 256)  # the math library's own buffers
-    before = _resident("VmRSS")
+    before = resident_bytes("VmRSS")
     with model_construction(ds_config):
-        model = load_m3(spec["folder"], ModelConfig(path=spec["folder"]))
+        settings = ModelConfig(
+            path=spec["folder"],
+            freeze=spec["freeze"],
+            lora=LoraConfig(rank=spec["lora_rank"]) if spec["lora_rank"] else None,
+            multi_vector_hidden=spec["multi_vector_hidden"],
+        )
+        model = load_m3(spec["folder"], settings)
+    freeze_parameters(model, settings.freeze)
     activations = ActivationMemory(model, spec["checkpointing"], False)
     engine = Engine(
         model,
@@ -140,20 +208,10 @@ def main(spec: dict) -> dict:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         with engine.step_scope(), engine.accumulation(0, 1):
             objective.run(engine, batch_of(_groups(spec, 100 * step + 10 * comm.rank())), Progress(step=step))
-        peaks.append(_resident("VmHWM") - before)
+        peaks.append(resident_bytes("VmHWM") - before)
         engine.update(step)
-    config = model.encoder.config
-    shape = ModelShape(
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_attention_heads=config.num_attention_heads,
-        vocab_size=config.vocab_size,
-        num_positions=config.max_position_embeddings,
-        hidden_dropout=spec["dropout"],
-        attention_dropout=spec["dropout"],
-    )
-    assert shape.num_parameters == sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    shape = _shape(spec, model)
+    assert num_parameters(shape) == sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     strategy = Strategy(
         zero_stage=spec["zero_stage"],
         world_size=spec["world_size"],

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megam3.planning.communication import step_volume
+from megam3.planning.parameters import num_parameters
 from tests.planning.test_memory import BGE_M3
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -55,7 +56,7 @@ def test_the_table_in_docs_is_what_the_function_says():
                 step_volume(
                     zero_stage=stage,
                     world_size=8 * nodes,
-                    num_parameters=BGE_M3.num_parameters,
+                    num_parameters=num_parameters(BGE_M3),
                     num_chunks=chunks,
                 )
                 for chunks in (1, 8)

@@ -9,24 +9,23 @@ from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from transformers import XLMRobertaConfig, XLMRobertaModel
 
-from megam3.batch import pack_texts
 from megam3.config.schema import ModelConfig
 from megam3.engine.activations import ActivationMemory
 from megam3.loss.limits import loss_needs_tiles
 from megam3.model.m3 import M3Model, represent
 from megam3.model.pretrained import load_m3
+from megam3.packed_texts import pack_texts
+from megam3.planning.layers import layer_bytes
 from megam3.planning.memory import (
-    ModelShape,
-    StepShape,
-    Strategy,
     activation_bytes,
     largest_chunk,
-    layer_bytes,
-    loss_bytes,
     plan_memory,
     remedies,
     state_bytes,
 )
+from megam3.planning.parameters import num_parameters
+from megam3.planning.scores import loss_bytes
+from megam3.planning.shapes import ModelShape, StepShape, Strategy
 from tests.factory import make_tiny_model_folder, random_token_ids
 
 BGE_M3 = ModelShape(
@@ -107,7 +106,7 @@ def test_parameters_are_counted_as_the_model_has_them(tmp_path):
         vocab_size=config.vocab_size,
         num_positions=config.max_position_embeddings,
     )
-    assert shape.num_parameters == sum(p.numel() for p in model.parameters())
+    assert num_parameters(shape) == sum(p.numel() for p in model.parameters())
     sizes = {
         "vocab_size": 250_002,
         "hidden_size": 1024,
@@ -120,7 +119,7 @@ def test_parameters_are_counted_as_the_model_has_them(tmp_path):
             XLMRobertaConfig(**sizes, max_position_embeddings=8194, type_vocab_size=1),
             add_pooling_layer=False,
         )
-    assert BGE_M3.num_parameters == sum(p.numel() for p in encoder.parameters()) + 1025 + 1024 * 1025
+    assert num_parameters(BGE_M3) == sum(p.numel() for p in encoder.parameters()) + 1025 + 1024 * 1025
 
 
 def test_one_layer_by_hand():
@@ -139,7 +138,7 @@ def test_one_layer_by_hand():
 
 
 def test_model_states_equal_deepspeeds_estimators_but_for_gradients_in_fp32():
-    count, ranks = BGE_M3.num_parameters, 8
+    count, ranks = num_parameters(BGE_M3), 8
     states = state_bytes(BGE_M3, Strategy(zero_stage=2, world_size=ranks))
     _, wanted = estimate_zero2_model_states_mem_needs(count, num_gpus_per_node=ranks, cpu_offload=False)
     # it counts gradients in 16 bits; they are summed in 32
@@ -170,7 +169,7 @@ def test_model_states_equal_deepspeeds_estimators_but_for_gradients_in_fp32():
 )
 def test_bytes_per_parameter_by_stage(strategy, per_parameter):
     assert sum(state_bytes(BGE_M3, strategy).values()) == pytest.approx(
-        per_parameter * BGE_M3.num_parameters, rel=1e-6
+        per_parameter * num_parameters(BGE_M3), rel=1e-6
     )
 
 

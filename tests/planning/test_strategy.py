@@ -5,7 +5,8 @@ from itertools import product
 
 import pytest
 
-from megam3.planning.memory import StepShape, Strategy, plan_memory
+from megam3.planning.memory import plan_memory
+from megam3.planning.shapes import StepShape, Strategy
 from megam3.planning.strategy import Hardware, Setting, fitting, forward_flops, num_chunks, predict
 from tests.planning.test_memory import BGE_M3
 
@@ -19,7 +20,7 @@ TEMPLATES = {
     )
     for stage in range(4)
 }
-NO_LINKS = Hardware(exposed_share=0.0)
+NO_LINKS = Hardware(exposed_share=0.0, memory_bytes_per_second=float("inf"))
 
 
 def setting(stage: int, *, checkpointing: bool = False, offload: bool = False, chunk: int | None = None):
@@ -75,9 +76,12 @@ def _brute_force(step: StepShape, limit_bytes: int) -> list[tuple[float, Setting
     ):
         if chunk is not None and stage < 2:
             continue
-        each = setting(stage, checkpointing=checkpointing, offload=offload, chunk=chunk)
-        if plan_memory(BGE_M3, each.strategy, replace(step, chunk_tokens=chunk)).total_bytes <= limit_bytes:
-            found.append((predict(BGE_M3, each, [step]).cost, each))
+        for once in (False, True) if stage == 2 and chunk is not None else (False,):
+            each = setting(stage, checkpointing=checkpointing, offload=offload, chunk=chunk)
+            each = replace(each, strategy=replace(each.strategy, reduces_once=once))
+            plan = plan_memory(BGE_M3, each.strategy, replace(step, chunk_tokens=chunk))
+            if plan.total_bytes <= limit_bytes:
+                found.append((predict(BGE_M3, each, [step]).cost, each))
     return found
 
 

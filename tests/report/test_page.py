@@ -65,7 +65,7 @@ def test_the_figures_of_a_run_are_there(tmp_path: Path) -> None:
         "4e-05",  # learning rate of step 4
         "12.5%",  # share of peak
         "2.91 (device allocations)",
-        "planned: score matrices",
+        "of the heaviest: score matrices",
         "4,321 records, 765,432 tokens, 17 texts cut, 3 records rejected",
         "≤ 256 tokens",
         "heldout, step 4 (11 queries, 37 passages)",

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from megam3.errors import DataError
+from megam3.retrieval import beir
 from megam3.retrieval.beir import read_beir
 
 CORPUS = [
@@ -89,3 +90,10 @@ def test_bad_judgements(tmp_path, line, message):
 def test_no_positive_judgement(tmp_path):
     with pytest.raises(DataError, match="holds no judgement above 0"):
         read_beir(write(tmp_path / "demo", qrels="query-id\tcorpus-id\tscore\nq1\td1\t0\n"))
+
+
+def test_a_line_without_end_is_refused_before_it_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(beir, "MAX_LINE_CHARACTERS", 200)
+    folder = write(tmp_path / "demo", corpus=[*CORPUS, {"_id": "d3", "text": "x" * 300}])
+    with pytest.raises(DataError, match=r"corpus.jsonl:3 = .*has more than 200 characters; cut the text up"):
+        read_beir(folder)

@@ -75,11 +75,11 @@ def test_a_checkpoint_is_told_to_be_exported_first(beir_folder, tmp_path):
         main([str(tmp_path), str(beir_folder)])
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
-def test_a_device_that_is_not_there_is_an_error_of_the_command_line(beir_folder, tmp_path, device):
-    with pytest.raises(
-        ConfigError, match=rf"--device = '{device}': cannot be used \(.+\); use cpu, or leave it out"
-    ):
+@pytest.mark.parametrize(
+    ("device", "rule"), [("cuda:99", "this machine has"), ("nonsense", "is no device that torch knows")]
+)
+def test_a_device_that_is_not_there_is_said_before_anything_is_read(beir_folder, tmp_path, device, rule):
+    with pytest.raises(ConfigError, match=f"^device = '{device}': {rule}"):
         main([str(tmp_path), str(beir_folder), "--device", device])
 
 
@@ -95,3 +95,41 @@ def test_batches_of_the_embedder_equal_its_own_encode(model_folder):
         assert sorted(value for value in weights.tolist() if value > 0) == pytest.approx(
             sorted(values.values()), abs=1e-5
         )
+
+
+def test_an_index_on_disk_gives_the_same_results(model_folder, beir_folder, tmp_path, capsys):
+    lines = (beir_folder / "corpus.jsonl").read_text()
+    # copies of unjudged texts under ids of their own, and an empty one
+    copies = [{**json.loads(line), "_id": f"copy-{n}"} for n, line in enumerate(lines.splitlines()[10:16])]
+    with (beir_folder / "corpus.jsonl").open("a") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in [*copies, {"_id": "e", "text": ""}]))
+    for place, more in (("memory", []), ("disk", ["--index", str(tmp_path / "kept")])):
+        assert main([str(model_folder), str(beir_folder), "--out", str(tmp_path / place), *more]) == 0
+    memory, disk = (read_result(tmp_path / place / "sentences.json") for place in ("memory", "disk"))
+    assert disk.num_passages == 37
+    assert disk.modes.keys() == memory.modes.keys()
+    for mode, figures in disk.modes.items():
+        for name, value in figures.overall.items():
+            # scores of a tiny random model lie close together: weights in half precision may swap two
+            assert value == pytest.approx(memory.modes[mode].overall[name], abs=0.02), (mode, name)
+    assert (disk.modes["BM25"], disk.modes["Dense"]) == (memory.modes["BM25"], memory.modes["Dense"])
+    assert "shards encoded: 1 of 1" in capsys.readouterr().err
+    assert {path.name.split("-")[0] for path in (tmp_path / "kept" / "sentences").iterdir()} == {
+        "documents",
+        "index",
+        "counts",
+    }
+
+
+def test_a_large_corpus_goes_to_disk_by_itself(model_folder, beir_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("megam3.commands.evaluate.ON_DISK_PASSAGES", 29)
+    arguments = [str(model_folder), str(beir_folder), "--modes", "BM25", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert (beir_folder.parent / "sentences.index").is_dir()
+    assert read_result(tmp_path / "out" / "sentences.json").modes["BM25"].overall["ndcg@10"] > 0.9
+
+
+def test_a_corpus_of_the_size_itself_stays_in_memory(model_folder, beir_folder, monkeypatch):
+    monkeypatch.setattr("megam3.commands.evaluate.ON_DISK_PASSAGES", 30)
+    assert main([str(model_folder), str(beir_folder), "--modes", "BM25"]) == 0
+    assert not (beir_folder.parent / "sentences.index").exists()

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from megam3.config.objective import HeadWeights
 from megam3.config.schema import EvaluationConfig
+from megam3.config.weights import HeadWeights
 from megam3.errors import CheckpointError, ConfigError
 from megam3.retrieval import evaluate as evaluation
 from megam3.retrieval.bm25 import bm25_hits

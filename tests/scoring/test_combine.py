@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from megam3.batch import join_representations
-from megam3.config.objective import HEADS, HeadWeights
+from megam3.config.weights import HEADS, HeadWeights
 from megam3.dist import comm
 from megam3.scoring import combine
 from megam3.scoring.combine import count_over_ranks, score_global, score_heads
@@ -112,9 +112,9 @@ def test_ranks_score_what_one_rank_scores(world):
             list(NUM_PASSAGES[:world]),
             sum(NUM_PASSAGES[:rank]),
         ]
-        # dense passage vectors, the queries' pairs (id and weight) and rows, two heads' score columns:
-        # nothing per passage token
-        of_queries = 2 * queries.lexical_ids_Z.numel() + queries.multi_KC.numel()
+        # dense passage vectors, the queries' pairs (id and weight) and rows and how many of each, two heads'
+        # score columns: nothing per passage token
+        of_queries = 2 * (queries.lexical_ids_Z.numel() + queries.num_texts) + queries.multi_KC.numel()
         assert (
             outcomes[rank][4]
             == passages.dense_ND.numel() + of_queries + 2 * NUM_QUERIES[rank] * passages.num_texts

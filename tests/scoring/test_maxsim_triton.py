@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megam3.scoring import maxsim, winners
 from megam3.scoring.maxsim import maxsim_scores
 from megam3.scoring.winners import prefers_kernel
 from tests.representations import make_offsets
@@ -40,14 +41,17 @@ def test_the_kernel_under_the_interpreter(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize(
-    ("capability", "tensor_cores", "shared_bytes"),
-    [(80, "mma.sync", 163 << 10), (86, "mma.sync", 99 << 10), (90, "wgmma", 227 << 10)],
-)
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10}
+"""Shared memory that one program may hold, by compute capability (CUDA C++ Programming Guide, table of
+technical specifications)."""
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("bf16", 128), ("bf16", 1024), ("fp16", 1024)])
+@pytest.mark.parametrize(("capability", "tensor_cores"), [(80, "mma.sync"), (86, "mma.sync"), (90, "wgmma")])
 def test_the_kernel_compiles_for_devices_that_are_not_here(
-    dtype, capability, tensor_cores, shared_bytes, tmp_path, monkeypatch
+    dtype, width, capability, tensor_cores, tmp_path, monkeypatch
 ):
+    """The tile of each (device, width) fits, and multiplies on the tensor cores."""
     triton = pytest.importorskip("triton", reason="triton is not installed")
     kernel = pytest.importorskip("megam3.scoring.maxsim_triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -59,7 +63,7 @@ def test_the_kernel_compiles_for_devices_that_are_not_here(
         "winner_KP": "*i32",
     }
     types |= dict.fromkeys(("num_query_rows", "width", "num_passages"), "i32")
-    tile = kernel.tile_for(divmod(capability, 10))
+    tile = kernel.tile_for(divmod(capability, 10), width)
     constants = {"KEEP": True, "ROWS": tile.rows, "BLOCK": tile.block, "WIDTH": tile.width}
     aligned = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(
@@ -73,7 +77,7 @@ def test_the_kernel_compiles_for_devices_that_are_not_here(
         source, target=target, options={"num_warps": tile.warps, "num_stages": tile.stages}
     )
     assert tensor_cores in compiled.asm["ptx"]
-    assert compiled.metadata.shared <= shared_bytes
+    assert compiled.metadata.shared <= SHARED_BYTES[capability]
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -90,6 +94,59 @@ def test_the_sums_of_the_backward_pass_compile_for_bf16(capability, tmp_path, mo
     target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": 4})
     assert "atom" not in compiled.asm["ptx"], "sums have one order"
+    assert compiled.metadata.shared <= SHARED_BYTES[capability]
+
+
+class Recorder:
+    """Stands in for a Triton kernel: notes by what its compiler would tell a launch from earlier ones."""
+
+    def __init__(self, triton, kernel, capability: int):
+        target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+        backend = triton.compiler.make_backend(target)
+        self._bind = triton.runtime.jit.create_function_from_signature(
+            kernel.signature, kernel.params, backend
+        )
+        self.launches, self.keys = 0, set()
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            _, specialization, options = self._bind(*arguments, **options)
+            self.launches += 1
+            self.keys.add((tuple(specialization), str(options)))
+
+        return launch
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("width", [128, 1024])
+def test_no_shape_of_a_batch_makes_another_kernel(capability, width, monkeypatch):
+    """Numbers of rows, texts and chunks that are 1, divide by 16 or do neither; offsets that begin in a
+    middle."""
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    kernel = pytest.importorskip("megam3.scoring.maxsim_triton")
+    forward, backward = (Recorder(triton, k, capability) for k in (kernel._best_rows, kernel._sum_rows))
+    monkeypatch.setattr(kernel, "_best_rows", forward)
+    monkeypatch.setattr(kernel, "_sum_rows", backward)
+    monkeypatch.setattr(kernel, "INTERPRETED", kernel.tile_for(divmod(capability, 10), width))
+    monkeypatch.setattr(winners, "best_rows", kernel.best_rows)
+    monkeypatch.setattr(maxsim, "sum_rows", kernel.sum_rows)
+    launched = []
+    for queries in ([1], [16], [5, 12], [7, 9, 16]):
+        for passages in ([1], [16, 16], [3] * 16, [2, 5, 1], [1, 40, 8, 3, 9]):
+            for chunk in (None, 2 * sum(queries)):
+                offsets = make_offsets(queries), make_offsets(passages)
+                rows = [
+                    torch.zeros(int(o[-1]), width, dtype=torch.bfloat16, requires_grad=True) for o in offsets
+                ]
+                scores = maxsim_scores(
+                    rows[0], offsets[0], rows[1], offsets[1], chunk_elements=chunk, use_kernel=True
+                )
+                torch.autograd.grad(scores.sum(), rows)
+                launched.append((forward.launches, backward.launches))
+    assert launched[-1][0] > len(launched), "some batches go in several chunks"
+    assert launched[-1][1] >= 2 * len(launched)
+    assert len(forward.keys) == 1, forward.keys
+    assert len(backward.keys) == 1, backward.keys
 
 
 @pytest.mark.gpu

@@ -1,7 +1,6 @@
 """slurm/mine.sh on a real two-node Slurm: two ranks share the mining."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,9 +10,9 @@ import pytest
 
 from tests.data.pairs import write_jsonl
 from tests.factory import make_sentences, make_tiny_model_folder
+from tests.slurm.scripts import ROOT, run_script
 from tests.slurm_cluster import Cluster, missing_for_slurm
 
-ROOT = Path(__file__).resolve().parents[2]
 needs_slurm = pytest.mark.skipif(bool(missing_for_slurm()), reason=missing_for_slurm() or "Slurm is here")
 
 
@@ -55,15 +54,7 @@ def test_two_ranks_on_two_nodes(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_messages_before_anything_starts(tmp_path: Path) -> None:
     def run(*arguments: str, **environ: str) -> tuple[int, str]:
-        clean = {"PATH": os.environ["PATH"], **environ}
-        done = subprocess.run(
-            ["bash", "slurm/mine.sh", *arguments],
-            cwd=ROOT,
-            env=clean,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = run_script("mine.sh", *arguments, **environ)
         return done.returncode, done.stderr
 
     code, text = run(SLURM_SUBMIT_DIR=str(ROOT))

@@ -1,6 +1,5 @@
 """slurm/prepare.sh on a real two-node Slurm: an array whose tasks share one store."""
 
-import os
 import re
 import subprocess
 import sys
@@ -14,9 +13,9 @@ from megam3.data.tokenizer import load_tokenizer
 from tests.data.pairs import write_jsonl
 from tests.factory import make_sentences
 from tests.launches import Workplace, make_workplace
+from tests.slurm.scripts import ROOT, run_script
 from tests.slurm_cluster import Cluster, missing_for_slurm
 
-ROOT = Path(__file__).resolve().parents[2]
 needs_slurm = pytest.mark.skipif(bool(missing_for_slurm()), reason=missing_for_slurm() or "Slurm is here")
 
 
@@ -87,15 +86,7 @@ def test_the_tasks_of_an_array_make_the_store_of_one_process(
 
 def test_messages_before_anything_starts(tmp_path: Path) -> None:
     def run(*arguments: str, **environ: str) -> tuple[int, str]:
-        clean = {"PATH": os.environ["PATH"], **environ}
-        done = subprocess.run(
-            ["bash", "slurm/prepare.sh", *arguments],
-            cwd=ROOT,
-            env=clean,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = run_script("prepare.sh", *arguments, **environ)
         return done.returncode, done.stderr
 
     usage = (

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megam3.config.objective import HeadWeights
+from megam3.config.weights import HeadWeights
 from megam3.errors import ConfigError
 from megam3.retrieval.index.nearest import DENSE_SEARCHES, build_approximate, dense_hits
 from megam3.retrieval.index.search import SearchOptions, find_candidates, lexical_hits, score_passages

@@ -65,6 +65,39 @@ def stored_scores(embedder, query, texts, by):
     return np.asarray(scores[by])
 
 
+FILTERS = {
+    "ratio 0.98": (["--ratio", "0.98"], lambda score, own: score <= min(own) - 0.02 * abs(min(own))),
+    "ratio 0.9 of the best": (
+        ["--ratio", "0.9", "--positive-score", "max"],
+        lambda score, own: score <= max(own) - 0.1 * abs(max(own)),
+    ),
+    "margin": (["--margin", "0.03"], lambda score, own: score <= min(own) - 0.03),
+    "limits": (["--max-score", "0.93", "--min-score", "0.88"], lambda score, own: 0.88 <= score <= 0.93),
+    "ratio and limit": (
+        ["--ratio", "0.98", "--max-score", "0.88"],
+        lambda score, own: score <= min(0.88, min(own) - 0.02 * abs(min(own))),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_filters_keep_of_the_unfiltered_what_their_rule_allows(place, folder, name):
+    options, is_kept = FILTERS[name]
+    everything = ["--range", "0-64", "--negatives", "64", "--sample", "first"]
+    _, before = mine(place, folder, *everything, output="before.jsonl")
+    code, after = mine(place, folder, *everything, *options)
+    assert code == 0
+    taken = 0
+    for whole, filtered in zip(before, after, strict=True):
+        own = whole["pos_scores"]
+        kept = [t for t, score in zip(whole["neg"], whole["neg_scores"]) if is_kept(score, own)]
+        assert filtered["neg"] == kept
+        taken += len(whole["neg"]) - len(kept)
+    report = json.loads((place / "mined.jsonl.report.json").read_text())
+    reasons = ("margin", "ratio", "max score", "min score")
+    assert taken == sum(report["taken_out"].get(reason, 0) for reason in reasons) > 0
+
+
 @pytest.mark.parametrize("by", ["dense", "lexical", "multi_vector", "sum"])
 def test_negatives_are_those_of_a_naive_pass(place, folder, by):
     code, got = mine(
@@ -86,12 +119,11 @@ def test_negatives_are_those_of_a_naive_pass(place, folder, by):
     texts = [*SENTENCES, RECORDS[3]["query"]]
     assert [record["query"] for record in got] == [record["query"] for record in RECORDS]
     for record, before in zip(got, RECORDS):
-        exact = embedder.score([(record["query"], text) for text in texts])[by]
         scores = stored_scores(embedder, record["query"], texts, by)
         known = {text for other in RECORDS if other["query"] == record["query"] for text in other["pos"]}
         order = sorted(range(len(texts)), key=lambda p: -scores[p])
         order = [p for p in order if by != "lexical" or scores[p] > 0][2:64]
-        lowest = min(exact[texts.index(text)] for text in record["pos"])
+        lowest = min(scores[texts.index(text)] for text in record["pos"])
         wanted = [
             p
             for p in order
@@ -101,11 +133,34 @@ def test_negatives_are_those_of_a_naive_pass(place, folder, by):
         ]
         assert record["neg"] == [texts[p] for p in wanted]
         np.testing.assert_allclose(record["neg_scores"], [scores[p] for p in wanted], atol=1e-5)
-        own = [exact[texts.index(text)] for text in record["pos"]]
+        own = [scores[texts.index(text)] for text in record["pos"]]
         np.testing.assert_allclose(record["pos_scores"], own, atol=1e-5)
         assert {k: v for k, v in record.items() if k not in ("neg", "pos_scores", "neg_scores")} == {
             k: v for k, v in before.items() if k != "neg"
         }
+
+
+@pytest.mark.parametrize("by", ["dense", "sum"])
+def test_positives_are_read_from_the_index_or_encoded_where_it_lacks_them(place, folder, by, monkeypatch):
+    lacking = {text for n, record in enumerate(RECORDS) if n % 2 for text in record["pos"]}
+    write_jsonl(place / "corpus.jsonl", [{"text": text} for text in SENTENCES if text not in lacking])
+    encoded = []
+    original = run._Miner._encode
+    monkeypatch.setattr(
+        run._Miner,
+        "_encode",
+        lambda self, texts, limit: encoded.extend(texts) or original(self, texts, limit),
+    )
+    code, got = mine(place, folder, "--candidates", by, "--range", "2-40")
+    assert code == 0
+    queries = {record["query"] for record in RECORDS}
+    assert set(encoded) - queries == lacking, "the others lie in the index"
+    embedder = M3Embedder(folder, device="cpu")
+    for record in got:
+        exact = embedder.score([(record["query"], text) for text in record["pos"]])[by]
+        stored = stored_scores(embedder, record["query"], record["pos"], by)
+        wanted = [e if text in lacking else s for text, e, s in zip(record["pos"], exact, stored)]
+        np.testing.assert_allclose(record["pos_scores"], wanted, atol=1e-5)
 
 
 def test_the_report_counts_every_candidate_once(place, folder, capsys):

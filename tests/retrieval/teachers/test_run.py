@@ -10,7 +10,7 @@ from megam3.data.record import parse_record
 from megam3.errors import TrainingError
 from megam3.retrieval.teachers import run
 from tests.data.pairs import write_jsonl
-from tests.factory import make_sentences
+from tests.factory import make_sentences, make_tiny_model_folder
 from tests.retrieval.teachers.test_cross_encoder import make_folder, naive
 
 TEXTS = make_sentences(40, seed=8)
@@ -53,16 +53,28 @@ def test_every_passage_gets_its_score(place, folder, monkeypatch, capsys):
         assert len(record["pos_scores"]) == len(before["pos"])
         assert {key: record[key] for key in before} == before
         assert len(parse_record(record).scores) == len(before["pos"] + before["neg"])
-    assert "scores in 12 records by a cross-encoder" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "scores in 12 records by a cross-encoder" in said
+    assert "teacher_temperature" not in said, "logits lie units apart"
 
 
-def test_a_sigmoid_when_asked(place, folder):
+def test_a_sigmoid_when_asked(place, folder, capsys):
     _, raw = add(place, folder)
     _, squashed = add(place, folder, "--normalize", output="squashed.jsonl")
     for a, b in zip(raw, squashed):
         assert b["pos_scores"] == pytest.approx(
             (1 / (1 + np.exp(-np.array(a["pos_scores"])))).tolist(), abs=1e-5
         )
+    assert (
+        "at objective.teacher_temperature 1 all passages of a query get nearly the same"
+        in capsys.readouterr().out
+    )
+
+
+def test_a_bi_encoder_is_said_to_need_a_temperature(place, tmp_path, capsys):
+    code, _ = add(place, make_tiny_model_folder(tmp_path / "retriever"))
+    assert code == 0
+    assert "scores in 12 records by a megam3\nthese scores lie close together" in capsys.readouterr().out
 
 
 def test_a_killed_run_continues(place, folder, monkeypatch):
