@@ -27,7 +27,7 @@ PARTS = (
     ("megam3.build", "join", "DeepSpeed's process group"),
     ("megam3.build", "find_objective", "objective"),
     ("megam3.build", "Engine", "engine"),
-    ("megam3.build", "_start_state", "checkpoint found, verified, loaded"),
+    ("megam3.build", "find_start", "checkpoint found, verified, loaded"),
     ("megam3.build", "describe_environment", "env.json (versions, git)"),
     ("megam3.build", "describe_run_folder", "run folder described"),
     ("megam3.build", "plan_run", "memory plan"),

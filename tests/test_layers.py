@@ -22,7 +22,7 @@ LAYERS = [
     {"loss"},
     {"objectives", "engine", "planning", "embedder_processes"},
     {"checkpoint", "retrieval", "embedder", "export"},
-    {"step"},
+    {"step", "starting_state"},
     {"step_health"},
     {"moments"},
     {"trainer", "report"},

@@ -403,7 +403,10 @@ def test_only_temporary_files_of_ended_processes_are_deleted(tmp_path, corpus, t
         folder / "shards" / "00000.arrow.elsewhere-1-1.tmp",  # on another host: nothing is known of it
         folder / "notes.tmp",  # somebody else's
     ]
-    gone = [folder / f"index.npy.{host}-{ended.pid}-1.tmp", folder / "shards" / "00001.json.elsewhere-2-2.tmp"]
+    gone = [
+        folder / f"index.npy.{host}-{ended.pid}-1.tmp",
+        folder / "shards" / "00001.json.elsewhere-2-2.tmp",
+    ]
     for path in (*kept, *gone):
         path.touch()
     os.utime(gone[1], (0, 0))
