@@ -28,6 +28,7 @@ from megam3.engine.swapped import check_disk
 from megam3.errors import DataError
 from megam3.files import write_json
 from megam3.model.attention import report_attention, wish_attention
+from megam3.model.device import emulation_warning
 from megam3.model.freeze import freeze_parameters
 from megam3.model.hub import hub_source
 from megam3.objectives.base import Objective, find_objective
@@ -252,9 +253,12 @@ def _record_start(config: RunConfig, ds_config: dict, device: torch.device, choi
 
 def _report_arithmetic(config: RunConfig, ds_config: dict, module: nn.Module, device: torch.device) -> None:
     """Precision of gradient sums and the way attention runs, where they cost quality or time."""
-    rounding = bf16_sums_warning(config, ds_config)
-    if rounding:
-        logger.warning(rounding)
+    warnings = (
+        bf16_sums_warning(config, ds_config),
+        emulation_warning(weight_dtype(ds_config), device),
+    )
+    for line in filter(None, warnings):
+        logger.warning(line)
     attention = report_attention(module, device)
     logger.log(logging.WARNING if attention.is_slow else logging.INFO, attention.line)
 

@@ -48,7 +48,7 @@ class M3Embedder:
         path: a folder that `megam3 export` wrote or of the published layout, or the id of one on the hub.
             Heads without weights in it are not offered (`heads`).
         device: None: CUDA when there is one.
-        precision: auto: bf16 on CUDA, fp32 elsewhere.
+        precision: auto: bf16 on CUDA (fp16 where bf16 is only emulated), fp32 elsewhere.
 
     Raises:
         ConfigError, CheckpointError: the folder cannot be served, its tokenizer belongs to another model, or

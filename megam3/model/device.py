@@ -8,7 +8,7 @@ from megam3.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PrecisionWish = Literal["auto", Precision]
-"""auto: bf16 on CUDA, fp32 elsewhere."""
+"""auto: bf16 on CUDA, fp16 on a card that only emulates bf16 (before Ampere), fp32 elsewhere."""
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -45,8 +45,25 @@ def pick_precision(wish: str, device: torch.device) -> Precision:
         ConfigError: an unknown name.
     """
     if wish == "auto":
-        return "bf16" if device.type == "cuda" else "fp32"
+        if device.type != "cuda":
+            return "fp32"
+        return "fp16" if emulates_bf16(device) else "bf16"
     if wish not in DTYPES:
         rule = f"must be auto or one of {', '.join(DTYPES)}"
         raise ConfigError("precision", wish, rule, "leave it at auto")
     return cast(Precision, wish)
+
+
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether bf16 on this GPU is done in fp32 by software: right, and slower than fp32."""
+    return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def emulation_warning(dtype: torch.dtype, device: torch.device) -> str | None:
+    """What to say before training in a precision that this GPU has no instructions for."""
+    if dtype != torch.bfloat16 or not emulates_bf16(device):
+        return None
+    return (
+        f"this GPU ({torch.cuda.get_device_name(device)}) only emulates bf16, which is slower than fp32: "
+        "set engine.precision=fp16, which scales the loss, or fp32"
+    )

@@ -1,10 +1,12 @@
 """Names of devices and precisions, and what is said of those that are none."""
 
+import re
+
 import pytest
 import torch
 
 from megam3.errors import ConfigError
-from megam3.model.device import DTYPES, pick_device, pick_precision
+from megam3.model.device import DTYPES, emulates_bf16, emulation_warning, pick_device, pick_precision
 
 
 def test_a_device_by_name_or_the_best_there_is(monkeypatch):
@@ -30,7 +32,25 @@ def test_a_device_that_is_not_there(monkeypatch, name, message):
         pick_device(name)
 
 
-def test_precisions():
+@pytest.mark.parametrize(("computes_it", "expected"), [(True, "bf16"), (False, "fp16")])
+def test_a_card_that_only_emulates_bf16_is_not_asked_for_it(monkeypatch, computes_it, expected):
+    # an emulating card says yes unless asked not to count emulation
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or computes_it
+    )
+    assert pick_precision("auto", torch.device("cuda")) == expected
+    assert pick_precision("bf16", torch.device("cuda")) == "bf16"
+    assert emulates_bf16(torch.device("cuda")) is not computes_it
+    assert not emulates_bf16(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    warning = emulation_warning(torch.bfloat16, torch.device("cuda"))
+    expected = r"\(Tesla V100\) only emulates bf16.*engine.precision=fp16"
+    assert (warning is None) if computes_it else re.search(expected, warning)
+    assert emulation_warning(torch.float16, torch.device("cuda")) is None
+
+
+def test_precisions(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert (pick_precision("auto", cpu), pick_precision("auto", cuda)) == ("fp32", "bf16")
     assert [pick_precision(name, cuda) for name in DTYPES] == list(DTYPES)

@@ -26,7 +26,7 @@ class CrossEncoder:
     Args:
         folder: model and tokenizer; foreign code is never run.
         device: None: CUDA when there is one.
-        precision: auto: bf16 on CUDA, fp32 elsewhere.
+        precision: auto: bf16 on CUDA (fp16 where bf16 is only emulated), fp32 elsewhere.
         max_tokens: of both texts together, the longer one is cut; None: what the tokenizer allows, at most
             512.
         batch_tokens: padded tokens scored at a time.
