@@ -1,10 +1,7 @@
 """Optimizer states on a disk: a run under `zero3_nvme`, its checkpoints, and its messages."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,29 +12,19 @@ from megam3.config.deepspeed import build_deepspeed_config
 from megam3.engine.consolidate import MOMENTS, WEIGHT, SavedStates
 from megam3.engine.swapped import check_disk
 from megam3.errors import ConfigError
+from tests.compiled_operators import compile_operator, needs_compiler
 from tests.factory import make_tiny_model_folder
 from tests.launches import Workplace, launch, make_workplace
 from tests.recipes import make_config
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "ds_configs" / "zero3_nvme.json"
-BUILD = """
-from deepspeed.ops.op_builder import AsyncIOBuilder
-builder = AsyncIOBuilder()
-print("needs libaio" if not builder.is_compatible() else builder.load(verbose=False))
-"""
 
 
 @pytest.fixture(scope="module")
-def extensions(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """DeepSpeed's async_io, compiled into a folder of its own."""
-    if not (shutil.which("g++") and shutil.which("ninja")):
-        pytest.skip("DeepSpeed compiles async_io with g++ and ninja")
-    folder = str(tmp_path_factory.mktemp("extensions"))
-    environ = {**os.environ, "TORCH_EXTENSIONS_DIR": folder, "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-c", BUILD]
-    built = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=1200)
-    assert built.returncode == 0, built.stderr[-2000:]
-    if "needs libaio" in built.stdout:
+def extensions() -> str:
+    """DeepSpeed's async_io."""
+    folder = compile_operator("AsyncIOBuilder")
+    if folder is None:
         pytest.skip("DeepSpeed's async_io needs libaio's headers (Debian: libaio-dev)")
     return folder
 
@@ -94,6 +81,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, extensions: str) -> Runs:
     return made
 
 
+@needs_compiler
 @pytest.mark.slow
 def test_states_lie_on_the_disk_and_the_losses_are_those_of_states_in_memory(runs: Runs) -> None:
     files = {path.name.split("-")[0]: path.stat().st_size for path in runs.disk.rglob("*.swp")}
@@ -104,6 +92,7 @@ def test_states_lie_on_the_disk_and_the_losses_are_those_of_states_in_memory(run
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@needs_compiler
 @pytest.mark.slow
 def test_a_resumed_run_ends_with_every_bit_of_the_unbroken_one(runs: Runs) -> None:
     runs.continue_from_the_middle("resumed", "whole", "nvme")
@@ -114,6 +103,7 @@ def test_a_resumed_run_ends_with_every_bit_of_the_unbroken_one(runs: Runs) -> No
         assert torch.equal(ours[key], values), key
 
 
+@needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize(("source", "template"), [("whole", "zero3"), ("memory", "nvme")])
 def test_a_checkpoint_goes_from_the_disk_to_memory_and_back(runs: Runs, source: str, template: str) -> None:
@@ -125,6 +115,7 @@ def test_a_checkpoint_goes_from_the_disk_to_memory_and_back(runs: Runs, source: 
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@needs_compiler
 @pytest.mark.slow
 def test_an_export_finds_the_weights(runs: Runs) -> None:
     weights = consolidated_weights(str(runs.place.run("whole") / "checkpoints" / "step-000004"))

@@ -2,9 +2,6 @@
 
 import logging
 import os
-import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,30 +11,16 @@ from megam3.config.schema import OptimConfig
 from megam3.engine.adamw import build_adamw, choose_adamw
 from megam3.engine.deepspeed import Engine
 from megam3.errors import ConfigError
+from tests.compiled_operators import compile_adamw, needs_compiler
 from tests.engine.test_engine import ds_config, make_engine, train_steps
 from tests.factory import make_tiny_model_folder
 from tests.ranks import run_ranks
 from tests.recipes import make_config
 
-needs_compiler = pytest.mark.skipif(
-    not (shutil.which("g++") and shutil.which("ninja")),
-    reason="DeepSpeed compiles its AdamW with g++ and ninja",
-)
 
-BUILD = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load(verbose=False)"
-
-
-def build_extension(folder: str, accelerator: str = "cpu") -> str:
-    """DeepSpeed's compiled AdamW in a folder of its own: a build that a time limit ends leaves a lock behind,
-    and whoever comes later to the same folder waits for it."""
-    environ = {**os.environ, "TORCH_EXTENSIONS_DIR": folder, "DS_ACCELERATOR": accelerator}
-    subprocess.run([sys.executable, "-c", BUILD], env=environ, check=True, timeout=1200)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return build_extension(str(tmp_path_factory.mktemp("extensions")))
+@pytest.fixture
+def built() -> str:
+    return compile_adamw()
 
 
 @pytest.mark.parametrize(("wish", "kind"), [("auto", "fused"), ("fused", "fused"), ("plain", "plain")])

@@ -19,7 +19,7 @@ from megam3.model.m3 import is_head_parameter
 from megam3.model.pretrained import load_m3
 from megam3.objectives.unified import UnifiedObjective
 from tests.batches import batch_of, make_groups
-from tests.engine.test_adamw import build_extension, needs_compiler
+from tests.compiled_operators import compile_adamw, needs_compiler
 from tests.engine.test_engine import OBJECTIVE, OPTIM
 from tests.factory import make_tiny_model_folder
 from tests.gpu.device_cases import LONG_STEPS
@@ -132,7 +132,7 @@ def test_compiled_layers_train_alike_and_nothing_is_compiled_for_a_shape(device,
 @needs_compiler
 @pytest.mark.slow
 def test_states_in_host_memory_move_weights_alike(device, folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", build_extension(str(tmp_path / "extensions"), device))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", compile_adamw(device))
     expected = plain_losses(folder, 3)
     for name, losses in result_of(device, "offloaded_optimizer", folder, tmp_path).items():
         torch.testing.assert_close(losses, expected, rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
