@@ -160,4 +160,6 @@ def test_the_pinned_versions_have_builds_for_every_python(version: str, tmp_path
         cwd=tmp_path,
         check=False,
     )
+    if "Failed to fetch" in done.stderr:
+        pytest.skip(f"no package index can be reached: {done.stderr.splitlines()[0]}")
     assert done.returncode == 0, done.stderr
