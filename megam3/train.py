@@ -163,7 +163,7 @@ def _train(config: RunConfig, ranks: RankInfo, stop: StopSignal) -> int:
     # the watchdog speaks first, and says more than a collective that times out
     timeout_seconds = COLLECTIVE_TIMEOUT_FACTOR * config.train.timeout_seconds
     comm.start(ranks, "nccl" if device.type == "cuda" else "gloo", timeout_seconds)
-    share_threads(device)
+    share_threads()
     run_dir = str(config.run_dir)
     with RunGuard(run_dir, config.train.timeout_seconds, os.environ) as guard:
         check_shared(run_dir, "output_dir")
@@ -176,11 +176,15 @@ def _train(config: RunConfig, ranks: RankInfo, stop: StopSignal) -> int:
         return train(run, stop)
 
 
-def share_threads(device: torch.device) -> None:
-    """On CPUs, split the cores of a machine evenly between its ranks, unless OMP_NUM_THREADS says otherwise;
-    collective."""
+def share_threads() -> None:
+    """Split the cores of a machine evenly between its ranks, unless OMP_NUM_THREADS says otherwise;
+    collective.
+
+    On GPUs too: DeepSpeed's launcher leaves every rank all cores, and an optimizer whose states are in host
+    memory would run ranks × cores threads on them.
+    """
     hosts = comm.gather_objects_json(socket.gethostname())
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // hosts.count(socket.gethostname())))
 
 
