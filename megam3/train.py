@@ -5,6 +5,7 @@ python -m megam3.train RECIPE [key=value…]                          one proces
 """
 
 import atexit
+import contextlib
 import logging
 import os
 import socket
@@ -51,6 +52,9 @@ logger = logging.getLogger(__name__)
 
 COLLECTIVE_TIMEOUT_FACTOR = 1.5
 
+FAULT_FILE_VARIABLE = "MEGAM3_FAULT_FILE"
+"""Set by slurm/train.sh: a file that a rank writes its exit code to, when a new start would be in vain."""
+
 EXIT_FAILED = 1
 """Exit code of a rank that met an error nobody expected; its traceback is on stderr."""
 
@@ -88,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
                 code = _train(config, ranks, stop)
     except Exception as error:
         told = _tell(error, config, ranks)
+        _note_fault(error, EXIT_FAILED if told is None else told)
         if told is None:
             print(f"megam3: rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
             comm.leave(EXIT_FAILED)
@@ -154,6 +159,20 @@ def _tell(error: Exception, config: RunConfig, ranks: RankInfo) -> int | None:
         print(f"megam3: {who}the other ranks did not answer: {error}", file=sys.stderr)
         return EXIT_STALLED
     return None
+
+
+def _note_fault(error: Exception, code: int) -> None:
+    """Leave `code` where slurm/train.sh looks, when the error would come again at another start.
+
+    On GPUs the peers of this rank are ended from outside, and of all codes srun reports the highest: theirs,
+    which is that of a killed rank. A RuntimeError is not noted: it may be what a killed peer looks like from
+    here.
+    """
+    path = os.environ.get(FAULT_FILE_VARIABLE)
+    is_own = isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError)
+    if path and is_own and code in (USER_ERROR_CODE, EXIT_FAILED):
+        with contextlib.suppress(OSError):
+            Path(path).write_text(f"{code}\n", encoding="ascii")
 
 
 def _train(config: RunConfig, ranks: RankInfo, stop: StopSignal) -> int:
