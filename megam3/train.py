@@ -5,6 +5,7 @@ python -m megam3.train RECIPE [key=value…]                          one proces
 """
 
 import atexit
+import contextlib
 import logging
 import os
 import socket
@@ -51,6 +52,9 @@ logger = logging.getLogger(__name__)
 
 COLLECTIVE_TIMEOUT_FACTOR = 1.5
 
+FAULT_FILE_VARIABLE = "MEGAM3_FAULT_FILE"
+"""Set by slurm/train.sh: a file that a rank writes its exit code to, when a new start would be in vain."""
+
 EXIT_FAILED = 1
 """Exit code of a rank that met an error nobody expected; its traceback is on stderr."""
 
@@ -88,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
                 code = _train(config, ranks, stop)
     except Exception as error:
         told = _tell(error, config, ranks)
+        _note_fault(error, EXIT_FAILED if told is None else told)
         if told is None:
             print(f"megam3: rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
             comm.leave(EXIT_FAILED)
@@ -156,6 +161,20 @@ def _tell(error: Exception, config: RunConfig, ranks: RankInfo) -> int | None:
     return None
 
 
+def _note_fault(error: Exception, code: int) -> None:
+    """Leave `code` where slurm/train.sh looks, when the error would come again at another start.
+
+    On GPUs the peers of this rank are ended from outside, and of all codes srun reports the highest: theirs,
+    which is that of a killed rank. A RuntimeError is not noted: it may be what a killed peer looks like from
+    here.
+    """
+    path = os.environ.get(FAULT_FILE_VARIABLE)
+    is_own = isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError)
+    if path and is_own and code in (USER_ERROR_CODE, EXIT_FAILED):
+        with contextlib.suppress(OSError):
+            Path(path).write_text(f"{code}\n", encoding="ascii")
+
+
 def _train(config: RunConfig, ranks: RankInfo, stop: StopSignal) -> int:
     device = choose_device(config.engine.device, ranks.local_rank, os.environ)
     # DeepSpeed takes its device from LOCAL_RANK: both must mean the same one
@@ -163,7 +182,7 @@ def _train(config: RunConfig, ranks: RankInfo, stop: StopSignal) -> int:
     # the watchdog speaks first, and says more than a collective that times out
     timeout_seconds = COLLECTIVE_TIMEOUT_FACTOR * config.train.timeout_seconds
     comm.start(ranks, "nccl" if device.type == "cuda" else "gloo", timeout_seconds)
-    share_threads(device)
+    share_threads()
     run_dir = str(config.run_dir)
     with RunGuard(run_dir, config.train.timeout_seconds, os.environ) as guard:
         check_shared(run_dir, "output_dir")
@@ -176,11 +195,15 @@ def _train(config: RunConfig, ranks: RankInfo, stop: StopSignal) -> int:
         return train(run, stop)
 
 
-def share_threads(device: torch.device) -> None:
-    """On CPUs, split the cores of a machine evenly between its ranks, unless OMP_NUM_THREADS says otherwise;
-    collective."""
+def share_threads() -> None:
+    """Split the cores of a machine evenly between its ranks, unless OMP_NUM_THREADS says otherwise;
+    collective.
+
+    On GPUs too: DeepSpeed's launcher leaves every rank all cores, and an optimizer whose states are in host
+    memory would run ranks × cores threads on them.
+    """
     hosts = comm.gather_objects_json(socket.gethostname())
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // hosts.count(socket.gethostname())))
 
 

@@ -56,6 +56,10 @@ if [ -n "${SLURM_HOSTFILE:-}" ] && [ -r "$SLURM_HOSTFILE" ] && [ -z "${MASTER_AD
   read -r MASTER_ADDR <"$SLURM_HOSTFILE" && export MASTER_ADDR=${MASTER_ADDR%%[,\*]*}
 fi
 
+# Where a rank notes the code of an error that would come again. Its peers wait for it in NCCL, which does not tell them
+# that it has gone; what ends them then (srun's --wait, or NCCL itself) looks like a rank that was killed.
+export MEGAM3_FAULT_FILE=$PWD/.megam3-fault-${SLURM_JOB_ID:-}
+
 # how many ranks: what was asked for, else one for each GPU
 tasks=()
 if [ -z "${SLURM_NTASKS_PER_NODE:-}${SLURM_NTASKS:-}" ]; then
@@ -82,6 +86,7 @@ say "job ${SLURM_JOB_ID:-}, restart ${SLURM_RESTART_COUNT:-0}, nodes ${SLURM_JOB
 # One srun to its end; sets `code`. A trapped signal ends `wait` early, with the code of the signal; only the end of srun
 # ends the loop.
 run_ranks() {
+  rm -f "$MEGAM3_FAULT_FILE"
   srun ${tasks[@]+"${tasks[@]}"} "${output[@]}" ${srun_flags[@]+"${srun_flags[@]}"} "$python" -u -m "$MEGAM3_MODULE" "$@" &
   step=$!
   # a signal between the last look and this line found no step to forward to
@@ -93,6 +98,12 @@ run_ranks() {
     [ "$interrupted" -eq 1 ] || break
   done
   step=''
+  # listing first makes a client of NFS ask its server again
+  ls -a "$PWD" >/dev/null
+  if is_restartable && [ -s "$MEGAM3_FAULT_FILE" ]; then
+    read -r code <"$MEGAM3_FAULT_FILE"
+  fi
+  rm -f "$MEGAM3_FAULT_FILE"
 }
 
 # A task that a signal killed (128 + its number), a stall, and nothing else: a traceback or a user's error would come again.

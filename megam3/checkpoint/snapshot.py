@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,20 @@ class HostBuffers:
         self._taken.append(target)
         target.copy_(storage, non_blocking=True)
         return target
+
+    def missing_bytes(self, storages: Iterable[torch.UntypedStorage]) -> int:
+        """Host memory that copies of `storages` would take beyond what is held here already."""
+        waiting = {size: len(free) for size, free in self._free.items()}
+        missing = 0
+        for storage in storages:
+            size = storage.nbytes()
+            if storage.device.type == "cpu":
+                missing += size
+            elif waiting.get(size):
+                waiting[size] -= 1
+            else:
+                missing += 1 << max(size - 1, 0).bit_length()  # torch rounds page-locked memory up
+        return missing
 
     def release(self) -> None:
         """Every copy so far has been written: their memory may be used again."""
@@ -104,20 +119,20 @@ class _Copier:
         return copied.requires_grad_(tensor.requires_grad)
 
 
-def storage_bytes(value: Any) -> int:
-    """Memory that `snapshot(value)` takes: the sizes of the distinct storages below it."""
-    sizes: dict[int, int] = {}
+def storages_of(value: Any) -> list[torch.UntypedStorage]:
+    """The distinct storages below a nested structure, each of which `snapshot` copies once."""
+    found: dict[int, torch.UntypedStorage] = {}
     waiting = [value]
     while waiting:
         item = waiting.pop()
         if isinstance(item, Tensor):
             storage = item.untyped_storage()
-            sizes[storage._cdata] = storage.nbytes()
+            found[storage._cdata] = storage
         elif isinstance(item, dict):
             waiting.extend(item.values())
         elif isinstance(item, list | tuple):
             waiting.extend(item)
-    return sum(sizes.values())
+    return list(found.values())
 
 
 def available_bytes() -> int:

@@ -22,7 +22,7 @@ from typing import Any
 
 from megam3.checkpoint.find import list_steps
 from megam3.checkpoint.save import OwnFiles, Retention, Target, begin, commit, failed, settle, write_error
-from megam3.checkpoint.snapshot import MEMORY_MARGIN, HostBuffers, available_bytes, snapshot, storage_bytes
+from megam3.checkpoint.snapshot import MEMORY_MARGIN, HostBuffers, available_bytes, snapshot, storages_of
 from megam3.checkpoint.state import RunState
 from megam3.dist import comm
 from megam3.engine.deepspeed import FileWriter
@@ -125,7 +125,7 @@ class CheckpointWriter:
         """Copies each file's contents for the thread; what the host has no room for is written at once."""
 
         def hold(contents: Any, path: str, save: Callable[[Any, str], Any]) -> None:
-            needed = int(storage_bytes(contents) * MEMORY_MARGIN)
+            needed = int(self._buffers.missing_bytes(storages_of(contents)) * MEMORY_MARGIN)
             room = available_bytes() // self._ranks_on_host
             if needed > room:
                 logger.warning(

@@ -48,6 +48,10 @@ MEMORY_FIELDS = frozenset(
 )
 """DeepSpeed fields that make up a memory strategy."""
 
+NO_TIMERS = {"throughput": {"enabled": False}}
+"""DeepSpeed's own count of samples a second makes the host wait for the device at every forward pass from the
+third step on, each chunk of the gradient cache twice; `megam3.obs.clock` counts without."""
+
 DIAGNOSTIC_FIELDS = frozenset(
     {"comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state"}
 )
@@ -121,6 +125,7 @@ def build_deepspeed_config(
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optim.clip_norm or 0.0,
+        "timers": NO_TIMERS,
         "bf16": {"enabled": precision == "bf16"},
         **({"fp16": FP16} if precision == "fp16" else {}),
     }

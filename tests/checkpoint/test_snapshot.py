@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from megam3.checkpoint import snapshot as module
-from megam3.checkpoint.snapshot import HostBuffers, available_bytes, snapshot, storage_bytes
+from megam3.checkpoint.snapshot import HostBuffers, available_bytes, snapshot, storages_of
 
 
 def make_state() -> dict:
@@ -48,9 +48,9 @@ def test_later_steps_do_not_reach_the_copy() -> None:
 def test_tensors_that_share_memory_are_counted_and_copied_once() -> None:
     state = make_state()
     # flat 4000, half 6, transposed 48, parameter 8
-    assert storage_bytes(state) == 4000 + 6 + 48 + 8
+    assert HostBuffers().missing_bytes(storages_of(state)) == 4000 + 6 + 48 + 8
     copied = snapshot(state, HostBuffers())
-    assert storage_bytes(copied) == storage_bytes(state)
+    assert HostBuffers().missing_bytes(storages_of(copied)) == 4000 + 6 + 48 + 8
     own = [copied["module"]["weight"], copied["module"]["tail"], copied["groups"][0]["betas"][1]]
     assert len({tensor.untyped_storage().data_ptr() for tensor in own}) == 1
 
@@ -83,10 +83,16 @@ def test_page_locked_memory_is_used_again_once_it_was_written(monkeypatch) -> No
             self.content = source.values.tolist()
 
     monkeypatch.setattr(module, "_pinned", Target)
-    buffers = HostBuffers()
+    buffers, state = HostBuffers(), [StandIn([0, 0]), StandIn([0, 0]), StandIn([0] * 5)]
+    # torch makes 8 of the 5 bytes: powers of two
+    assert buffers.missing_bytes(state) == 2 + 2 + 8
     first, second = buffers.copy(StandIn([1, 2])), buffers.copy(StandIn([3, 4]))
     assert first is not second
+    # in use: the next copies need more
+    assert buffers.missing_bytes(state) == 2 + 2 + 8
     buffers.release()
+    # the second checkpoint's copies go where the first's were
+    assert buffers.missing_bytes(state) == 8
     assert {id(buffers.copy(StandIn([5, 6]))), id(buffers.copy(StandIn([7, 8])))} == {id(first), id(second)}
     assert buffers.copy(StandIn([9])) is made[2]
     assert len(made) == 3

@@ -1,14 +1,17 @@
 """Which device a rank takes, in environments as Slurm makes them; torch's view of the GPUs is faked."""
 
 import os
+import socket
 
 import pytest
 import torch
 
+from megam3.dist import comm
 from megam3.dist import device as devices
 from megam3.dist.device import choose_device, describe_devices, device_index
 from megam3.dist.env import discover_ranks
 from megam3.errors import ConfigError
+from megam3.train import share_threads
 from tests.ranks import run_ranks
 
 SLURM_TASK = {
@@ -94,3 +97,18 @@ def _describe() -> list[str]:
 def test_every_rank_is_in_the_line_of_its_machine():
     lines = run_ranks(_describe, 2)
     assert lines[0] == lines[1] == [f"{os.uname().nodename}: rank 0 on cpu, rank 1 on cpu"]
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, [4]), ("16", [])])
+def test_the_ranks_of_a_machine_share_its_cores_on_any_device(monkeypatch, given, expected):
+    """DeepSpeed's launcher says nothing of threads: each of 8 ranks would take all 32."""
+    counts: list[int] = []
+    host = socket.gethostname()
+    monkeypatch.setattr(comm, "gather_objects_json", lambda obj: [host] * 8 + ["another"] * 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(32)))
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    share_threads()
+    assert counts == expected

@@ -1,12 +1,14 @@
 """DeepSpeed's engine under every ZeRO stage against a plain torch loop over the whole batch."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from megam3.batch import Progress
-from megam3.config.deepspeed import FP32_SUMS_FROM_STAGE
+from megam3.config.deepspeed import FP32_SUMS_FROM_STAGE, build_deepspeed_config
 from megam3.config.objective import UnifiedConfig
 from megam3.config.schema import ModelConfig, OptimConfig
 from megam3.dist import comm
@@ -21,6 +23,7 @@ from megam3.objectives.unified import UnifiedObjective
 from tests.batches import batch_of, make_groups, split_over_ranks
 from tests.factory import make_tiny_model_folder
 from tests.ranks import run_ranks
+from tests.recipes import make_config
 
 STEPS = 3
 OPTIM = OptimConfig(lr=1e-3, head_lr=2e-3, weight_decay=0.01, warmup_ratio=0.4, clip_norm=0.5)
@@ -50,9 +53,10 @@ def make_engine(
     total_steps: int = STEPS + 1,
     reduces_once: bool = False,
     zero: dict | None = None,
+    final: dict | None = None,
 ) -> Engine:
     join(CPU)
-    config = ds_config(stage, bf16=bf16)
+    config = ds_config(stage, bf16=bf16) if final is None else final
     config["zero_optimization"] |= zero or {}
     with model_construction(config):
         module = load_m3(folder, ModelConfig(path=folder), dtype=torch.bfloat16 if bf16 else torch.float32)
@@ -278,6 +282,26 @@ def test_many_small_gradients_add_up_under_bf16(folder):
     for stage in (2, 3):
         for one, many in run_ranks(_norms_of_one_and_of_many_passes, 2, folder, stage):
             assert many == pytest.approx(one, rel=0.01)
+
+
+def _waits_of_deepspeed(folder: str) -> dict[str, list[int]]:
+    """How often DeepSpeed waits for the whole device in each of five steps in chunks, by template."""
+    waits: dict[str, list[int]] = {}
+    for template in ("zero0", "zero1", "zero2", "zero3"):
+        config = build_deepspeed_config(make_config(engine__template=template), 1)
+        engine = make_engine(folder, config["zero_optimization"]["stage"], final=config)
+        waits[template] = []
+        for step in range(5):
+            with mock.patch.object(get_accelerator(), "synchronize") as synchronize:
+                train_steps(engine, 40, step, 1)
+            waits[template].append(synchronize.call_count)
+    return waits
+
+
+@pytest.mark.ranks
+def test_deepspeed_does_not_wait_for_the_device_in_a_chunk(folder):
+    (waits,) = run_ranks(_waits_of_deepspeed, 1, folder)
+    assert waits == dict.fromkeys(waits, [0] * 5)
 
 
 def test_checkpointing_an_encoder_without_layers_is_refused():

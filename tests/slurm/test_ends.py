@@ -19,7 +19,9 @@ if rank == 0:
     time.sleep(600)
 while not (out / "ready0").exists():
     time.sleep(0.05)
-sys.exit(7)
+if sys.argv[1] == "note":
+    Path(os.environ["MEGAM3_FAULT_FILE"]).write_text("1\\n")
+sys.exit(1)
 """
 
 
@@ -36,3 +38,18 @@ def test_ranks_that_would_wait_for_ever_end_soon_after_the_one_that_failed(
     fields = cluster.wait_for(job, "FAILED", "COMPLETED", "CANCELLED", seconds=120)
     assert fields["JobState"] == "FAILED", (tmp_path / "job.log").read_text()
     assert fields["Restarts"] == "0"
+
+
+@needs_slurm
+@pytest.mark.slurm
+def test_an_error_that_would_come_again_starts_nothing_anew_though_its_peers_had_to_be_killed(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    (tmp_path / "hang.py").write_text(HANG)
+    flags = "--kill-on-bad-exit=0 --wait=3"
+    job = submit(cluster, tmp_path, "note", MEGAM3_MODULE="hang", MEGAM3_SRUN_FLAGS=flags)
+    fields = cluster.wait_for(job, "FAILED", "COMPLETED", "CANCELLED", seconds=120)
+    log = (tmp_path / "job.log").read_text()
+    assert (fields["JobState"], fields["ExitCode"]) == ("FAILED", "1:0"), log
+    assert "starting them again here" not in log
+    assert not list(tmp_path.glob(".megam3-fault-*"))

@@ -145,8 +145,16 @@ def maxsim_of_passages(query_KC: np.ndarray, passages: TextVectors, device: str)
     assert passages.multi_offsets_N1 is not None
     query = torch.from_numpy(np.array(query_KC)).to(device).float()
     rows = torch.from_numpy(passages.multi_KC).to(device).float()
-    offsets = torch.tensor([0, query.shape[0]])
-    return maxsim_scores(query, offsets, rows, torch.from_numpy(passages.multi_offsets_N1)).cpu().numpy()[0]
+    # offsets where the rows are, and the counts here: they are known, and asking a device for them would wait
+    scores = maxsim_scores(
+        query,
+        torch.tensor([0, query.shape[0]], device=device),
+        rows,
+        torch.from_numpy(passages.multi_offsets_N1).to(device),
+        query_counts=[query.shape[0]],
+        passage_counts=np.diff(passages.multi_offsets_N1).tolist(),
+    )
+    return scores.cpu().numpy()[0]
 
 
 def lexical_hits(index: PassageIndex, queries: TextVectors, num_hits: int) -> Hits:
