@@ -265,6 +265,8 @@ def prepare_environment(environ: MutableMapping[str, str], *, has_gpu: bool | No
 
     - DS_ACCELERATOR=cpu without a GPU (`has_gpu`; None asks torch), which also spares DeepSpeed's search and
     its warning
+    - PYTORCH_ALLOC_CONF=expandable_segments:True with a GPU: packed batches ask for another size every step,
+    and blocks of fixed sizes leave gaps that nothing fits into
     - TORCH_EXTENSIONS_DIR, TRITON_CACHE_DIR, HF_HOME and MPLCONFIGDIR in a private writable folder when HOME
     cannot be written
     - PATH ends with the folder of this interpreter: `ninja` lies there when the environment is not activated,
@@ -272,6 +274,9 @@ def prepare_environment(environ: MutableMapping[str, str], *, has_gpu: bool | No
     """
     if not (_torch_sees_gpu() if has_gpu is None else has_gpu):
         environ.setdefault("DS_ACCELERATOR", "cpu")
+    # the second is the first one's older name
+    elif not environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if not _is_writable(_home(environ) / ".cache"):
         folder = _private_folder()
         for name, part in (

@@ -216,6 +216,25 @@ def test_accelerator_is_set_without_a_gpu_only_when_nobody_did() -> None:
     assert "DS_ACCELERATOR" not in environ
 
 
+@pytest.mark.parametrize(
+    ("has_gpu", "given", "expected"),
+    [
+        (True, {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        (
+            True,
+            {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"},
+            {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"},
+        ),
+        (True, {"PYTORCH_CUDA_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": ""}),
+        (False, {}, {}),
+    ],
+)
+def test_memory_of_gpus_grows_in_segments_unless_somebody_chose(has_gpu, given, expected) -> None:
+    environ = {"HOME": "/tmp", **given}
+    prepare_environment(environ, has_gpu=has_gpu)
+    assert {name: value for name, value in environ.items() if "ALLOC" in name} == expected
+
+
 def test_a_writable_home_is_used(tmp_path: Path) -> None:
     environ = {"HOME": str(tmp_path)}
     prepare_environment(environ, has_gpu=False)
