@@ -45,7 +45,7 @@ def _train_from(run: Run, stop: StopSignal, writer: CheckpointWriter, evaluation
     progress, code = run.state.progress, 0
     clock = StepClock(run.matmul_peak)
     served = (comm.rank(), comm.world_size(), progress.step, run.total_steps, run.state.skipped)
-    waiting = clock.waiting_for(run.data.batches(*served))
+    waiting = clock.waiting_for(run.data.batches(*served, pin=run.engine.device.type == "cuda"))
     with Moments(run, writer, evaluations, clock) as moments:
         if moments.begin():
             return 0

@@ -74,7 +74,8 @@ def _pinned(num_bytes: int) -> torch.UntypedStorage:
 def snapshot(value: Any, buffers: HostBuffers) -> Any:
     """A copy of nested dictionaries, lists, tuples and tensors that later steps do not change."""
     copied = _Copier(buffers).copy(value)
-    if torch.cuda.is_available():
+    # a run on a CPU beside a GPU shall not open it
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return copied
 

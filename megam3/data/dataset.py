@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from megam3.batch import Batch
 from megam3.config.schema import DataConfig
 from megam3.data.assemble import Assembler, TextFrame
@@ -110,10 +108,17 @@ class TrainingData:
             )
 
     def batches(
-        self, rank: int, world_size: int, start_step: int, stop_step: int, skipped: Ranges = ()
+        self,
+        rank: int,
+        world_size: int,
+        start_step: int,
+        stop_step: int,
+        skipped: Ranges = (),
+        *,
+        pin: bool = False,
     ) -> Iterator[list[Batch]]:
         """This rank's batches of steps start_step … stop_step-1, each a list of `accumulation_steps`; places
-        of the plan in `skipped` are left out.
+        of the plan in `skipped` are left out. `pin`: in page-locked memory, for copies to a GPU.
 
         Raises:
             ConfigError: more ranks than queries in the smallest batch.
@@ -133,7 +138,7 @@ class TrainingData:
             world_size=world_size,
         )
         num_workers, prefetch = self.config.num_workers, self.config.prefetch_batches
-        loader = Loader(make_handler, setup, numbers, num_workers, prefetch, pin=torch.cuda.is_available())
+        loader = Loader(make_handler, setup, numbers, num_workers, prefetch, pin=pin)
         with closing(loader):
             held: list[Batch] = []
             for batch in loader:
