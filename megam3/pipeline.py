@@ -262,11 +262,10 @@ def _run(
     say(f"{stage.name}: megam3 {stage.command} {shlex.join(arguments)}  (log: {folder / LOG})")
     start = time.monotonic()
     command = [sys.executable, "-m", "megam3", stage.command, *arguments]
-    with open(folder / LOG, "ab") as log, _signals_passed_on() as processes:
-        processes.append(
-            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        )
-        code = processes[0].wait()
+    with open(folder / LOG, "ab") as log, _signals_passed_on() as pass_on_to:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        pass_on_to(process)
+        code = process.wait()
     seconds = spent + time.monotonic() - start
     status = {0: "finished", EXIT_REQUEUE: "stopped", EXIT_STOPPED: "stopped"}.get(code, "failed")
     record = {"fingerprint": mark, "arguments": arguments, "seconds": round(seconds, 1)}
@@ -304,21 +303,29 @@ def _make_room(pipeline: Pipeline, stage: Stage, mark: str) -> float:
 
 
 @contextmanager
-def _signals_passed_on() -> Iterator[list[subprocess.Popen]]:
+def _signals_passed_on() -> Iterator[Callable[[subprocess.Popen], None]]:
     """What Slurm or a user sends to this process ends the stage in its own way: `train` saves and leaves.
 
-    The caller appends the process it starts to the list.
+    The caller names the process it has started; a signal that came while it started is passed on then.
     """
     processes: list[subprocess.Popen] = []
+    early: list[int] = []
 
     def pass_on(number: int, _frame: object) -> None:
+        if not processes:
+            early.append(number)
         for process in processes:
+            process.send_signal(number)
+
+    def pass_on_to(process: subprocess.Popen) -> None:
+        processes.append(process)
+        for number in early:
             process.send_signal(number)
 
     wanted = (signal.SIGTERM, signal.SIGUSR1)
     before = [signal.signal(number, pass_on) for number in wanted]
     try:
-        yield processes
+        yield pass_on_to
     except BaseException:  # Ctrl-C reached the stage too, as it is of the same terminal
         for process in processes:
             process.wait()

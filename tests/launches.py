@@ -47,6 +47,22 @@ train: {{steps: 4, log_every_steps: 1}}
 evaluation: {{query_max_tokens: 24, passage_max_tokens: 40}}
 """
 
+HELD = """
+import os, sys, time
+from megam3 import train, trainer
+
+original = trainer.run_step
+def run_step(run, batches, progress, wishes, *waited):
+    while progress.step >= int(os.environ["HELD_AT"]) and os.path.exists(os.environ["HELD_WHILE"]):
+        time.sleep(0.05)
+    return original(run, batches, progress, wishes, *waited)
+
+trainer.run_step = run_step
+sys.exit(train.main())
+"""
+"""A program whose run stands still from step HELD_AT on while the file HELD_WHILE is there: what is done to
+it finds it there, however long the machine holds up whoever does it."""
+
 
 @dataclass(frozen=True)
 class Workplace:

@@ -18,6 +18,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megam3.dist.env import free_port
+
 NODES = ("n0", "n1")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "munge", "munged")
 CONFIG = """\
@@ -78,7 +80,7 @@ class Cluster:
             capture_output=True,
             text=True,
             cwd=self.folder,
-            timeout=60,
+            timeout=120,
         )
         assert done.returncode == 0, f"{command}: {done.stderr}{done.stdout}"
         return done.stdout
@@ -99,7 +101,7 @@ class Cluster:
             part.split("=", 1) for part in self.run("scontrol", "show", "job", job_id).split() if "=" in part
         )
 
-    def wait_for(self, job_id: str, *states: str, seconds: float = 90) -> dict[str, str]:
+    def wait_for(self, job_id: str, *states: str, seconds: float = 300) -> dict[str, str]:
         """Wait until the job is in one of `states`; returns its fields."""
         end = time.monotonic() + seconds
         while (job := self.job(job_id))["JobState"] not in states:
@@ -154,11 +156,10 @@ def _path() -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    found: set[int] = set()
+    while len(found) < count:
+        found.add(free_port())
+    return sorted(found)
 
 
 def _start_munge(stack: ExitStack) -> None:
@@ -173,7 +174,7 @@ def _start_munge(stack: ExitStack) -> None:
         dict(os.environ, PATH=_path()),
         run_dir,
     )
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while not _munge_answers():
         assert time.monotonic() < end, "munged does not answer"
         time.sleep(0.2)
@@ -213,7 +214,7 @@ def _stop(daemon: subprocess.Popen) -> None:
 
 
 def _wait_until_idle(cluster: Cluster) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while True:
         done = subprocess.run(
             ["sinfo", "-h", "-N", "-p", "main", "-o", "%t"],

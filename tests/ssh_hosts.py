@@ -68,7 +68,7 @@ def ssh_servers(hosts: Hosts, folder: Path) -> Iterator[Mapping[str, str]]:
 
 
 def _wait_for(hosts: Hosts, address: str, environ: Mapping[str, str]) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     command = hosts.command(0, "ssh", address, "true")
     while subprocess.run(command, env=dict(environ), capture_output=True, check=False).returncode:
         assert time.monotonic() < end, f"no ssh server answers at {address} ({socket.gethostname()})"

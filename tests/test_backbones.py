@@ -74,7 +74,7 @@ def calls(place):
         call("xlm-r-causal", "xlm-roberta", "model.attention=causal"),
         call("qwen3-pretrain", "qwen3", "objective={kind: pretrain}"),
     ]
-    return run_ranks(train_calls, 1, made, timeout_seconds=500)[0]
+    return run_ranks(train_calls, 1, made)[0]
 
 
 @pytest.fixture(scope="module")

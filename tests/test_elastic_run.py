@@ -34,13 +34,11 @@ def said(place: Workplace) -> dict[str, str]:
         ]
         return {"name": name or f"{run}-{steps}", "arguments": arguments}
 
-    first = run_ranks(
-        train_calls, 2, [call("whole", 6, "zero1"), call("moving", 2, "zero1")], timeout_seconds=400
-    )[0]
-    second = run_ranks(train_calls, 1, [call("moving", 4, "zero3")], timeout_seconds=400)[0]
+    first = run_ranks(train_calls, 2, [call("whole", 6, "zero1"), call("moving", 2, "zero1")])[0]
+    second = run_ranks(train_calls, 1, [call("moving", 4, "zero3")])[0]
     other = ["train.seed=7", "train.resume_with_other_data=true"]
     last = [call("moving", 6, "zero0"), call("moving", 7, "auto", *other, name="other data")]
-    third = run_ranks(train_calls, 2, last, timeout_seconds=400)[0]
+    third = run_ranks(train_calls, 2, last)[0]
     results = {**first, **second, **third}
     assert all(result["code"] == 0 for result in results.values()), results
     return {name: result["said"] for name, result in results.items()}

@@ -104,7 +104,7 @@ def test_the_first_error_ends_all_workers(fail: str) -> None:
     try:
         with pytest.raises(told[fail], match="is broken|ZeroDivisionError: at 5|exit code 7"):
             list(answers_of(workers, range(100)))
-        assert {worker._process.wait(10) for worker in workers} <= {0, 7, -9}
+        assert {worker._process.wait(60) for worker in workers} <= {0, 7, -9}
     finally:
         for worker in workers:
             worker.close()
@@ -120,7 +120,7 @@ def test_answers_carry_the_number_of_their_request() -> None:
         answers = answers_of(workers, range(100))
         next(answers)
         answers.close()
-        assert [worker._process.wait(10) for worker in workers] == [-9, -9]
+        assert [worker._process.wait(60) for worker in workers] == [-9, -9]
     finally:
         for worker in workers:
             worker.close()

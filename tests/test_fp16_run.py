@@ -34,7 +34,7 @@ def calls(place: Workplace) -> dict[str, dict]:
     elastic = [place.recipe, "name=elastic", "engine.precision=fp16", "optim.lr=1.0e-2"]
     made.append({"name": "elastic begun", "arguments": [*elastic, "engine.template=zero1", "train.steps=6"]})
     made.append({"name": "elastic end", "arguments": [*elastic, "engine.template=zero3", "train.steps=9"]})
-    return run_ranks(train_calls_in_fp16, 2, made, timeout_seconds=500)[0]
+    return run_ranks(train_calls_in_fp16, 2, made)[0]
 
 
 @pytest.mark.ranks

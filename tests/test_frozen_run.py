@@ -24,14 +24,14 @@ def test_frozen_parts_and_rates_survive_other_stages_and_rates(place: Workplace)
         settings = ["name=run", f"train.steps={steps}", f"engine.template={template}", *options]
         return {"name": name, "arguments": [place.recipe, *settings]}
 
-    first = run_ranks(train_calls, 2, [call("first", 2, "zero3", OPTIONS)], timeout_seconds=400)[0]
+    first = run_ranks(train_calls, 2, [call("first", 2, "zero3", OPTIONS)])[0]
     other = ["model.freeze=[embeddings]", *OPTIONS[1:]]
     calls = [
         call("stage", 3, "zero1", OPTIONS),
         call("rates", 4, "zero1", [OPTIONS[0], "optim.layer_decay=0.8"]),
         call("thawed", 5, "zero1", other),
     ]
-    later = run_ranks(train_calls, 1, calls, timeout_seconds=400)[0]
+    later = run_ranks(train_calls, 1, calls)[0]
     said = {name: result["said"] for name, result in {**first, **later}.items()}
     codes = {name: result["code"] for name, result in {**first, **later}.items()}
     assert {name: codes[name] for name in ("first", "stage", "rates")} == {

@@ -44,7 +44,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def train(command: list[str], place: Workplace, name: str, environ: Mapping[str, str], module: str) -> str:
     """Two steps; everything that was said."""
-    arguments = [place.recipe, f"name={name}", "train.steps=2", "train.timeout_seconds=60"]
+    arguments = [place.recipe, f"name={name}", "train.steps=2", "train.timeout_seconds=300"]
     done = subprocess.run(
         [*command, module, *arguments],
         cwd=ROOT,
@@ -52,7 +52,7 @@ def train(command: list[str], place: Workplace, name: str, environ: Mapping[str,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=180,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout[-6000:]
     assert "2 ranks, ZeRO stage" in done.stdout, done.stdout[-6000:]

@@ -33,14 +33,14 @@ def call(place: Workplace, name: str, steps: int, template: str, options: list[s
 
 @pytest.mark.ranks
 def test_adapters_train_resume_at_other_stages_and_leave_a_plain_model(place: Workplace) -> None:
-    first = run_ranks(train_calls, 2, [call(place, "zero3", 2, "zero3")], timeout_seconds=400)[0]
+    first = run_ranks(train_calls, 2, [call(place, "zero3", 2, "zero3")])[0]
     other = ["model.lora={rank: 2, alpha: 8.0}", *OPTIONS[1:]]
     calls = [
         call(place, "zero2", 3, "zero2"),
         call(place, "zero0", 4, "zero0"),
         call(place, "other", 5, "zero0", other),
     ]
-    later = run_ranks(train_calls, 1, calls, timeout_seconds=400)[0]
+    later = run_ranks(train_calls, 1, calls)[0]
     results = {**first, **later}
     said = {name: result["said"] for name, result in results.items()}
     assert [results[name]["code"] for name in ("zero3", "zero2", "zero0")] == [0, 0, 0], said

@@ -4,8 +4,10 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -193,9 +195,38 @@ def test_a_signal_reaches_the_stage_whose_code_is_passed_on(tmp_path: Path) -> N
     while process.poll() is None and not (log.exists() and "ready" in log.read_text()):
         time.sleep(0.1)
     process.send_signal(signal.SIGUSR1)
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=120)[0]
     assert process.returncode == 85
     assert "stopped" in said
+
+
+def test_a_signal_that_comes_while_a_stage_is_started_is_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\ntrap 'exit 85' USR1\necho ready\nwhile :; do sleep 0.1; done\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    log, popen = tmp_path / "out" / "first" / LOG, subprocess.Popen
+    timers: list[threading.Timer] = []
+
+    def held_up(*arguments: Any, **options: Any) -> subprocess.Popen:
+        process = popen(*arguments, **options)
+        end = time.monotonic() + 60
+        while "ready" not in log.read_text():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        signal.raise_signal(signal.SIGUSR1)
+        # a signal that is lost would leave a stage that never ends
+        timers.append(threading.Timer(60, process.kill))
+        timers[0].start()
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", held_up)
+    path = write(tmp_path, "  - {name: first, command: train, arguments: r.yaml}\n")
+    found = statuses(path)
+    timers[0].cancel()
+    assert found == {"first": "stopped"}
 
 
 def test_check_lists_stages_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,13 +35,13 @@ def call(place: Workplace, name: str, steps: int, template: str, options: list[s
 def test_a_block_trains_resumes_at_another_stage_and_is_exported(
     place: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = run_ranks(train_calls, 2, [call(place, "zero3", 2, "zero3", OPTIONS)], timeout_seconds=400)[0]
+    first = run_ranks(train_calls, 2, [call(place, "zero3", 2, "zero3", OPTIONS)])[0]
     calls = [
         call(place, "zero0", 4, "zero0", OPTIONS),
         call(place, "plain", 5, "zero0", OPTIONS[-1:]),
         call(place, "half", 5, "zero0", ["model.multi_vector_activation=gelu"]),
     ]
-    later = run_ranks(train_calls, 1, calls, timeout_seconds=400)[0]
+    later = run_ranks(train_calls, 1, calls)[0]
     results = {**first, **later}
     said = {name: result["said"] for name, result in results.items()}
     assert [results[name]["code"] for name in ("zero3", "zero0")] == [0, 0], said

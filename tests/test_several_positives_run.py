@@ -37,7 +37,7 @@ def test_a_stopped_run_continues_to_the_same_bits(place: Workplace) -> None:
         call("continued", "stopped"),
         call("one", "one", "data.positives_per_query=1", "train.steps=1"),
     ]
-    pair = run_ranks(train_calls, 2, calls, timeout_seconds=500)
+    pair = run_ranks(train_calls, 2, calls)
     said = {name: result["said"] for name, result in pair[0].items()}
     codes = {name: [rank[name]["code"] for rank in pair] for name in said}
     assert codes == {"whole": [0, 0], "stopped": [143, 143], "continued": [0, 0], "one": [0, 0]}, said

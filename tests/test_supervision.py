@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megam3.checkpoint import list_steps
+from megam3.files import write_json
 from megam3.obs.health import EXIT_STALLED
 from megam3.obs.stop import EXIT_REQUEUE, EXIT_STOPPED
 from tests.launches import ROOT, Workplace, launch, make_workplace, train_calls
@@ -42,14 +44,14 @@ def start(place: Workplace, name: str, *arguments: str, code: str = "", **enviro
 
 
 def wait_for_step(place: Workplace, name: str, step: int, process: subprocess.Popen | None = None) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not (place.run(name) / "metrics.jsonl").exists() or len(place.rows(name)) < step:
         assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < end, f"{name} did not reach step {step}"
         time.sleep(0.05)
 
 
-def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
+def finish(process: subprocess.Popen, seconds: float = 300) -> tuple[int, str]:
     try:
         _, said = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -160,12 +162,18 @@ def test_a_run_whose_folder_was_taken_does_not_publish(place: Workplace) -> None
     process = start(place, "taken", *LONG, "train.save_every_steps=40")
     wait_for_step(place, "taken", 2, process)
     lease = place.run("taken") / "lease.json"
-    lease.write_text(json.dumps({**json.loads(lease.read_text()), "token": "other", "host": "gpu07"}))
+    write_json(lease, {**json.loads(lease.read_text()), "token": "other", "host": "gpu07"})
+    published = newest_step(place, "taken")
     code, said = finish(process)
     assert code == 2, said
     assert "no longer holds it; it belongs to process" in said
-    newer = [p.name for p in (place.run("taken") / "checkpoints").glob("step-*")]
-    assert newer == [] or "step-000040" in newer
+    # one may have been past the fence when the folder was taken
+    assert newest_step(place, "taken") <= published + 40
+
+
+def newest_step(place: Workplace, name: str) -> int:
+    """Of the checkpoints that have their name; 0 without one."""
+    return max(list_steps(str(place.run(name))), default=0)
 
 
 def test_an_evaluation_that_crashes_loses_no_step_and_is_caught_up_on(place: Workplace) -> None:
@@ -184,22 +192,28 @@ def test_an_evaluation_that_crashes_loses_no_step_and_is_caught_up_on(place: Wor
     assert list((place.run("crash") / "eval").glob("step-000003-*.json"))
 
 
-def catches(pid: int, number: signal.Signals) -> bool:
-    """Whether a process has a handler of its own for a signal (proc(5): SigCgt)."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return bool(int(status.split("SigCgt:")[1].split()[0], 16) >> (number - 1) & 1)
+# the program as `python -m megam3.train` runs it; it sends itself a signal when it comes to import a module
+SIGNAL_AT_IMPORT = """
+import os, runpy, signal, sys
+
+class Sender:
+    def find_spec(self, name, path=None, target=None):
+        if name == "{module}":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIG{sent})
+
+sys.meta_path.insert(0, Sender())
+runpy.run_module("megam3.train", run_name="__main__", alter_sys=True)
+"""
 
 
 @pytest.mark.parametrize("sent", ["USR1", "TERM"])
-@pytest.mark.parametrize("delay", [0.0, 1.0, 2.5])
-def test_a_signal_during_the_start_is_kept(place: Workplace, sent: str, delay: float) -> None:
-    name = f"early-{sent}-{delay}"
-    process = start(place, name, *LONG)
-    # the interpreter's own first moments, before any line of ours, are the system's default
-    while not catches(process.pid, signal.Signals[f"SIG{sent}"]):
-        time.sleep(0.005)
-    time.sleep(delay)
-    process.send_signal(signal.Signals[f"SIG{sent}"])
+@pytest.mark.parametrize("module", ["megam3.dist.env", "torch", "torch.utils.tensorboard"])
+def test_a_signal_during_the_start_is_kept(place: Workplace, sent: str, module: str) -> None:
+    # from the first import after the handlers to the last before the first step; an interpreter's own first
+    # moments, before any line of ours, are the system's default
+    program = SIGNAL_AT_IMPORT.format(module=module, sent=sent)
+    process = start(place, f"early-{sent}-{module}", *LONG, code=program)
     code, said = finish(process)
     assert code == {"USR1": EXIT_REQUEUE, "TERM": EXIT_STOPPED}[sent], said
     assert "stopped at step 1 of 100000; newest checkpoint: step 1" in said
@@ -228,22 +242,40 @@ def ranks_below(process: subprocess.Popen) -> list[psutil.Process]:
     return sorted(found, key=lambda child: int(child.environ()["RANK"]))
 
 
+def still_running(processes: list[psutil.Process], seconds: float = 120.0) -> list[psutil.Process]:
+    """Those that do not end within that time. One that has ended and that nobody has asked about yet, such as
+    an orphan in a container whose first process collects none, has ended."""
+    end = time.monotonic() + seconds
+    while alive := [each for each in processes if is_alive(each)]:
+        if time.monotonic() >= end:
+            break
+        time.sleep(0.05)
+    return alive
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_rank_ends_the_run_with_its_name(place: Workplace, stopped: int) -> None:
     name = f"stalled-{stopped}"
-    process = launch(place.recipe, f"name={name}", *LONG, "train.timeout_seconds=6")
+    process = launch(place.recipe, f"name={name}", *LONG, "train.timeout_seconds=15")
     wait_for_step(place, name, 3, process)
     ranks = ranks_below(process)
     ranks[stopped].send_signal(signal.SIGSTOP)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     assert f"megam3: rank {1 - stopped}: no progress for" in said
     if stopped == 1:
         assert f"rank 1 on {os.uname().nodename} (process {ranks[1].pid}) is silent since step" in said
     else:
         assert "rank 0, which serves the ranks' meeting point, does not answer" in said
-    assert not any(rank.is_running() for rank in ranks)
+    assert still_running(ranks) == []
     assert EXIT_STALLED == 86
 
 
@@ -253,15 +285,14 @@ def test_ranks_end_when_the_runner_is_killed(place: Workplace) -> None:
     wait_for_step(place, "orphans", 2, process)
     ranks = ranks_below(process)
     os.kill(process.pid, signal.SIGKILL)
-    _, alive = psutil.wait_procs(ranks, timeout=60)
-    assert not alive
+    assert still_running(ranks) == []
     # its steps are saved, as after a SIGTERM that the runner would not have passed on
     assert (place.run("orphans") / "checkpoints" / "latest").exists()
 
 
 def test_a_stopped_data_worker_ends_the_run_with_its_phase(place: Workplace) -> None:
     process = start(
-        place, "worker", *LONG, "train.timeout_seconds=4", "data.num_workers=1", "data.prefetch_batches=1"
+        place, "worker", *LONG, "train.timeout_seconds=10", "data.num_workers=1", "data.prefetch_batches=1"
     )
     wait_for_step(place, "worker", 2, process)
     for child in psutil.Process(process.pid).children():

@@ -9,7 +9,9 @@ else there is one process.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import re
 import socket
 import subprocess
@@ -23,6 +25,9 @@ from typing import Literal
 from megam3.errors import ConfigError
 
 DEFAULT_PORT = 29500
+LOWEST_PORT = 12_000
+PORT_DRAWS = 100
+EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 LAUNCHER_VARIABLES = (*RANK_VARIABLES, "MASTER_ADDR", "MASTER_PORT")
 
@@ -144,14 +149,26 @@ def slurm_port(environ: Mapping[str, str]) -> int:
         int(value) if (value := environ.get(name, "0")).isdigit() else 0
         for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")
     )
-    return 12_000 + (job * 10 + step) % 20_000
+    return LOWEST_PORT + (job * 10 + step) % 20_000
 
 
 def free_port() -> int:
     """A port on which nobody on this machine listens now, so that runs started side by side do not meet each
-    other's ranks."""
+    other's ranks.
+
+    Below those that the system hands out by itself: a rank listens there only seconds later, when its imports
+    are done, and meanwhile any connection of anybody's could be given one of these.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        first_handed_out = int(EPHEMERAL_RANGE.read_text().split()[0])
+        drawn = random.SystemRandom()  # not the seeded one: runs of one seed would draw the same
+        for _ in range(PORT_DRAWS if first_handed_out > 2 * LOWEST_PORT else 0):
+            port = drawn.randrange(LOWEST_PORT, first_handed_out)
+            with contextlib.suppress(OSError), socket.socket() as probe:
+                probe.bind(("", port))
+                return port
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))
         return int(probe.getsockname()[1])
 
 

@@ -89,6 +89,18 @@ def open_store() -> Store | None:
     return dist.PrefixStore("megam3-health", store)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Heard:
+    """What the other ranks said while this one stands still."""
+
+    ranks: Mapping[int, tuple[RankStatus, float]]
+    """The last report of each, and when it was first seen."""
+    since: float
+    """When the watching began."""
+    at: float
+    """When the store last answered."""
+
+
 class Watchdog:
     """Ends this process when the run stands still for `limit_seconds`. Use as a context manager around
     training.
@@ -112,9 +124,11 @@ class Watchdog:
         self._rank, self._world_size, self._limit, self._store = rank, world_size, limit_seconds, store
         self._end = end or _leave
         self._poll = min(5.0, limit_seconds / 10)
-        self._place, self._since, self._beat = (0, "start"), time.monotonic(), 0
-        self._seen: dict[int, tuple[RankStatus, float]] = {}
-        self._answered = time.monotonic()
+        # each is replaced whole, so that a thread never reads half of a change made by another
+        self._entered = (0, "start", time.monotonic())
+        """Steps done, phase, and since when."""
+        self._heard = _Heard(ranks={}, since=time.monotonic(), at=time.monotonic())
+        self._beat = 0
         self._ended = threading.Event()
 
     def __enter__(self) -> Watchdog:
@@ -129,12 +143,12 @@ class Watchdog:
     def at(self, step: int, phase: str) -> None:
         """The loop enters a phase of the step after `step` done ones."""
         assert phase in PHASES, phase
-        self._place, self._since = (step, phase), time.monotonic()
+        self._entered = (step, phase, time.monotonic())
 
     def status(self) -> RankStatus:
         """Of this rank, for the others."""
         self._beat += 1
-        step, phase = self._place
+        step, phase, _ = self._entered
         return RankStatus(
             rank=self._rank,
             host=socket.gethostname(),
@@ -149,47 +163,52 @@ class Watchdog:
         is_over = False
         while not is_over:
             own = self.status()
-            # no answer in time, or no connection: `_answered` shows it
+            # no answer in time, or no connection: the age of `_heard` shows it
             with contextlib.suppress(RuntimeError):
                 if self._store is not None:
                     self._store.set(str(self._rank), json.dumps(asdict(own)))
-                    if self._age() >= self._limit / 2:
-                        self._look(self._store)
-                self._seen[own.rank] = (own, time.monotonic())
-                self._answered = time.monotonic()
+                now = time.monotonic()
+                if now - self._entered[2] < self._limit / 2:
+                    self._heard = _Heard(ranks={}, since=now, at=now)
+                else:
+                    self._heard = replace(self._heard, ranks=self._look(now), at=now)
             is_over = self._ended.wait(self._poll)
 
-    def _look(self, store: Store) -> None:
-        """Read every rank's last report and note when each last changed."""
+    def _look(self, now: float) -> dict[int, tuple[RankStatus, float]]:
+        """Every other rank's last report, and when it was first seen."""
+        ranks = dict(self._heard.ranks)
         for rank in range(self._world_size):
-            if rank == self._rank or not store.check([str(rank)]):
+            if self._store is None or rank == self._rank or not self._store.check([str(rank)]):
                 continue
-            status = RankStatus(**json.loads(store.get(str(rank))))
-            if rank not in self._seen or self._seen[rank][0].beat != status.beat:
-                self._seen[rank] = (status, time.monotonic())
+            status = RankStatus(**json.loads(self._store.get(str(rank))))
+            if rank not in ranks or ranks[rank][0].beat != status.beat:
+                ranks[rank] = (status, now)
+        return ranks
 
     def _watch(self) -> None:
+        patience = max(3 * self._poll, self._limit / 4)
         while not self._ended.wait(self._poll):
-            age, (step, phase) = self._age(), self._place
-            if age < self._limit / 2:
-                self._seen = {}
-            if age < self._limit:
+            # the clock first: what is read after it can only be newer, and nobody seems older than he is
+            now = time.monotonic()
+            entered, heard = self._entered, self._heard
+            step, phase, since = entered
+            if now - since < self._limit:
                 continue
-            is_deaf = time.monotonic() - self._answered > max(STORE_SECONDS, 3 * self._poll, self._limit / 4)
-            silent = None if is_deaf else self._silent()
-            if phase not in UNLIMITED or silent is None or silent:
-                seen = {rank: status for rank, (status, _) in self._seen.items()}
-                self._end(explain(replace(self.status(), step=step, phase=phase), age, seen, silent))
+            is_deaf = now - heard.at > max(STORE_SECONDS, patience)
+            if not is_deaf and now - heard.since <= patience:
+                continue  # the others were not watched long enough to say anything of them
+            silent = None if is_deaf else self._silent(heard, now - patience)
+            is_over = phase not in UNLIMITED or silent is None or bool(silent)
+            if is_over and self._entered is entered:
+                own = replace(self.status(), step=step, phase=phase)
+                seen = {self._rank: own} | {rank: status for rank, (status, _) in heard.ranks.items()}
+                self._end(explain(own, now - since, seen, silent))
                 return
 
-    def _age(self) -> float:
-        return time.monotonic() - self._since
-
-    def _silent(self) -> list[int]:
-        """Ranks that were watched long enough and said nothing new."""
-        now, patience = time.monotonic(), max(3 * self._poll, self._limit / 4)
-        missing = [rank for rank in range(self._world_size) if rank not in self._seen]
-        return missing + [rank for rank, (_, changed) in self._seen.items() if now - changed > patience]
+    def _silent(self, heard: _Heard, limit: float) -> list[int]:
+        """The other ranks that never reported, or said nothing new since `limit`."""
+        others = (rank for rank in range(self._world_size) if rank != self._rank)
+        return [rank for rank in others if rank not in heard.ranks or heard.ranks[rank][1] < limit]
 
 
 def explain(own: RankStatus, seconds: float, seen: Mapping[int, RankStatus], silent: list[int] | None) -> str:

@@ -47,7 +47,7 @@ def calls_of(place: Workplace, world: int) -> list[dict]:
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_run_goes_round_bad_data_and_repeats_that_when_it_is_killed(place: Workplace, world: int) -> None:
     # seven runs: three minutes were not enough on two cores with other work
-    ranks = run_ranks(train_calls, world, calls_of(place, world), timeout_seconds=500)
+    ranks = run_ranks(train_calls, world, calls_of(place, world))
     codes = {name: [rank[name]["code"] for rank in ranks] for name in ranks[0]}
     expected = {
         "healthy": 0,

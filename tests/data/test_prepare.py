@@ -398,8 +398,9 @@ def test_only_temporary_files_of_ended_processes_are_deleted(tmp_path, corpus, t
     folder, host = tmp_path / "s" / "d", socket.gethostname()
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
+    at_work = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     kept = [
-        folder / f"manifest.json.{host}-{os.getppid()}-7.tmp",  # another task of an array, at work
+        folder / f"manifest.json.{host}-{at_work.pid}-7.tmp",  # another task of an array
         folder / "shards" / "00000.arrow.elsewhere-1-1.tmp",  # on another host: nothing is known of it
         folder / "notes.tmp",  # somebody else's
     ]
@@ -411,7 +412,10 @@ def test_only_temporary_files_of_ended_processes_are_deleted(tmp_path, corpus, t
         path.touch()
     os.utime(gone[1], (0, 0))
     (folder / "manifest.json").unlink()
-    prepare(data_config(corpus), tokenizer, tmp_path / "s")
+    try:
+        prepare(data_config(corpus), tokenizer, tmp_path / "s")
+    finally:
+        at_work.communicate(b"\n")
     assert [path.exists() for path in (*kept, *gone)] == [True] * 3 + [False] * 2
 
 

@@ -57,10 +57,7 @@ def _joins(port):
 
 @pytest.mark.ranks
 def test_start_joins_the_group_the_environment_describes():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    assert run_ranks(_joins, 2, port) == [[0, 3], [1, 3]]
+    assert run_ranks(_joins, 2, free_port()) == [[0, 3], [1, 3]]
 
 
 def _fails_on_rank_one():

@@ -1,13 +1,22 @@
 """Ranks from each source, in their order, and an environment that needs no writable HOME."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from megam3.dist.env import RankInfo, discover_ranks, first_host, prepare_environment, slurm_port
+from megam3.dist import env as env_module
+from megam3.dist.env import (
+    RankInfo,
+    discover_ranks,
+    first_host,
+    free_port,
+    prepare_environment,
+    slurm_port,
+)
 from megam3.errors import ConfigError
 
 LAUNCHER = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1234"}
@@ -202,6 +211,23 @@ def test_ports_differ_between_steps_and_stay_below_the_ephemeral_range() -> None
     assert min(ports) > 1024
     assert max(ports) < 32_768
     assert slurm_port({"SLURM_JOB_ID": "x"}) == 12_000
+
+
+def test_a_free_port_is_none_that_the_system_may_hand_out_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(env_module, "EPHEMERAL_RANGE", tmp_path / "range")
+    (tmp_path / "range").write_text("32768\t60999\n")
+    assert all(12_000 <= free_port() < 32_768 for _ in range(50))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        # every draw finds somebody there; the system hands out nearly all ports; it does not say which
+        monkeypatch.setattr(env_module.random.SystemRandom, "randrange", lambda *limits: taken)
+        for said in ("32768\t60999\n", "1024\t65535\n", "?"):
+            (tmp_path / "range").write_text(said)
+            assert free_port() != taken
 
 
 def test_accelerator_is_set_without_a_gpu_only_when_nobody_did() -> None:

@@ -57,7 +57,7 @@ def run_pair(recipe, error):
         for rank in range(2)
     ]
     try:
-        said = [rank.communicate(timeout=120)[1] for rank in reversed(ranks)][::-1]
+        said = [rank.communicate(timeout=600)[1] for rank in reversed(ranks)][::-1]
     finally:
         for rank in ranks:
             rank.kill()

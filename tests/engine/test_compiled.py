@@ -124,7 +124,7 @@ def test_steps_under_the_engine_equal_uncompiled_ones(tmp_path, checkpointing, s
     (folder / "config.json").write_text(
         config.replace('"hidden_dropout_prob": 0.0', '"hidden_dropout_prob": 0.1')
     )
-    for result in run_ranks(_steps, 2, str(folder), checkpointing, stages, timeout_seconds=400):
+    for result in run_ranks(_steps, 2, str(folder), checkpointing, stages):
         for stage in stages:
             plain, compiled = result[f"{stage} plain"], result[f"{stage} compiled"]
             torch.testing.assert_close(compiled["losses"], plain["losses"], rtol=1e-5, atol=1e-5)

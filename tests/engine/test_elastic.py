@@ -69,7 +69,7 @@ def chain(model, tmp_path_factory) -> tuple[str, list[dict]]:
     results += run_ranks(_legs, 1, model, root, [("a", "b", 1, False, 1)])[0]
     last = [("b", "c", 1, False, 2), ("c", "d", 3, False, 3), ("d", "e", 0, False, 4)]
     bf16 = [("a", "f", 1, True, 1), ("f", "g", 3, True, 2), ("g", "h", 0, True, 3), ("h", "i", 2, True, 4)]
-    results += run_ranks(_legs, 2, model, root, last + bf16, timeout_seconds=400)[0]
+    results += run_ranks(_legs, 2, model, root, last + bf16)[0]
     return root, results
 
 

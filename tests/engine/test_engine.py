@@ -177,7 +177,7 @@ def folder(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def every_stage(folder, tmp_path_factory) -> list[list[dict]]:
-    return run_ranks(_all_stages, 2, folder, str(tmp_path_factory.mktemp("checkpoints")), timeout_seconds=400)
+    return run_ranks(_all_stages, 2, folder, str(tmp_path_factory.mktemp("checkpoints")))
 
 
 @pytest.mark.ranks

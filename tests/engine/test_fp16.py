@@ -74,7 +74,7 @@ def calls(place):
     chunks = "data.batch.chunk_tokens=120"
     made.append(call("chunks", "engine.template=zero2", "engine.precision=fp16", chunks))
     made.append(call("poisoned", "engine.precision=fp16", f"model.path={poisoned}"))
-    return run_ranks(train_calls_in_fp16, 1, made, timeout_seconds=500)[0]
+    return run_ranks(train_calls_in_fp16, 1, made)[0]
 
 
 @pytest.mark.ranks

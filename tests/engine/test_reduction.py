@@ -54,7 +54,7 @@ def _train(folder: str, out: str) -> list[dict]:
 @pytest.mark.ranks
 def test_two_ranks_that_reduce_once_equal_torch_on_one(folder, tmp_path):
     losses, norms, weights = torch_reference(folder, accumulation=2)
-    for result in run_ranks(_train, 2, folder, str(tmp_path), timeout_seconds=300)[0]:
+    for result in run_ranks(_train, 2, folder, str(tmp_path))[0]:
         torch.testing.assert_close(result["losses"], losses, rtol=2e-5, atol=2e-5)
         torch.testing.assert_close(result["norms"], norms, rtol=2e-4, atol=1e-5)
         assert result["next"][0] == pytest.approx(result["next"][1], rel=1e-6)
@@ -80,7 +80,7 @@ def _count(folder: str) -> dict:
 
 @pytest.mark.ranks
 def test_gradients_of_all_chunks_are_reduced_once(folder):
-    first, second = run_ranks(_count, 2, folder, timeout_seconds=300)
+    first, second = run_ranks(_count, 2, folder)
     assert first == second
     for stage, result in first.items():
         assert result["chunks"] > 1

@@ -60,7 +60,7 @@ class Forks:
         """End the server; runs that it started have ended."""
         assert self._server.stdin
         self._server.stdin.close()
-        self._server.wait(20)
+        self._server.wait(120)
 
     def run(self, arguments: Sequence[str], log: Path, fault: Fault | None = None, **request: Any) -> Ended:
         """A run to its end, and to the end of its last process."""
@@ -72,7 +72,7 @@ class Forks:
         assert self._server.stdin
         self._server.stdin.write((json.dumps(given) + "\n").encode())
         self._server.stdin.flush()
-        launcher = int(self._answer(10.0)["started"])
+        launcher = int(self._answer(120.0)["started"])
         code, left = None, [launcher]
         deadline, struck_at = time.monotonic() + 2 * END_SECONDS, None
         while time.monotonic() < deadline and (code is None or left):

@@ -49,7 +49,7 @@ def step_of(engine, chunk_tokens: int | None, step: int) -> int:
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory):
     folder = make_tiny_model_folder(tmp_path_factory.mktemp("model"))
-    first, second = run_ranks(_count, 2, str(folder), timeout_seconds=300)
+    first, second = run_ranks(_count, 2, str(folder))
     assert first == second
     return first
 

@@ -24,7 +24,7 @@ def _both_ways(folder: str) -> dict:
 def test_a_step_by_the_varlen_way_equals_one_by_runs(tmp_path):
     # heads 16 wide: the kernel wants a multiple of 8
     folder = make_tiny_model_folder(tmp_path / "model")
-    for result in run_ranks(_both_ways, 2, str(folder), timeout_seconds=300):
+    for result in run_ranks(_both_ways, 2, str(folder)):
         torch.testing.assert_close(result["varlen"]["losses"], result["runs"]["losses"], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(result["varlen"]["norms"], result["runs"]["norms"], rtol=1e-4, atol=1e-5)
         assert result["varlen"]["marked"] == result["runs"]["marked"]

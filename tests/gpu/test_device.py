@@ -3,7 +3,6 @@ same bodies with the CPU as the device everywhere."""
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import torch
 
 from megam3.batch import Progress
 from megam3.config.schema import ModelConfig
+from megam3.dist.env import free_port
 from megam3.engine.schedule import learning_rate_factor
 from megam3.model.m3 import is_head_parameter
 from megam3.model.pretrained import load_m3
@@ -44,10 +44,7 @@ def start(device: str, case: str, folder: str, run: Path, world_size: int) -> li
     """One process a rank; what they say goes to run/CASE-RANK.log."""
     if device == "cuda" and torch.cuda.device_count() < world_size:
         pytest.skip(f"{world_size} CUDA devices are needed, {torch.cuda.device_count()} are there")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
+    port, processes = free_port(), []
     for rank in range(world_size):
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
         environment = {**os.environ, **{name: str(value) for name, value in places.items()}}

@@ -206,7 +206,7 @@ def _measure_together(folder):
 @pytest.mark.ranks
 def test_several_ranks_wait_for_what_they_tell_each_other(measured, tmp_path):
     folder = make_tiny_model_folder(tmp_path / "model", num_layers=2)
-    for result in run_ranks(_measure_together, 2, str(folder), timeout_seconds=300):
+    for result in run_ranks(_measure_together, 2, str(folder)):
         for chunk_tokens, found in result.items():
             assert found["loss"] == pytest.approx(measured[chunk_tokens]["loss"], rel=1e-5)
             assert len(found["waits"]) <= 1 + RANKS_WAIT - (not chunk_tokens) <= STEP_WAITS, found["waits"]

@@ -4,14 +4,18 @@ stopped.
 
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from megam3.dist.env import free_port
+from megam3.obs import health as health_module
 from megam3.obs.health import EXIT_STALLED, RankStatus, Watchdog, explain
 
 STATUS = RankStatus(rank=0, host="gpu07", pid=11, step=12, phase="update", beat=4)
@@ -55,40 +59,91 @@ class FakeStore(dict):
         return all(key in self for key in keys)
 
 
-def wait_for(said: list[str], seconds: float = 20.0) -> str:
-    end = time.monotonic() + seconds
-    while not said and time.monotonic() < end:
-        time.sleep(0.01)
-    return said[0] if said else ""
+class Clock:
+    """Moves by hand alone: what the machine holds up is no time to a watchdog."""
+
+    def __init__(self) -> None:
+        self.now, self.looks = 100.0, Counter[str]()
+
+    def monotonic(self) -> float:
+        self.looks[threading.current_thread().name] += 1
+        return self.now
+
+    def advance(self, seconds: float, said: list[str]) -> None:
+        """Time passes, and both threads of the watchdog take note of it; one that ended the run is done."""
+        self.now += seconds
+        before = Counter(self.looks)
+        end = time.monotonic() + 60
+        # they ask once a round: the second question shows that a round is over
+        while not said and any(self.looks[name] < before[name] + 2 for name in THREADS):
+            assert time.monotonic() < end
+            time.sleep(0.005)
 
 
-def test_progress_keeps_it_quiet_and_its_end_does_not() -> None:
+THREADS = ("megam3_report", "megam3_watch")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(health_module, "time", made)
+    return made
+
+
+def test_progress_keeps_it_quiet_and_its_end_does_not(clock: Clock) -> None:
     said: list[str] = []
-    with Watchdog(0, 1, 0.4, end=said.append) as watchdog:
+    with Watchdog(0, 1, 0.5, end=said.append) as watchdog:
         for step in range(20):
             watchdog.at(step, "forward")
-            time.sleep(0.05)
+            clock.advance(0.375, said)
         assert not said
-        assert "no progress for 0 s in step 20, forward" in wait_for(said)
+        clock.advance(2.5, said)
+    assert "no progress for 3 s in step 20, forward" in said[0]
 
 
-def test_a_long_evaluation_is_no_stall_but_a_silent_rank_in_it_is() -> None:
+def test_a_long_evaluation_is_no_stall_but_a_silent_rank_in_it_is(clock: Clock) -> None:
     said: list[str] = []
     store = FakeStore()
     other = replace(BEHIND, phase="evaluate", step=3)
-    with Watchdog(0, 2, 0.4, store, end=said.append) as watchdog:
+    with Watchdog(0, 2, 0.5, store, end=said.append) as watchdog:
         watchdog.at(3, "evaluate")
         for beat in range(20):
             store.set("1", json.dumps(vars(replace(other, beat=beat))))
-            time.sleep(0.05)
+            clock.advance(0.0625, said)
         assert not said
-        assert "rank 1 on gpu08 (process 12) is silent since step 4, evaluate" in wait_for(said)
+        for _ in range(4):
+            clock.advance(0.0625, said)
+    assert "rank 1 on gpu08 (process 12) is silent since step 4, evaluate" in said[0]
+
+
+def test_the_phase_after_a_long_evaluation_does_not_inherit_its_age(clock: Clock) -> None:
+    said: list[str] = []
+
+    class HeldUp(Watchdog):
+        """The machine holds the loop up after whatever `at` does, and lets the threads run."""
+
+        is_held_up = False
+
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, value)
+            if self.is_held_up and threading.current_thread() is threading.main_thread():
+                clock.advance(0.0, said)
+
+    with HeldUp(0, 1, 0.5, end=said.append) as watchdog:
+        watchdog.at(3, "evaluate")
+        clock.advance(8.0, said)
+        assert not said
+        watchdog.is_held_up = True
+        watchdog.at(3, "forward")
+        watchdog.is_held_up = False
+    assert not said
 
 
 # each rank steps through a collective; rank 1 stops itself (as SIGSTOP from outside would) or sticks in its
 # data phase
+LIMIT_SECONDS = 8.0
 RANK = """
-import os, signal, sys, time
+import json, os, signal, sys, time
 from datetime import timedelta
 import torch, torch.distributed as dist
 from megam3.obs.health import Watchdog, open_store
@@ -96,11 +151,15 @@ rank, port, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 stopped = int(sys.argv[4])
 url = f"tcp://127.0.0.1:{port}"
 dist.init_process_group("gloo", init_method=url, rank=rank, world_size=2, timeout=timedelta(seconds=120))
-with Watchdog(rank, 2, 4.0, open_store()) as watchdog:
+store = open_store()
+dist.barrier()  # both are there before either is watched
+with Watchdog(rank, 2, LIMIT, open_store()) as watchdog:
     for step in range(1000):
         watchdog.at(step, "data")
         if step == 5 and rank == stopped:
-            time.sleep(1.0)  # a report of this place gets out
+            while not (store.check([str(rank)]) and (told := json.loads(store.get(str(rank))))["step"] == 5):
+                time.sleep(0.05)  # until a report of this place is out
+            assert told["phase"] == "data"
             if how == "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
             time.sleep(600)
@@ -114,7 +173,15 @@ def run_pair(how: str, stopped: int) -> tuple[int, str]:
     port = str(free_port())
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), port, how, str(stopped)],
+            [
+                sys.executable,
+                "-c",
+                RANK.replace("LIMIT", str(LIMIT_SECONDS)),
+                str(rank),
+                port,
+                how,
+                str(stopped),
+            ],
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -122,7 +189,7 @@ def run_pair(how: str, stopped: int) -> tuple[int, str]:
         for rank in range(2)
     ]
     try:
-        _, said = ranks[1 - stopped].communicate(timeout=100)
+        _, said = ranks[1 - stopped].communicate(timeout=200)
         return ranks[1 - stopped].returncode, said
     finally:
         for rank in ranks:
@@ -134,7 +201,9 @@ def run_pair(how: str, stopped: int) -> tuple[int, str]:
 def test_a_stopped_rank_is_named_by_the_other() -> None:
     code, said = run_pair("stop", 1)
     assert code == EXIT_STALLED, said
-    assert "megam3: rank 0: no progress for 4 s in step 6, forward: rank 1 on" in said
+    head = re.search(r"megam3: rank 0: no progress for (\d+) s in step 6, forward: rank 1 on", said)
+    assert head, said
+    assert int(head[1]) >= LIMIT_SECONDS
     assert "is silent since step 6, data" in said
     assert "all_reduce" in said  # the stacks
 

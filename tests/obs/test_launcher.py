@@ -1,5 +1,6 @@
 """A rank below a launcher ends with it; a rank below a shell does not."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -53,14 +54,17 @@ def tree(tmp_path: Path):
 
     yield start
     for process in started:
-        if process.is_running():
+        with contextlib.suppress(psutil.NoSuchProcess):  # gone with the one before
             process.kill()
 
 
 def is_gone(process: psutil.Process, seconds: float) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+        try:
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
             return True
         time.sleep(0.05)
     return False
@@ -70,7 +74,7 @@ def is_gone(process: psutil.Process, seconds: float) -> bool:
 def test_a_rank_ends_when_the_runner_or_the_launcher_is_killed(tree, killed: int) -> None:
     processes = tree("deepspeed")
     os.kill(processes[killed].pid, signal.SIGKILL)
-    assert is_gone(processes[2], 20)
+    assert is_gone(processes[2], 60)
 
 
 def test_a_rank_outlives_a_program_that_is_no_launcher(tree) -> None:
@@ -83,4 +87,4 @@ def test_a_rank_outlives_a_program_that_is_no_launcher(tree) -> None:
 def test_a_launcher_that_ends_while_its_rank_imports_takes_the_rank_along(tree) -> None:
     runner, launcher, rank = tree("deepspeed", RANK_THAT_IMPORTS)
     launcher.kill()
-    assert is_gone(rank, 10)
+    assert is_gone(rank, 60)

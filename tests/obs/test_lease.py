@@ -2,6 +2,7 @@
 publish.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from megam3.errors import ConfigError
+from megam3.files import write_json
 from megam3.obs.lease import Holder, Lease, acquire, describe_self, process_start, read_lease
 
 SELF = describe_self({"SLURM_JOB_ID": "7"})
@@ -44,10 +46,10 @@ def test_a_second_run_on_this_host_is_refused_at_once_and_told_by_whom(tmp_path:
 
 
 def test_a_holder_that_died_on_this_host_is_followed_at_once(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     started = process_start(dead.pid)
     assert started
-    dead.wait()
+    dead.communicate(b"\n")
     write_lease(tmp_path, replace(SELF, pid=dead.pid, started=started, token="dead"))
     acquire(tmp_path, SELF, stale_seconds=1e6).check()
 
@@ -59,11 +61,22 @@ def test_a_process_id_that_came_round_again_is_another_process(tmp_path: Path) -
 
 def test_a_holder_elsewhere_lives_as_long_as_its_beat_moves(tmp_path: Path) -> None:
     write_lease(tmp_path, ELSEWHERE)
-    mover = threading.Timer(0.2, write_lease, (tmp_path, ELSEWHERE, 4))
+    ended = threading.Event()
+
+    def move() -> None:
+        for beat in itertools.count(4):
+            if ended.wait(0.2):
+                return
+            write_json(tmp_path / "lease.json", {**vars(ELSEWHERE), "beat": beat}, durable=False)
+
+    mover = threading.Thread(target=move)
     mover.start()
-    with pytest.raises(ConfigError, match=r"process \d+ on gpu07, job 6"):
-        acquire(tmp_path, SELF, stale_seconds=30)
-    mover.join()
+    try:
+        with pytest.raises(ConfigError, match=r"process \d+ on gpu07, job 6"):
+            acquire(tmp_path, SELF, stale_seconds=60)
+    finally:
+        ended.set()
+        mover.join()
     acquire(tmp_path, SELF, stale_seconds=0.2).check()
 
 
@@ -125,7 +138,7 @@ def test_of_many_that_take_an_abandoned_lease_at_most_one_holds_it(tmp_path: Pat
 def test_the_beat_moves_by_itself(tmp_path: Path) -> None:
     lease = acquire(tmp_path, SELF)
     lease.keep(seconds=0.02)
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while (read_lease(lease.path) or (SELF, 0))[1] < 3:
         assert time.monotonic() < end
         time.sleep(0.02)

@@ -24,6 +24,15 @@ FIGURES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch):
+    """What kind of terminal there is, a test says itself; the variables of the one it is run from would
+    outvote it."""
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that stands still until it is moved by hand."""

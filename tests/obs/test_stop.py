@@ -3,28 +3,37 @@
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from megam3.obs.stop import EXIT_STOPPED, StopSignal
 
-# the main thread sits in a C call that does not return for signals: Python's handlers cannot run
+# the main thread sits in a C call that does not return for signals: Python's handlers cannot run. The time at
+# which each request arrives is given, so that it does not depend on the machine
 STUCK = """
-import ctypes, sys, threading
+import ctypes, sys, threading, types
 from megam3.obs.stop import StopSignal
 import megam3.obs.stop as stop
+times = iter(sys.argv[2:])
+
+def monotonic():
+    now = float(next(times))
+    print("got one", flush=True)
+    return now
+
 stop.REPEAT_SECONDS = float(sys.argv[1])
+stop.time = types.SimpleNamespace(monotonic=monotonic)
 with StopSignal():
     print("ready", flush=True)
-    libc = ctypes.PyDLL(None) if sys.argv[2] == "gil" else ctypes.CDLL(None)
+    libc = ctypes.CDLL(None)
     lock = threading.Lock(); lock.acquire()
     while True:
         libc.usleep(200_000)
 """
 
 
-def start(*arguments: str) -> subprocess.Popen:
+def start(repeat_seconds: float, *times: float) -> subprocess.Popen:
+    arguments = [str(value) for value in (repeat_seconds, *times)]
     process = subprocess.Popen(
         [sys.executable, "-c", STUCK, *arguments],
         stdout=subprocess.PIPE,
@@ -34,6 +43,13 @@ def start(*arguments: str) -> subprocess.Popen:
     assert process.stdout
     assert process.stdout.readline() == "ready\n"
     return process
+
+
+def send(process: subprocess.Popen, number: signal.Signals) -> None:
+    """A request, which the process takes note of: it has not ended by the one before."""
+    process.send_signal(number)
+    assert process.stdout
+    assert process.stdout.readline() == "got one\n"
 
 
 @pytest.mark.parametrize(
@@ -55,28 +71,21 @@ def test_the_old_handlers_come_back() -> None:
 
 
 def test_a_second_term_ends_at_once_and_the_same_one_delivered_twice_does_not() -> None:
-    process = start("1.0", "")
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(1.2)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=20)
+    process = start(1.0, 0.0, 0.1, 1.3)
+    for _ in range(3):
+        send(process, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
     assert process.returncode == EXIT_STOPPED
-    assert "second SIGTERM, leaving without saving" in said
+    assert said == "megam3: second SIGTERM, leaving without saving\n"
 
 
 def test_a_second_ctrl_c_ends_at_once_and_the_first_says_so() -> None:
-    process = start("60.0", "")
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
+    process = start(60.0, 0.0, 0.2, 0.8)
+    send(process, signal.SIGINT)
     # what a launcher makes of the same Ctrl-C is no second request
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.6)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=20)
+    send(process, signal.SIGTERM)
+    send(process, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
     assert process.returncode == EXIT_STOPPED
     assert said == (
         "megam3: Ctrl-C: saving after the step in progress; Ctrl-C again leaves at once, without saving\n"
@@ -85,14 +94,17 @@ def test_a_second_ctrl_c_ends_at_once_and_the_first_says_so() -> None:
 
 
 def test_usr2_shows_the_stacks_and_the_process_goes_on() -> None:
-    process = start("1.0", "")
+    process = start(1.0, 0.0)
     process.send_signal(signal.SIGUSR2)
-    time.sleep(0.5)
-    assert process.poll() is None
+    assert process.stderr
+    said = [process.stderr.readline()]
+    while said[-1] and 'File "<string>", line' not in said[-1]:
+        said.append(process.stderr.readline())
+    send(process, signal.SIGTERM)
     process.kill()
-    _, said = process.communicate()
-    assert "Current thread" in said
-    assert 'File "<string>", line' in said
+    said.append(process.communicate()[1])
+    assert "Current thread" in "".join(said)
+    assert 'File "<string>", line' in "".join(said)
 
 
 def test_it_costs_no_heavy_import() -> None:

@@ -104,14 +104,14 @@ def seen_by(out: Path, rank: int, restart: int = 0) -> dict:
 
 
 def wait_for_files(out: Path, *names: str) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not all((out / name).exists() for name in names):
         assert time.monotonic() < end, (out / "job.log").read_text()
         time.sleep(0.1)
 
 
 def wait_for_text(path: Path, text: str) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not path.exists() or text not in path.read_text():
         assert time.monotonic() < end, f"no {text!r} in {path.read_text() if path.exists() else path}"
         time.sleep(0.05)

@@ -71,7 +71,7 @@ class Chain:
         return self.job
 
     def wait_for_text(self, text: str, count: int = 1) -> None:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while not self.log.exists() or len(re.findall(text, self.log.read_text())) < count:
             assert time.monotonic() < end, f"no {text!r} in {self.log.read_text()[-4000:]}"
             time.sleep(0.05)
@@ -101,7 +101,7 @@ class Chain:
 
     def end(self) -> dict[str, str]:
         """Its last job's fields."""
-        return self.cluster.wait_for(self.job, "COMPLETED", "FAILED", "CANCELLED", seconds=240)
+        return self.cluster.wait_for(self.job, "COMPLETED", "FAILED", "CANCELLED", seconds=600)
 
 
 def kill_rank(chain: Chain, step: int) -> None:
@@ -119,7 +119,7 @@ def kill_node(chain: Chain, step: int) -> None:
     others = [dead.ppid(), dead.pid, *[each.pid for each in dead.children(recursive=True)]]
     chain.cluster.kill_node("n1", *others)
     chain.wait_for_text(r"a node does not answer \(code 1\), back to the queue")
-    chain.cluster.wait_for(chain.job, "PENDING", seconds=120)
+    chain.cluster.wait_for(chain.job, "PENDING", seconds=300)
     print(f"dead node: back in the queue after {time.monotonic() - started:.1f} s")
     chain.cluster.start_node("n1")
     chain.start_again_now()

@@ -34,7 +34,7 @@ def test_deepspeed_by_slurm(cluster: Cluster, tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout[-6000:]
     assert "2 ranks, ZeRO stage" in done.stdout, done.stdout[-6000:]

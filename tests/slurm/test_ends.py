@@ -35,7 +35,7 @@ def test_ranks_that_would_wait_for_ever_end_soon_after_the_one_that_failed(
     job = submit(cluster, tmp_path, "x", MEGAM3_MODULE="hang", MEGAM3_SRUN_FLAGS=flags)
     wait_for_files(tmp_path, "ready0", "ready1")
     # what ended rank 0 is 137 or 9 to srun, and the highest code is the job's
-    fields = cluster.wait_for(job, "FAILED", "COMPLETED", "CANCELLED", seconds=120)
+    fields = cluster.wait_for(job, "FAILED", "COMPLETED", "CANCELLED", seconds=300)
     assert fields["JobState"] == "FAILED", (tmp_path / "job.log").read_text()
     assert fields["Restarts"] == "0"
 

@@ -1,6 +1,5 @@
 """Signals, and the way back to the queue: slurm/train.sh on a real two-node Slurm."""
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,14 +77,14 @@ def test_a_job_that_another_one_pushes_out_saves_and_comes_back(cluster: Cluster
 @pytest.mark.slurm
 def test_a_warning_before_any_rank_has_started_is_remembered(cluster: Cluster, tmp_path: Path) -> None:
     site = tmp_path / "env.sh"
+    # the batch shell reads this before it starts a rank, and stays here until it has taken note of the signal
     site.write_text(
-        f". slurm/env.sh\ntouch {tmp_path}/ready\nwhile [ ! -e {tmp_path}/go ]; do sleep 0.1; done\n"
+        f". slurm/env.sh\ntouch {tmp_path}/ready\n"
+        'for i in $(seq 1200); do [ "$warned" = 1 ] || sleep 0.1; done\n'
     )
     job = submit(cluster, tmp_path, "x", MEGAM3_SLURM_ENV=str(site))
     wait_for_files(tmp_path, "ready")
     cluster.run("scancel", "--batch", "--signal=USR1", job)
-    time.sleep(0.5)
-    (tmp_path / "go").touch()
     start_again_now(cluster, job)
     assert cluster.wait_for(job, "COMPLETED", "FAILED")["Restarts"] == "1"
     assert not (tmp_path / "rank0.0.json").exists()

@@ -23,7 +23,7 @@ def test_a_real_run_on_two_nodes_is_interrupted_requeued_and_ends(cluster: Clust
     stopped = int((run / "checkpoints" / "latest").read_text().removeprefix("step-"))
     assert 3 <= stopped < 200
     start_again_now(cluster, job)
-    fields = cluster.wait_for(job, "COMPLETED", "FAILED", seconds=240)
+    fields = cluster.wait_for(job, "COMPLETED", "FAILED", seconds=600)
     assert (fields["Restarts"], fields["ExitCode"]) == ("1", "0:0"), log.read_text()[-4000:]
     assert (
         f"2 ranks, ZeRO stage 3, 200 steps (40.00 epochs of 5), starting at step {stopped}" in log.read_text()
@@ -42,7 +42,7 @@ def test_two_requeues_and_a_killed_rank_end_with_the_figures_of_an_undisturbed_r
     settings = {"MEGAM3_MODULE": "megam3.train", "MASTER_ADDR": "127.0.0.1"}
     settings["MEGAM3_SRUN_FLAGS"] = "--kill-on-bad-exit=0 --wait=3"
     whole = submit(cluster, tmp_path, *arguments, "name=whole", **settings)
-    fields = cluster.wait_for(whole, "COMPLETED", "FAILED", seconds=240)
+    fields = cluster.wait_for(whole, "COMPLETED", "FAILED", seconds=600)
     log = tmp_path / "job.log"
     assert fields["ExitCode"] == "0:0", log.read_text()[-4000:]
     log.unlink()
@@ -61,7 +61,7 @@ def test_two_requeues_and_a_killed_rank_end_with_the_figures_of_an_undisturbed_r
     wait_for_text(log, "step 80/120")
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     start_again_now(cluster, job)
-    fields = cluster.wait_for(job, "COMPLETED", "FAILED", seconds=240)
+    fields = cluster.wait_for(job, "COMPLETED", "FAILED", seconds=600)
     assert (fields["Restarts"], fields["ExitCode"]) == ("2", "0:0"), log.read_text()[-4000:]
     assert place.figures("run") == place.figures("whole")
     assert [row["step"] for row in place.rows("run")] == list(range(1, 121))

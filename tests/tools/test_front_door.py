@@ -20,6 +20,12 @@ def subcommand_of(tool: Path) -> str:
     return KNOWN_NAMES.get(tool.stem, tool.stem.replace("_", "-"))
 
 
+@pytest.fixture(autouse=True)
+def width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """argparse breaks a usage line by the caller's terminal."""
+    monkeypatch.setenv("COLUMNS", "110")
+
+
 def help_of(capfd: pytest.CaptureFixture[str]) -> str:
     text = capfd.readouterr().out
     assert text.startswith("usage: megam3 ")

@@ -60,7 +60,7 @@ def run_two(place, output):
     port = free_port()
     both = [start(place, output, rank, 2, port) for rank in range(2)]
     try:
-        said = [process.communicate(timeout=120) for process in both]
+        said = [process.communicate(timeout=600) for process in both]
     finally:
         for process in both:
             process.kill()
@@ -75,7 +75,7 @@ def test_two_ranks_mine_what_one_mines(tmp_path):
     write_jsonl(tmp_path / "pairs.jsonl", records)
     write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in sentences])
     alone = start(tmp_path, "alone.jsonl", port=free_port())
-    _, errors = alone.communicate(timeout=120)
+    _, errors = alone.communicate(timeout=600)
     assert alone.returncode == 0, errors
     codes, said = run_two(tmp_path, "both.jsonl")
     assert codes == [0, 0], said
