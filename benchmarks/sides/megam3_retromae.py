@@ -58,7 +58,7 @@ def build(spec: dict) -> Step:
         optimizer.step()
         optimizer.zero_grad()
         step_number += 1
-        hidden, decoded, _ = (sum(x) for x in zip(*(chunk.counts() for chunk in prepared.chunks)))
+        hidden, decoded, _ = (sum(x) for x in zip(*(chunk.counts for chunk in prepared.chunks)))
         return {
             "loss": float(figures["loss/total"]),
             "collate_seconds": collated,

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megam3.dist import comm
 from megam3.model.expansion import block_width
+from megam3.model.masking import sum_by_text
 
 
 class _BagOfWords(torch.autograd.Function):
@@ -41,7 +43,8 @@ class _BagOfWords(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(rows_TD.dtype, torch.float32)
         num_texts = lengths_N.shape[0]
-        size_N = torch.bincount(text_Z, minlength=num_texts)
+        # not bincount, which asks the device for the largest text before it counts
+        size_N = text_Z.new_zeros(num_texts).index_add_(0, text_Z, torch.ones_like(text_Z))
         share_Z = (1.0 / size_N.to(wide))[text_Z]
         logsum_N = rows_TD.new_full((num_texts,), -torch.inf, dtype=wide)
         told_N = rows_TD.new_zeros(num_texts, dtype=wide)
@@ -102,7 +105,10 @@ def _blocks(
     for first in range(0, weight_VD.shape[0], block):
         part = slice(first, first + block)
         logits_Tv = torch.addmm(bias_V[part], rows_TD, weight_VD[part].T).to(share_Z.dtype)
-        best_Nv = torch.segment_reduce(logits_Tv, "max", lengths=lengths_N, axis=0, initial=lowest)
+        # unsafe: the lengths, which the host has checked, are not read back from the device for every block
+        best_Nv = torch.segment_reduce(
+            logits_Tv, "max", lengths=lengths_N, axis=0, initial=lowest, unsafe=True
+        )
         # pairs outside the block add 0 in its first column: the host need not know how many are inside
         inside_Z = (id_Z >= first) & (id_Z < first + best_Nv.shape[1])
         bag_Nv = torch.zeros_like(best_Nv).index_put_(
@@ -131,12 +137,25 @@ def bag_of_words_loss(
         text_Z, id_Z: the distinct ids of each text (`distinct_ids`).
         block: vocabulary entries at a time; None: `block_width`.
     """
-    lengths_N = torch.tensor(lengths, dtype=torch.int64, device=rows_TD.device)
+    assert sum(lengths) == rows_TD.shape[0], "every row belongs to a text"
+    lengths_N = comm.copy_pinned(torch.tensor(lengths, dtype=torch.int64), rows_TD.device)
     block = block or block_width(rows_TD.shape[0])
     return _BagOfWords.apply(rows_TD, weight_VD, bias_V, lengths_N, text_Z, id_Z, scale, block)
 
 
-def distinct_ids(input_ids_T: Tensor, text_ids_T: Tensor, ordinary_T: Tensor, vocab_size: int) -> Tensor:
-    """[2, Z]: text and id of every distinct (text, ordinary id), ascending; waits for the device."""
-    keys_Z = torch.unique((text_ids_T * vocab_size + input_ids_T)[ordinary_T])
-    return torch.stack([keys_Z // vocab_size, keys_Z % vocab_size])
+def distinct_ids(
+    input_ids_T: Tensor, text_ids_T: Tensor, ordinary_T: Tensor, vocab_size: int, num_texts: int
+) -> tuple[Tensor, Tensor]:
+    """[2, T] with text and id of every distinct (text, ordinary id), ascending, and how many each text has
+    [N].
+
+    Only the device knows how many there are, so there is a column for each token; those past the last pair
+    hold text N.
+    """
+    last = num_texts * vocab_size
+    keys_T = torch.where(ordinary_T, text_ids_T * vocab_size + input_ids_T, last).sort().values
+    keys_T[1:] = torch.where(keys_T[1:] == keys_T[:-1], last, keys_T[1:])
+    keys_T = keys_T.sort().values
+    pairs_2T = torch.stack([keys_T // vocab_size, keys_T % vocab_size])
+    counts_N1 = sum_by_text(keys_T < last, pairs_2T[0], num_texts + 1)
+    return pairs_2T, counts_N1[:num_texts]

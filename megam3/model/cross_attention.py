@@ -1,12 +1,14 @@
 """Attention of rows over keys of another stream, half by half, as RetroMAE's decoder needs it."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
+from megam3.dist import comm
 from megam3.model.attention import fits_varlen
 
 
@@ -38,9 +40,8 @@ def cross_attention(
     if not rows:  # a rank without texts: nothing to attend, and still a graph through all three
         return query_RHd + key_KHd.sum() + value_KHd.sum()
     if fits_varlen(query_RHd.device, query_RHd.dtype, query_RHd.shape[-1]):
-        cu_rows, cu_keys = (
-            torch.tensor([0, *x], device=query_RHd.device).cumsum(0).to(torch.int32) for x in (rows, keys)
-        )
+        offsets = torch.tensor([[0, *accumulate(x)] for x in (rows, keys)], dtype=torch.int32)
+        cu_rows, cu_keys = comm.copy_pinned(offsets, query_RHd.device)
         found = varlen_attn(query_RHd, key_KHd, value_KHd, cu_rows, cu_keys, max(rows), max(keys))
         assert isinstance(found, Tensor)  # the log-sum-exps come too only where they are asked for
         return found

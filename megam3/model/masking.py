@@ -8,6 +8,8 @@ rank order, the first two words (3 pieces) are hidden.
 
 Counts follow the text's length without a cap (whole-word masking of transformers stops at 512 predictions a
 text).
+
+Nothing here waits for the device: what is hidden is a flag a token, whose number only the device knows.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from megam3.dist import comm
 
 _GOLDEN = -7046029254386353131
 # splitmix64 (Steele et al. 2014); multipliers as signed 64-bit integers, whose products wrap around
@@ -34,12 +38,12 @@ class VocabularyTables:
     """int64: the ids that are not special."""
     mask_id: int
 
-    def to(self, device: torch.device | str) -> "VocabularyTables":
-        """The same tables on `device`."""
+    def to(self, device: torch.device) -> "VocabularyTables":
+        """The same tables on `device`, by copies that nobody waits for."""
         return VocabularyTables(
-            starts_word_V=self.starts_word_V.to(device),
-            special_V=self.special_V.to(device),
-            ordinary_ids_R=self.ordinary_ids_R.to(device),
+            starts_word_V=comm.copy_pinned(self.starts_word_V, device),
+            special_V=comm.copy_pinned(self.special_V, device),
+            ordinary_ids_R=comm.copy_pinned(self.ordinary_ids_R, device),
             mask_id=self.mask_id,
         )
 
@@ -50,8 +54,8 @@ class MaskedTokens:
 
     input_ids_T: Tensor
     """The ids with hidden tokens replaced."""
-    hidden_M: Tensor
-    """int64, ascending: positions in the stream whose ids the encoder must tell."""
+    hidden_T: Tensor
+    """bool: tokens whose ids the encoder must tell."""
 
 
 def vocabulary_tables(pieces: Sequence[str], special_ids: Iterable[int], mask_id: int) -> VocabularyTables:
@@ -93,6 +97,7 @@ def mask_tokens(
     position_T: Tensor,
     tables: VocabularyTables,
     *,
+    num_texts: int,
     share: float,
     replace: tuple[float, float],
     seed: int,
@@ -112,32 +117,27 @@ def mask_tokens(
         0
     ]
     rank_T = hashed_uniform(seed, step, _WORDS, row_T, position_T)[first_T]
-    chosen_T = _first_words(text_ids_T, rank_T, first_T, ordinary_T, share)
+    hidden_T = _first_words(text_ids_T, num_texts, rank_T, first_T, ordinary_T, share)
     kind_T = hashed_uniform(seed, step, _KIND, row_T, position_T)
     any_T = hashed_uniform(seed, step, _TOKEN, row_T, position_T)
     random_T = tables.ordinary_ids_R[(any_T * tables.ordinary_ids_R.shape[0]).long()]
     to_mask, to_random = replace
     replaced_T = torch.where(kind_T < to_mask + to_random, random_T, input_ids_T)
     replaced_T = torch.where(kind_T < to_mask, tables.mask_id, replaced_T)
-    return MaskedTokens(
-        input_ids_T=torch.where(chosen_T, replaced_T, input_ids_T), hidden_M=chosen_T.nonzero().squeeze(1)
-    )
+    return MaskedTokens(input_ids_T=torch.where(hidden_T, replaced_T, input_ids_T), hidden_T=hidden_T)
 
 
 def _first_words(
-    text_ids_T: Tensor, rank_T: Tensor, first_T: Tensor, ordinary_T: Tensor, share: float
+    text_ids_T: Tensor, num_texts: int, rank_T: Tensor, first_T: Tensor, ordinary_T: Tensor, share: float
 ) -> Tensor:
     """Tokens of the words that come first by rank in each text, until `share` of its ordinary tokens is
     reached."""
-    if not ordinary_T.any():
-        return ordinary_T
     # stable sorts, last key first: by text, by rank within it, words together even where two ranks are equal
     order_T = first_T.argsort(stable=True)
     order_T = order_T[rank_T[order_T].argsort(stable=True)]
     order_T = order_T[text_ids_T[order_T].argsort(stable=True)]
     sorted_T = ordinary_T[order_T].long()
-    total_N = torch.zeros(int(text_ids_T.max()) + 1, dtype=torch.int64, device=rank_T.device)
-    total_N.index_add_(0, text_ids_T, ordinary_T.long())
+    total_N = sum_by_text(ordinary_T, text_ids_T, num_texts)
     before_T = sorted_T.cumsum(0) - sorted_T - (total_N.cumsum(0) - total_N)[text_ids_T[order_T]]
     # what the text had hidden when the word of this token began
     same_T = torch.ones_like(sorted_T, dtype=torch.bool)
@@ -155,3 +155,8 @@ def order_in_halves(text_ids_T: Tensor, row_T: Tensor, position_T: Tensor, *, se
     rank_T = hashed_uniform(seed, step, _HALVES, row_T, position_T)
     order_T = torch.where(position_T == 0, -1.0, rank_T).argsort(stable=True)
     return order_T[text_ids_T[order_T].argsort(stable=True)]
+
+
+def sum_by_text(flags_T: Tensor, text_ids_T: Tensor, num_texts: int) -> Tensor:
+    """How many tokens of each text have the flag, int64 [N]."""
+    return text_ids_T.new_zeros(num_texts).index_add_(0, text_ids_T, flags_T.long())

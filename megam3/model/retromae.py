@@ -14,6 +14,7 @@ and L/2 keys. The paper draws each row's columns independently; here the rows of
 row still reads a uniformly drawn subset of the wanted share that leaves it out, anew every step.
 """
 
+from itertools import accumulate
 from pathlib import Path
 from typing import cast
 
@@ -23,11 +24,13 @@ from torch.nn.functional import gelu
 from transformers import PreTrainedModel
 
 from megam3.config.schema import ModelConfig
+from megam3.dist import comm
 from megam3.errors import ConfigError
 from megam3.model.backbone import encode_packed, first_position, load_backbone
 from megam3.model.bag_of_words import bag_of_words_loss
 from megam3.model.cross_attention import cross_attention
 from megam3.model.masked_lm import MaskedLMHead, fill_lm_head, tied_cross_entropy
+from megam3.model.rows import select_unique_rows
 
 
 def half_lengths(lengths: tuple[int, ...], mask_share: float) -> tuple[list[int], list[int]]:
@@ -51,15 +54,29 @@ def half_lengths(lengths: tuple[int, ...], mask_share: float) -> tuple[list[int]
 def key_order(order_T: Tensor, lengths: tuple[int, ...], rows: list[int], keys: list[int]) -> Tensor:
     """Stream index of every key, half after half; `order_T` holds each text as `<s>`, first half, second
     half."""
-    device = order_T.device
-    text_starts_N = torch.tensor(lengths, device=device).cumsum(0) - torch.tensor(lengths, device=device)
-    first_half_N = torch.tensor(rows[0::2], device=device)
+    text_starts = [end - length for end, length in zip(accumulate(lengths), lengths)]
+    # of each half: where its text starts, where what it reads starts, its keys, and the keys before its own
+    texts = [start for start in text_starts for _ in range(2)]
     # rows of the first half read the second, which starts after <s> and the first half
-    starts_S = torch.stack([text_starts_N + first_half_N, text_starts_N], 1).flatten()
-    keys_S = torch.tensor(keys, device=device)
-    local_K = torch.arange(sum(keys), device=device) - (keys_S.cumsum(0) - keys_S).repeat_interleave(keys_S)
-    half_K = torch.arange(len(keys), device=device).repeat_interleave(keys_S)
-    return order_T[torch.where(local_K == 0, text_starts_N[half_K // 2], starts_S[half_K] + local_K)]
+    starts = [at for start, first_half in zip(text_starts, rows[0::2]) for at in (start + first_half, start)]
+    before = [end - count for end, count in zip(accumulate(keys), keys)]
+    host_4S = torch.tensor([texts, starts, keys, before], dtype=torch.int64)
+    texts_S, starts_S, keys_S, before_S = comm.copy_pinned(host_4S, order_T.device)
+    half_K = torch.repeat_interleave(keys_S, output_size=sum(keys))
+    local_K = torch.arange(sum(keys), device=order_T.device) - before_S[half_K]
+    return order_T[torch.where(local_K == 0, texts_S[half_K], starts_S[half_K] + local_K)]
+
+
+def rest_of_texts(cu_seqlens_N1: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Stream index of every token but `<s>`, ascending, and the text it belongs to.
+
+    Their number follows from the lengths: to pick them by a flag a token would wait for the device.
+    """
+    others_N = (cu_seqlens_N1[1:] - cu_seqlens_N1[:-1]).long() - 1
+    num_others = sum(lengths) - len(lengths)
+    text_R = torch.repeat_interleave(others_N, output_size=num_others)
+    # every text from the first to this one has left its <s> out
+    return torch.arange(num_others, device=text_R.device) + text_R + 1, text_R
 
 
 class EnhancedDecoder(nn.Module):
@@ -124,6 +141,7 @@ class RetroMAE(nn.Module):
         hidden_M: Tensor,
         order_T: Tensor,
         decoded_T: Tensor,
+        num_decoded: int,
         bag_2Z: Tensor | None,
         mask_share: float,
         scales: tuple[float, float, float],
@@ -132,8 +150,9 @@ class RetroMAE(nn.Module):
 
         Args:
             hidden_M: stream positions that the encoder must tell.
-            order_T: see `key_order`; decoded_T: bool, tokens the decoder must tell.
-            bag_2Z: see `distinct_ids`; None: no bag-of-words term.
+            order_T: see `key_order`; decoded_T: bool, tokens the decoder must tell, `num_decoded` of them:
+                the host asks the device for no size.
+            bag_2Z: text and id of each distinct ordinary id; None: no bag-of-words term.
             scales: factor of each summed cross-entropy of the encoder, of the decoder, of the bags.
         """
         hidden_TD = encode_packed(self.encoder, masked_ids_T, position_ids_T, cu_seqlens_N1, lengths)
@@ -142,9 +161,9 @@ class RetroMAE(nn.Module):
             decoded_RD, index_R = self._decode(
                 hidden_TD, input_ids_T, position_ids_T, cu_seqlens_N1, lengths, order_T, mask_share
             )
-            kept_R = decoded_T[index_R].nonzero().squeeze(1)
-            rows.append(decoded_RD.index_select(0, kept_R))
-            targets.append(input_ids_T[index_R[kept_R]])
+            kept_M = torch.nonzero_static(decoded_T[index_R], size=num_decoded).squeeze(1)
+            rows.append(decoded_RD.index_select(0, kept_M))
+            targets.append(input_ids_T[index_R[kept_M]])
         scale_M = torch.cat(
             [
                 torch.full((len(t),), scale, dtype=torch.float64, device=t.device)
@@ -157,7 +176,8 @@ class RetroMAE(nn.Module):
         bag_sum = losses_M.new_zeros(())
         if bag_2Z is not None:
             # every token but <s>, whose vector has its own task in the decoder
-            rows_TD, bias_V = self.lm_head(hidden_TD[position_ids_T > 0])
+            rest_R, _ = rest_of_texts(cu_seqlens_N1, lengths)
+            rows_TD, bias_V = self.lm_head(select_unique_rows(hidden_TD, rest_R))
             pooled = [length - 1 for length in lengths]
             text_Z, id_Z = bag_2Z
             bag, bags_N = bag_of_words_loss(rows_TD, weight_VD, bias_V, pooled, text_Z, id_Z, scales[2])
@@ -181,10 +201,11 @@ class RetroMAE(nn.Module):
         embeddings = cast(nn.Module, self.encoder.embeddings)
         embedded = embeddings(input_ids=input_ids_T.unsqueeze(0), position_ids=positions_T.unsqueeze(0))
         memory_TD = embedded.squeeze(0).index_copy(0, first_N, hidden_TD[first_N])
-        index_R = order_T[position_ids_T[order_T] > 0]
-        lengths_N = cu_seqlens_N1[1:].long() - first_N
-        bottleneck_RD = hidden_TD[first_N].repeat_interleave(lengths_N - 1, dim=0)
-        query_RD = bottleneck_RD + cast(nn.Embedding, embeddings.position_embeddings)(positions_T[index_R])
+        # in every text the order begins with <s>, which is no row
+        rest_R, text_R = rest_of_texts(cu_seqlens_N1, lengths)
+        index_R = order_T[rest_R]
+        position_rows = cast(nn.Embedding, embeddings.position_embeddings)
+        query_RD = hidden_TD[first_N].index_select(0, text_R) + position_rows(positions_T[index_R])
         rows, keys = half_lengths(lengths, mask_share)
         key_K = key_order(order_T, lengths, rows, keys)
         return self.decoder(query_RD, memory_TD, key_K, rows, keys), index_R

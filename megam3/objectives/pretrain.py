@@ -9,7 +9,8 @@ of a step are spread over ranks, accumulated batches and chunks therefore change
                                                 not the mean of (l0 + l1 + l2) / 3 and l3 / 1
 
 The masks are chosen and counted over ranks before the first forward pass, so a batch splits into chunks of
-texts without a gradient cache.
+texts without a gradient cache. How many tokens they hide only the device knows: a step waits for it once, for
+the counts of all texts of all its batches, and cuts chunks by them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,11 +27,17 @@ from megam3.dist import comm
 from megam3.encoders import EncoderShape
 from megam3.errors import CheckpointError
 from megam3.model.bag_of_words import distinct_ids
-from megam3.model.masking import VocabularyTables, mask_tokens, order_in_halves, vocabulary_tables
+from megam3.model.masking import (
+    VocabularyTables,
+    mask_tokens,
+    order_in_halves,
+    sum_by_text,
+    vocabulary_tables,
+)
 from megam3.model.pretrained import load_tokenizer_of, read_special_ids
 from megam3.model.retromae import RetroMAE, load_retromae
 from megam3.objectives.base import Objective, Trainee
-from megam3.packed_texts import PackedTexts, pack_texts
+from megam3.packed_texts import PackedTexts, map_tensors, pack_texts
 
 _FILLER_IDS = (0, 0)
 
@@ -45,11 +52,58 @@ class _MaskedTexts:
     order_T: Tensor
     decoded_T: Tensor
     bag_2Z: Tensor | None
+    counts: tuple[int, int, int]
+    """Tokens the encoder tells, tokens the decoder tells, texts with a bag of words."""
 
-    def counts(self) -> tuple[int, int, int]:
-        """Tokens the encoder tells, tokens the decoder tells, texts with a bag of words."""
-        bags = 0 if self.bag_2Z is None else len(self.bag_2Z[0].unique())
-        return len(self.hidden_M), int(self.decoded_T.sum()), bags
+
+@dataclass(frozen=True, kw_only=True)
+class _Masks:
+    """What is hidden in a whole batch, on the device; how much of it, the host does not know yet."""
+
+    texts: PackedTexts
+    masked_ids_T: Tensor
+    hidden_T: Tensor
+    order_T: Tensor
+    decoded_T: Tensor
+    bag_2T: Tensor | None
+    """See `distinct_ids`."""
+    counts_3N: Tensor
+    """Of each text: tokens the encoder tells, tokens the decoder tells, distinct ids."""
+
+    def cut(self, chunk_tokens: int | None, counts: Sequence[Sequence[int]]) -> list[_MaskedTexts]:
+        """Chunks of at most `chunk_tokens`; `counts` is `counts_3N` on the host."""
+        texts = self.texts
+        plan = plan_chunks(texts.lengths, texts.num_tokens if chunk_tokens is None else chunk_tokens)
+        hidden_M = torch.nonzero_static(self.hidden_T, size=sum(counts[0])).squeeze(1)
+        chunks = []
+        # tokens, and the three counts, of the chunks before this one
+        before = [0, 0, 0, 0]
+        for start, stop in plan:
+            after = [
+                first + sum(of_texts[start:stop]) for first, of_texts in zip(before, (texts.lengths, *counts))
+            ]
+            tokens, hidden, _, ids = (slice(a, b) for a, b in zip(before, after))
+            bag_2Z = None
+            if self.bag_2T is not None:
+                text_Z, id_Z = self.bag_2T[:, ids]
+                bag_2Z = torch.stack([text_Z - start, id_Z])
+            chunks.append(
+                _MaskedTexts(
+                    texts=texts.select(start, stop),
+                    masked_ids_T=self.masked_ids_T[tokens],
+                    hidden_M=hidden_M[hidden] - before[0],
+                    order_T=self.order_T[tokens] - before[0],
+                    decoded_T=self.decoded_T[tokens],
+                    bag_2Z=bag_2Z,
+                    counts=(
+                        after[1] - before[1],
+                        after[2] - before[2],
+                        sum(count > 0 for count in counts[2][start:stop]),
+                    ),
+                )
+            )
+            before = after
+        return chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,18 +149,23 @@ class PretrainObjective(Objective[PretrainConfig]):
         return name.startswith(("lm_head.", "decoder."))
 
     def prepare(self, batches: Sequence[TextBatch], progress: Progress) -> list[_MaskedBatch]:
-        """Mask all batches of a step, and count over them and over ranks what the losses divide by: one
-        collective a step."""
-        masked = [self._mask_chunks(batch, progress.step) for batch in batches]
-        own = [sum(counts) for counts in zip((0, 0, 0), *(c.counts() for chunks in masked for c in chunks))]
+        """Mask all batches of a step, and count over them and over ranks what the losses divide by: one wait
+        for the device and one collective a step."""
+        masks = [self._mask(batch, progress.step) for batch in batches]
+        sizes = [batch.texts.num_texts for batch in batches]
+        # one copy for all batches: each would wait for all that is queued on the device
+        counts = torch.cat([each.counts_3N for each in masks], 1).cpu().split(sizes, 1)
+        masked = [each.cut(self.chunk_tokens, its.tolist()) for each, its in zip(masks, counts, strict=True)]
+        own = [sum(counts) for counts in zip((0, 0, 0), *(c.counts for chunks in masked for c in chunks))]
         columns = list(zip(*comm.all_gather_ints([*own, *map(len, masked)])))
         factor = comm.world_size() * len(batches)
         encoder, decoder, bags = (factor / max(1, sum(column)) for column in columns[:3])
         prepared = []
         for batch, chunks, lengths in zip(batches, masked, columns[3:], strict=True):
-            filler = _hidden_nowhere(batch.texts.input_ids_T.device, self.section.bag_of_words_weight > 0)
             # ZeRO gathers and reduces in every pass: a rank that is short runs passes without a loss
-            chunks += [filler] * (max(1, *lengths) - len(chunks))
+            if missing := max(1, *lengths) - len(chunks):
+                has_bags = self.section.bag_of_words_weight > 0
+                chunks += [_hidden_nowhere(batch.texts.input_ids_T.device, has_bags)] * missing
             prepared.append(_MaskedBatch(chunks=chunks, counted=(encoder, decoder, bags)))
         return prepared
 
@@ -126,13 +185,15 @@ class PretrainObjective(Objective[PretrainConfig]):
                 chunk.hidden_M,
                 chunk.order_T,
                 chunk.decoded_T,
+                chunk.counts[1],
                 chunk.bag_2Z,
                 self.section.decoder_mask_share,
                 scales,
             )
             engine.backward(loss, index == len(batch.chunks) - 1)
             sums_4 += torch.stack([loss, *parts]).detach()
-        total, encoder, decoder, bags = sums_4 * sums_4.new_tensor([1.0, *batch.counted])
+        total, *sums = sums_4.unbind()
+        encoder, decoder, bags = (part * counted for part, counted in zip(sums, batch.counted))
         figures = {"loss/total": total, "loss/encoder": encoder}
         if self.section.decoder:
             figures["loss/decoder"] = decoder
@@ -140,26 +201,21 @@ class PretrainObjective(Objective[PretrainConfig]):
             figures["loss/bag_of_words"] = bags
         return figures
 
-    def _mask_chunks(self, batch: TextBatch, step: int) -> list[_MaskedTexts]:
+    def _mask(self, batch: TextBatch, step: int) -> _Masks:
         """A sequence is named by its first document's row: the plan packs the same documents at every
         resume."""
-        texts = batch.texts
-        budget = texts.num_tokens if self.chunk_tokens is None else self.chunk_tokens
-        rows_N = batch.rows[batch.document_offsets_N1[:-1]].to(texts.input_ids_T.device)
-        plan = plan_chunks(texts.lengths, budget) if texts.num_texts else []
-        return [self._mask(texts.select(start, stop), rows_N[start:stop], step) for start, stop in plan]
-
-    def _mask(self, texts: PackedTexts, rows_N: Tensor, step: int) -> _MaskedTexts:
         assert self._tables is not None, "load_model reads the vocabulary"
-        tables = self._tables = self._tables.to(texts.input_ids_T.device)
+        texts, device = batch.texts, batch.texts.input_ids_T.device
+        tables = self._tables = self._tables.to(device)
         section, text_ids_T = self.section, texts.text_ids_T()
-        row_T = rows_N[text_ids_T]
+        row_T = comm.copy_pinned(batch.rows[batch.document_offsets_N1[:-1]], device)[text_ids_T]
         masked = mask_tokens(
             texts.input_ids_T,
             text_ids_T,
             row_T,
             texts.position_ids_T,
             tables,
+            num_texts=texts.num_texts,
             share=section.encoder_mask_share,
             replace=(section.mask_token_share, section.random_token_share),
             seed=section.mask_seed,
@@ -169,24 +225,28 @@ class PretrainObjective(Objective[PretrainConfig]):
         ordinary_T = ~tables.special_V[texts.input_ids_T]
         if section.decoder:
             decoded_T = ordinary_T & (texts.position_ids_T > 0)
-        bag_2Z = None
+        bag_2T, num_ids_N = None, text_ids_T.new_zeros(texts.num_texts)
         if section.bag_of_words_weight:
-            bag_2Z = distinct_ids(texts.input_ids_T, text_ids_T, ordinary_T, len(tables.special_V))
-        return _MaskedTexts(
+            bag_2T, num_ids_N = distinct_ids(
+                texts.input_ids_T, text_ids_T, ordinary_T, len(tables.special_V), texts.num_texts
+            )
+        told = [sum_by_text(flags_T, text_ids_T, texts.num_texts) for flags_T in (masked.hidden_T, decoded_T)]
+        return _Masks(
             texts=texts,
             masked_ids_T=masked.input_ids_T,
-            hidden_M=masked.hidden_M,
+            hidden_T=masked.hidden_T,
             order_T=order_in_halves(
                 text_ids_T, row_T, texts.position_ids_T, seed=section.mask_seed, step=step
             ),
             decoded_T=decoded_T,
-            bag_2Z=bag_2Z,
+            bag_2T=bag_2T,
+            counts_3N=torch.stack([*told, num_ids_N]),
         )
 
 
 def _hidden_nowhere(device: torch.device, has_bags: bool) -> _MaskedTexts:
     """A chunk that takes part in every collective and whose loss is exactly 0."""
-    texts = pack_texts([_FILLER_IDS]).to(device)
+    texts = map_tensors(pack_texts([_FILLER_IDS]), lambda tensor: comm.copy_pinned(tensor, device))
     return _MaskedTexts(
         texts=texts,
         masked_ids_T=texts.input_ids_T,
@@ -194,6 +254,7 @@ def _hidden_nowhere(device: torch.device, has_bags: bool) -> _MaskedTexts:
         order_T=torch.arange(texts.num_tokens, device=device),
         decoded_T=torch.zeros_like(texts.input_ids_T, dtype=torch.bool),
         bag_2Z=texts.input_ids_T.new_zeros(2, 0) if has_bags else None,
+        counts=(0, 0, 0),
     )
 
 

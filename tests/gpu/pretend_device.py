@@ -87,6 +87,10 @@ class PretendTensor(Tensor):
             index = torch.tensor(index).to(self.device)
         return super().__getitem__(index)
 
+    def new_tensor(self, data, **options):
+        # made on the host and copied without its dispatcher
+        return torch.tensor(data, **{"dtype": self.dtype, **options}).to(self.device)
+
     def tolist(self) -> list:
         # torch reads values for a list without its dispatcher
         return self.to("cpu").tolist()
@@ -118,7 +122,8 @@ class Pretend(TorchDispatchMode):
         self.device = _register()
         self.syncs: list[tuple[str, str]] = []
         self.launches = 0
-        self.pinned: set[int] = set()
+        # held, so that no pageable tensor comes to lie at the same place
+        self.pinned: dict[int, Tensor] = {}
 
     def __enter__(self) -> "Pretend":
         plain = self._tensor = torch.tensor
@@ -137,7 +142,7 @@ class Pretend(TorchDispatchMode):
 
     def pin(self, tensor: Tensor) -> Tensor:
         """Count the host tensor as page-locked."""
-        self.pinned.add(tensor.untyped_storage().data_ptr())
+        self.pinned[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     def sites(self) -> dict[str, int]:
@@ -190,6 +195,10 @@ class Pretend(TorchDispatchMode):
             self._wait("repeat_interleave of unknown size")
         elif name in WAITS:
             self._wait(name)
+        elif name == "segment_reduce" and not kwargs.get("unsafe"):
+            # it reads the least length and the sum of all
+            self._wait("segment_reduce checks its lengths")
+            self._wait("segment_reduce checks its lengths")
         elif name == "lift_fresh":
             return
         else:

@@ -1,13 +1,9 @@
 """How often the host waits for the device in a step, counted on a pretended device with real numbers."""
 
-from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.utils._pytree as pytree
 
 from megam3.batch import Progress
 from megam3.config.objective import UnifiedConfig
@@ -15,36 +11,15 @@ from megam3.config.schema import ModelConfig
 from megam3.dist import comm
 from megam3.model.pretrained import load_m3
 from megam3.objectives.unified import UnifiedObjective
-from megam3.packed_texts import pin_memory
 from megam3.scoring import lexical, maxsim, sparse
-from megam3.step import Wishes, run_step
 from tests.batches import make_groups, split_over_ranks
 from tests.factory import make_tiny_model_folder
 from tests.gpu import varlen_stand_in
-from tests.gpu.pretend_device import Pretend, PretendTensor, _register, move, unwrapped
+from tests.gpu.pretend_device import Pretend, PretendTensor, _register, unwrapped
+from tests.gpu.pretend_step import PlainEngine, step_on_device
 from tests.ranks import run_ranks
 
 CONFIG = UnifiedConfig(temperature=0.2)
-
-
-class PlainEngine:
-    """Forward and backward passes without DeepSpeed."""
-
-    def __init__(self, model):
-        self.model, self.num_chunks = model, 0
-
-    def forward(self, *args, **kwargs):
-        return self.model(*args, **kwargs)
-
-    def backward(self, loss, is_last):
-        self.num_chunks += 1
-        loss.backward()
-
-    def step_scope(self):
-        return nullcontext()
-
-    def accumulation(self, index, count):
-        return nullcontext()
 
 
 @pytest.fixture(scope="module")
@@ -68,63 +43,14 @@ def _measure(folder):
     return results
 
 
-COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "all_to_all_single")
-
-
-def _talk_from_device(monkeypatch, device):
-    """Collective calls read and write the pretended device, as NCCL's do; gloo carries the numbers."""
-    monkeypatch.setattr(comm, "transfer_device", lambda: device)
-
-    def from_device(function):
-        def call(*args, **kwargs):
-            flat = pytree.tree_leaves((args, kwargs))
-            tensors = [x for x in flat if isinstance(x, torch.Tensor)]
-            assert all(isinstance(x, PretendTensor) for x in tensors), "NCCL takes no tensor of the host"
-            args, kwargs = pytree.tree_map_only(PretendTensor, lambda x: x.inner, (args, kwargs))
-            return function(*args, **kwargs)
-
-        return call
-
-    for name in COLLECTIVES:
-        monkeypatch.setattr(dist, name, from_device(getattr(dist, name)))
-
-
 def _on_device(folder, monkeypatch, chunk_tokens):
-    stand_in = varlen_stand_in.install(monkeypatch, any_dtype=True)
-
-    def kernel(query, key, value, cu_q, cu_k, *lengths, **options):
-        # the stand-in reads offsets on the host, which the kernel does not
-        return stand_in(query, key, value, cu_q.inner, cu_k.inner, *lengths, **options)
-
-    monkeypatch.setattr("megam3.model.attention.varlen_attn", kernel)
     for module in (maxsim, lexical):
         for name in ("csr_product", "transposed_csr", "sampled_product", "transposed_pattern"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, unwrapped(getattr(sparse, name)))
-    engine = PlainEngine(load_m3(folder, ModelConfig(path=folder)).train())
-    batch = loaded_batch(engine.model.special_ids)
-    with Pretend() as device:
-        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: device.pin(tensor))
-        move(engine.model)
-        batch, engine.device = pin_memory(batch), device.device
-        if comm.is_grouped():
-            _talk_from_device(monkeypatch, device.device)
-        device.syncs.clear()
-        device.launches = 0
-        run = SimpleNamespace(
-            config=SimpleNamespace(train=SimpleNamespace(seed=0)),
-            engine=engine,
-            objective=UnifiedObjective(CONFIG, chunk_tokens),
-        )
-        report = run_step(run, [batch], Progress(step=0), Wishes())
-    return {
-        "loss": report.figures["loss/total"],
-        "gradients": {n: p.grad.inner for n, p in engine.model.named_parameters()},
-        "chunks": engine.num_chunks,
-        "waits": [list(wait) for wait in device.syncs],
-        "launches": device.launches,
-        "attention_launches": stand_in.launches,
-    }
+    model = load_m3(folder, ModelConfig(path=folder)).train()
+    batch = loaded_batch(model.special_ids)
+    return step_on_device(monkeypatch, model, UnifiedObjective(CONFIG, chunk_tokens), [batch])
 
 
 def share():
@@ -160,6 +86,10 @@ def _see_waits():
         assert x[[2, 0]].shape == (2,)
         host.to(device.device)
         device.pin(host).to(device.device)
+        x.new_tensor([1])
+        two = torch.arange(2, 3, device=device.device)
+        for unsafe in (False, True):
+            torch.segment_reduce(x[:2].float(), "max", lengths=two, unsafe=unsafe)
         with pytest.raises(AssertionError, match="host tensors"):
             torch.add(torch.zeros(2, device=device.device), host)
     return [what for what, _ in device.syncs]
@@ -173,6 +103,9 @@ def test_waits_are_seen():
         "index by a mask",
         "_to_copy from pageable memory",
         "_to_copy from pageable memory",
+        "_to_copy from pageable memory",
+        "segment_reduce checks its lengths",
+        "segment_reduce checks its lengths",
     ]
 
 

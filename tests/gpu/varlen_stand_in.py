@@ -79,3 +79,24 @@ def install(monkeypatch, *, any_dtype: bool = False) -> StandIn:
     monkeypatch.setattr(attention, "is_flash_device", lambda device: True)
     monkeypatch.setattr(attention, "varlen_attn", stand_in)
     return stand_in
+
+
+def attend_halves(
+    query_RHd: Tensor,
+    key_KHd: Tensor,
+    value_KHd: Tensor,
+    cu_rows: Tensor,
+    cu_keys: Tensor,
+    longest_rows: int,
+    longest_keys: int,
+) -> Tensor:
+    """The same kernel where rows read another stream, as RetroMAE's decoder calls it."""
+    assert cu_rows.dtype == cu_keys.dtype == torch.int32
+    rows, keys = (x.diff().tolist() for x in (cu_rows, cu_keys))
+    assert (sum(rows), sum(keys)) == (query_RHd.shape[0], key_KHd.shape[0])
+    assert (max(rows), max(keys)) == (longest_rows, longest_keys)
+    outputs = []
+    for q, k, v in zip(query_RHd.split(rows), key_KHd.split(keys), value_KHd.split(keys), strict=True):
+        weights_HRK = (torch.einsum("rhd,khd->hrk", q, k) / q.shape[-1] ** 0.5).softmax(-1)
+        outputs.append(torch.einsum("hrk,khd->rhd", weights_HRK, v))
+    return torch.cat(outputs)

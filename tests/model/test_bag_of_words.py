@@ -50,7 +50,11 @@ def test_loss_and_all_gradients_equal_the_whole_logits(block):
 
 def test_a_bag_holds_every_ordinary_id_of_its_text_once():
     ids, texts = torch.tensor([0, 8, 6, 8, 2, 0, 6, 2]), torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])
-    assert distinct_ids(ids, texts, ids > 4, 9).tolist() == [[0, 0, 1], [6, 8, 6]]
+    pairs, counts = distinct_ids(ids, texts, ids > 4, 9, 3)
+    # the third text has none; behind the last pair stands that text's number and one more
+    assert counts.tolist() == [2, 1, 0]
+    assert pairs[:, :3].tolist() == [[0, 0, 1], [6, 8, 6]]
+    assert pairs[0, 3:].tolist() == [3] * 5
 
 
 class Largest(TorchDispatchMode):

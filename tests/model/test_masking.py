@@ -38,6 +38,7 @@ def mask(texts, rows, share=0.3, seed=7, step=3, replace=(0.8, 0.1)):
         torch.tensor(rows)[text_ids],
         texts.position_ids_T,
         TABLES,
+        num_texts=texts.num_texts,
         share=share,
         replace=replace,
         seed=seed,
@@ -61,7 +62,7 @@ def words_of(ids):
 @pytest.mark.parametrize("share", [0.15, 0.3, 0.5])
 def test_whole_words_reach_the_share_in_every_text(share):
     texts = stream((8192, 40, 2, 3, 700))
-    hidden = set(mask(texts, [5, 6, 7, 8, 9], share).hidden_M.tolist())
+    hidden = set(mask(texts, [5, 6, 7, 8, 9], share).hidden_T.nonzero().flatten().tolist())
     start = 0
     for length in texts.lengths:
         words = words_of(texts.input_ids_T[start : start + length].tolist())
@@ -79,7 +80,7 @@ def test_whole_words_reach_the_share_in_every_text(share):
 def test_replacements_have_their_shares_and_stay_in_place():
     texts = stream((8192,) * 4)
     masked = mask(texts, [0, 1, 2, 3])
-    hidden = masked.hidden_M
+    hidden = masked.hidden_T.nonzero().squeeze(1)
     untouched = torch.ones(texts.num_tokens, dtype=torch.bool)
     untouched[hidden] = False
     assert torch.equal(masked.input_ids_T[untouched], texts.input_ids_T[untouched])
@@ -96,7 +97,7 @@ def test_masks_depend_on_seed_step_and_row_and_not_on_neighbours():
     both, alone = mask(texts, [5, 6]), mask(texts.select(1, 2), [6])
     assert torch.equal(both.input_ids_T[300:], alone.input_ids_T)
     for other in (mask(texts, [5, 6], seed=8), mask(texts, [5, 6], step=4), mask(texts, [6, 5])):
-        assert not torch.equal(other.hidden_M, both.hidden_M)
+        assert not torch.equal(other.hidden_T, both.hidden_T)
 
 
 def test_hashed_numbers_are_uniform():

@@ -80,7 +80,9 @@ def test_loss_and_all_gradients_equal_the_naive_model(mask_share):
     scales = (0.3, 0.2, 0.0)
     decoded = (ids >= 5) & (texts.position_ids_T > 0)
     stream = (ids, masked, texts.position_ids_T, texts.cu_seqlens_N1, LENGTHS)
-    loss, encoder, decoder, _ = model(*stream, hidden, order, decoded, None, mask_share, scales)
+    loss, encoder, decoder, _ = model(
+        *stream, hidden, order, decoded, int(decoded.sum()), None, mask_share, scales
+    )
     torch.testing.assert_close(loss.item(), (0.3 * encoder + 0.2 * decoder).item(), rtol=1e-12, atol=0)
     loss.backward()
     fast = {name: p.grad.clone() for name, p in model.named_parameters()}
