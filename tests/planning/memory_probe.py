@@ -242,3 +242,5 @@ if __name__ == "__main__":
     join(torch.device("cpu"))
     torch.set_num_threads(1)
     print(json.dumps([main(spec) for spec in json.loads(sys.argv[1])][-1]))
+    # a group that is left to the interpreter's end may abort the process: its threads are still there
+    comm.stop()
