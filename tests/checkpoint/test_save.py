@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megam3.batch import Progress
-from megam3.checkpoint import find_problem, newest_complete, read_state
+from megam3.checkpoint import clear_partials, find_problem, newest_complete, read_state
 from megam3.checkpoint.save import describe_size
 from megam3.dist import comm
 from megam3.errors import CheckpointError
@@ -142,6 +142,27 @@ def test_a_removal_that_is_killed_leaves_nothing_that_looks_like_a_checkpoint(tm
     assert newest_complete(str(tmp_path), pytest.fail).endswith("step-000002")
     save_step(tmp_path, 3)
     assert [name for name in os.listdir(tmp_path / "checkpoints") if name.endswith(".partial")] == []
+
+
+def test_a_removed_one_that_somebody_still_reads_does_not_end_the_run(tmp_path, monkeypatch, caplog):
+    rmtree = shutil.rmtree
+
+    def busy(path, *args, **kwargs):
+        # on NFS a removed file stays as .nfs… while a process of this machine has it open
+        if os.path.basename(path) == ".step-000001.partial":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        rmtree(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    save_step(tmp_path, 1)
+    save_step(tmp_path, 2, keep=1)
+    save_step(tmp_path, 3, keep=1)
+    clear_partials(str(tmp_path))
+    assert steps_in(tmp_path) == ["step-000003"]
+    assert "Device or resource busy" in caplog.text
+    monkeypatch.undo()
+    save_step(tmp_path, 4)
+    assert not (tmp_path / "checkpoints" / ".step-000001.partial").exists()
 
 
 def test_a_fence_that_refuses_leaves_the_name_unseen(tmp_path):
