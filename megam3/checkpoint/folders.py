@@ -159,13 +159,19 @@ def prune(root: str, keep: int, protected: Collection[int]) -> list[str]:
     Raises:
         OSError: a folder cannot be renamed or removed.
     """
-    whole = []
-    for name in step_names(root):
-        if find_problem(os.path.join(root, name), read=False) is None:
-            whole.append(name)
-        elif step_of(name) not in protected:
-            rename_aside(root, name, "damaged")
-    doomed = [name for name in whole[:-keep] if step_of(name) not in protected]
+    whole, doomed = 0, []
+    for name in reversed(step_names(root)):
+        is_protected = step_of(name) in protected
+        if is_protected and whole >= keep:
+            continue  # stays, whole or not: no need to look at its files, which are as many as the ranks
+        if find_problem(os.path.join(root, name), read=False) is not None:
+            if not is_protected:
+                rename_aside(root, name, "damaged")
+            continue
+        if whole >= keep:
+            doomed.append(name)
+        whole += 1
+    doomed.reverse()
     for name in doomed:
         # renamed first: a kill in the middle must not leave a checkpoint that looks whole but for a few files
         partial = os.path.join(root, f".{name}.partial")

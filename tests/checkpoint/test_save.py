@@ -108,6 +108,21 @@ def test_every_so_many_steps_one_stays(tmp_path):
     assert steps_in(tmp_path) == ["step-000003", "step-000006", "step-000007"]
 
 
+def test_a_save_does_not_look_through_all_that_are_kept(tmp_path, monkeypatch):
+    for step in range(1, 8):
+        save_step(tmp_path, step, keep=2, every_steps=1)
+    looked_at: list[str] = []
+
+    def find(folder, *args, **kwargs):
+        looked_at.append(os.path.basename(folder))
+        return find_problem(folder, *args, **kwargs)
+
+    monkeypatch.setattr("megam3.checkpoint.folders.find_problem", find)
+    save_step(tmp_path, 8, keep=2, every_steps=1)
+    assert looked_at == ["step-000008", "step-000007"]
+    assert len(steps_in(tmp_path)) == 8
+
+
 def test_with_one_to_keep_the_older_one_goes_only_when_the_newer_was_read_back(tmp_path, monkeypatch):
     save_step(tmp_path, 1, keep=1)
     answers = iter(range(100))
