@@ -238,6 +238,13 @@ def test_a_full_disk_is_a_users_error_and_the_next_start_has_its_space_again(sma
     assert find_problem(save_step(small_disk, 3, keep=1, write=write_rank_file)) is None
 
 
+def test_a_disk_that_takes_not_even_the_models_small_files_is_full(small_disk):
+    (small_disk / "model").mkdir()
+    (small_disk / "model" / "tokenizer.json").write_bytes(bytes(3 << 20))
+    with pytest.raises(CheckpointError, match=r"No space left on device.*free space"):
+        save_step(small_disk, 1)
+
+
 def test_torch_says_a_full_disk_in_its_own_way(small_disk):
     import torch
 
