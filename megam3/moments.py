@@ -214,7 +214,9 @@ class Moments:
             folder = os.path.join(self._run.run_dir, "eval")
             names = os.listdir(folder) if os.path.isdir(folder) else []
             done = [name for name in names if name.startswith(f"step-{step:06d}-")]
-            is_owed = len(done) < len(self._run.config.evaluation.folders)
+            # the files may be an earlier run's, which train.resume=never or train.resume_step left there
+            is_missing = len(done) < len(self._run.config.evaluation.folders)
+            is_owed = is_missing or step not in self._evaluations
         return comm.any_rank(is_owed)
 
     def _plan_batches(self, batches: Sequence[Batch]) -> None:

@@ -51,6 +51,10 @@ fi
 
 # the job's name for train.resume=never and train.resume_step, which count once for a job and not again after a requeue
 export MEGAM3_JOB=${SLURM_JOB_ID:-}
+# The job's name for scontrol. An array has the number of one of its tasks: called by that, scontrol puts every task of
+# it back into the queue, and kills those that train.
+job=${SLURM_JOB_ID:-}
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 # with an arbitrary distribution rank 0 is on the first host of the given list, not of the sorted one
 if [ -n "${SLURM_HOSTFILE:-}" ] && [ -r "$SLURM_HOSTFILE" ] && [ -z "${MASTER_ADDR:-}" ]; then
   read -r MASTER_ADDR <"$SLURM_HOSTFILE" && export MASTER_ADDR=${MASTER_ADDR%%[,\*]*}
@@ -121,7 +125,7 @@ nodes_answer() {
 
 # Slurm says SIGTERM for a pre-emption as well as for scancel; the job's record tells them apart.
 is_preempted() {
-  [ -n "$MEGAM3_REQUEUE_ON_TERM" ] || scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -q 'PreemptTime=[0-9]'
+  [ -n "$MEGAM3_REQUEUE_ON_TERM" ] || scontrol show job "$job" 2>/dev/null | grep -q 'PreemptTime=[0-9]'
 }
 
 requeue() {
@@ -130,7 +134,7 @@ requeue() {
     exit "$code"
   fi
   say "$1, back to the queue (restart $((${SLURM_RESTART_COUNT:-0} + 1)))"
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+  scontrol requeue "$job" && exit 0
   say 'this site does not requeue jobs; submit the same line again, the run continues from its newest checkpoint'
   exit "$code"
 }

@@ -5,6 +5,7 @@ import types
 import pytest
 
 from megam3.batch import Progress
+from megam3.checkpoint import Evaluations
 from megam3.moments import Moments
 from megam3.obs import clock as clock_module
 from megam3.obs.clock import StepClock
@@ -74,3 +75,15 @@ def test_tokens_per_second_know_neither_saving_nor_evaluating(tmp_path, now):
         moments._evaluate(1)
     assert now[0] == 100.0 + 2.0 + SECONDS["write"] + 2 * SECONDS["finish"] + SECONDS["evaluate"]
     assert clock.read().tokens_per_second == 500.0
+
+
+def test_files_of_an_earlier_run_are_no_evaluation_of_this_one(tmp_path, now):
+    moments = make_moments(tmp_path, now, StepClock())
+    moments._run.config.evaluation = types.SimpleNamespace(folders=["heldout"])
+    (tmp_path / "eval").mkdir()
+    # an earlier run in this folder was evaluated there; this one was killed before it was
+    (tmp_path / "eval" / "step-000004-heldout.json").write_text("{}")
+    moments._evaluations = Evaluations(str(tmp_path), 4)
+    assert moments._owes_evaluation(4)
+    moments._evaluations.add(4, {"eval/heldout/All/ndcg@10": 0.5})
+    assert not moments._owes_evaluation(4)

@@ -50,6 +50,10 @@ class Evaluations:
         os.makedirs(os.path.dirname(self._path), exist_ok=True)
         write_json(self._path, {str(step): self._by_step[step] for step in sorted(self._by_step)})
 
+    def __contains__(self, step: int) -> bool:
+        """Whether this run was evaluated after `step` steps, to the end."""
+        return step in self._by_step
+
     def values(self, metric: MetricConfig) -> dict[int, float]:
         """The mean of a metric over all test sets, by step, ascending."""
         wanted = f"/{metric.mode}/{metric.metric}"

@@ -12,6 +12,7 @@ No ranks and no tensors here.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -21,6 +22,8 @@ from typing import TypedDict
 
 from megam3.errors import CheckpointError
 from megam3.files import atomic_file, flush_folder, read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 MANIFEST, MARKER = "manifest.json", "COMPLETE"
 STEP_NAME = re.compile(r"step-(\d{1,18})")
@@ -156,13 +159,19 @@ def prune(root: str, keep: int, protected: Collection[int]) -> list[str]:
     Raises:
         OSError: a folder cannot be renamed or removed.
     """
-    whole = []
-    for name in step_names(root):
-        if find_problem(os.path.join(root, name), read=False) is None:
-            whole.append(name)
-        elif step_of(name) not in protected:
-            rename_aside(root, name, "damaged")
-    doomed = [name for name in whole[:-keep] if step_of(name) not in protected]
+    whole, doomed = 0, []
+    for name in reversed(step_names(root)):
+        is_protected = step_of(name) in protected
+        if is_protected and whole >= keep:
+            continue  # stays, whole or not: no need to look at its files, which are as many as the ranks
+        if find_problem(os.path.join(root, name), read=False) is not None:
+            if not is_protected:
+                rename_aside(root, name, "damaged")
+            continue
+        if whole >= keep:
+            doomed.append(name)
+        whole += 1
+    doomed.reverse()
     for name in doomed:
         # renamed first: a kill in the middle must not leave a checkpoint that looks whole but for a few files
         partial = os.path.join(root, f".{name}.partial")
@@ -172,10 +181,15 @@ def prune(root: str, keep: int, protected: Collection[int]) -> list[str]:
 
 
 def remove_partials(root: str) -> None:
-    """Delete what killed saves and killed deletions left."""
+    """Delete what killed saves and killed deletions left. What cannot go costs space and nothing else: on NFS
+    the files of a removed checkpoint that another process of this machine has open stay until it closes
+    them."""
     for name in os.listdir(root) if os.path.isdir(root) else []:
         if name.startswith(".step-") and name.endswith(".partial"):
-            shutil.rmtree(os.path.join(root, name))
+            try:
+                shutil.rmtree(os.path.join(root, name))
+            except OSError as error:
+                logger.warning("%s cannot be removed: %s", os.path.join(root, name), error)
 
 
 def check_space(root: str, at_least_bytes: int = 0) -> None:

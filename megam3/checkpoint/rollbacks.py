@@ -50,18 +50,26 @@ class Rollback:
 def read_rollbacks(run_dir: str, data_fingerprint: str) -> list[Rollback]:
     """The returns of a run on this data, oldest first; those on other data concern another plan.
 
+    Collective: the main rank reads for all. A network file system may show a new file to one rank before
+    another, and ranks that go round different places would train on parts of different batches.
+
     Raises:
         CheckpointError: the file is there and cannot be read: going on would serve other batches.
     """
     path = os.path.join(run_dir, "checkpoints", FILE)
-    try:
-        found = [Rollback(**entry) for entry in read_json(path)]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError) as error:
-        rule = f"cannot be read ({error})"
-        remedy = "restore it, or start anew with train.resume=never"
-        raise CheckpointError("rollbacks", path, rule, remedy) from None
+    own: list[dict] = []
+    failure = ""
+    if comm.is_main():
+        try:
+            own = [asdict(Rollback(**entry)) for entry in read_json(path)]
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError) as error:
+            failure = f"cannot be read ({error})"
+    own, failure = comm.gather_objects_json([own, failure])[0]
+    if failure:
+        raise CheckpointError("rollbacks", path, failure, "restore it, or start anew with train.resume=never")
+    found = [Rollback(**entry) for entry in own]
     return [entry for entry in found if entry.data_fingerprint == data_fingerprint]
 
 
@@ -95,7 +103,7 @@ def roll_back(run_dir: str, engine: Engine, state: RunState, request: RollBack, 
         CheckpointError: no checkpoint is whole.
     """
     failed = request.step + 1
-    number = comm.gather_objects_json(len(read_rollbacks(run_dir, state.data_fingerprint)))[0]
+    number = len(read_rollbacks(run_dir, state.data_fingerprint))
     if number >= limit:
         rule = f"is not finite, and the run went back {number} times already (engine.max_rollbacks)"
         raise TrainingError(f"step {failed}", request.what, rule, way_back(list_steps(run_dir)))

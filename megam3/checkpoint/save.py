@@ -294,7 +294,8 @@ def parts_of(error: CheckpointError) -> list[str]:
 
 def _explain(folder: str, error: OSError | str) -> list[str]:
     remedy = "make the folder writable, or set output_dir"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    # in words: copytree collects the errors of its files in one that has no number
+    if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
         remedy = MAKE_ROOM
     return ["output_dir", folder, f"a checkpoint cannot be written: {error}", remedy]
 

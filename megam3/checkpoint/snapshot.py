@@ -22,6 +22,8 @@ MEMORY_MARGIN = 1.1
 """A copy may take this much less than the host has left: data workers and the page cache breathe."""
 
 CGROUP_FOLDER = Path("/sys/fs/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")
+UNLIMITED = 1 << 62
 
 
 class HostBuffers:
@@ -146,16 +148,24 @@ def available_bytes() -> int:
 
 
 def _left_in_cgroup() -> int:
-    """Of cgroup v2, as Slurm sets it with ConstrainRAMSpace; the page cache of the job counts as free."""
-    unlimited = 1 << 62
+    """Of cgroup v2, where every group above this process's own may have a limit: Slurm's ConstrainRAMSpace
+    sets them on a job and its step, and a task has a group of its own below those, without one."""
     try:
-        own = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
-        folder = CGROUP_FOLDER / own.lstrip("/")
+        own = OWN_CGROUP.read_text().strip().rpartition("::")[2]
+    except OSError:
+        return UNLIMITED
+    folder = CGROUP_FOLDER / own.lstrip("/")
+    return min(_left_at(level) for level in (folder, *folder.parents) if level.is_relative_to(CGROUP_FOLDER))
+
+
+def _left_at(folder: Path) -> int:
+    """Below the limit of one group; the page cache in it counts as free."""
+    try:
         limit = (folder / "memory.max").read_text().strip()
         if limit == "max":
-            return unlimited
+            return UNLIMITED
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         used = int((folder / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
         return int(limit) - used
     except (OSError, ValueError):
-        return unlimited
+        return UNLIMITED

@@ -166,7 +166,8 @@ def open_training_data(
 ) -> TrainingData:
     """Open the store of a recipe, prepare first what is not in it yet, check it, and lay out its batches.
 
-    `verify=False`: the checksums were compared on this machine a moment ago.
+    `verify=False`: another rank prepared it and compared the checksums on this machine a moment ago. Then the
+    inputs are not looked at: where a moved one cannot be noted, every rank would read all of it again.
 
     Preparing uses every core this process may use. Several ranks: let one open, wait for it, then open on the
     others.
@@ -175,9 +176,9 @@ def open_training_data(
         DataError: bad input, a store made from something else (named), or a damaged one.
         ConfigError: batch sizes or buckets that do not fit the data.
     """
-    prepare_data(
-        config, tokenizer, store_dir, num_processes=len(os.sched_getaffinity(0)), on_progress=_log_progress
-    )
+    if verify:
+        num_processes = len(os.sched_getaffinity(0))
+        prepare_data(config, tokenizer, store_dir, num_processes, on_progress=_log_progress)
     if verify and config.verify_store:
         _verify_store(config, store_dir)
     opened = open_all(config, store_dir)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from megam3.checkpoint import rollbacks
 from megam3.checkpoint.rollbacks import FILE, read_rollbacks
+from megam3.dist import comm
 from megam3.errors import CheckpointError
 from tests.launches import ROOT, Workplace, make_workplace, train_calls
 from tests.ranks import run_ranks
@@ -96,6 +98,24 @@ def test_returns_on_other_data_do_not_count_and_a_damaged_note_stops_the_run(tmp
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"rollbacks = .*cannot be read.*train.resume=never"):
             read_rollbacks(str(tmp_path), "a")
+
+
+def _read_where_one_rank_sees_no_file(run_dir: str) -> list[tuple[int, int]]:
+    if not comm.is_main():
+
+        def unseen(path: str) -> None:
+            raise FileNotFoundError(path)  # what NFS answers from its memory of an earlier look
+
+        rollbacks.read_json = unseen
+    return [(found.first, found.stop) for found in read_rollbacks(run_dir, "a")]
+
+
+@pytest.mark.ranks
+def test_a_rank_that_does_not_see_the_note_yet_goes_round_the_same_places(tmp_path: Path) -> None:
+    entry = {"failed_step": 5, "what": "x", "back_to": 3, "first": 3, "stop": 5, "data_fingerprint": "a"}
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / FILE).write_text(json.dumps([entry]))
+    assert run_ranks(_read_where_one_rank_sees_no_file, 2, str(tmp_path)) == [[(3, 5)]] * 2
 
 
 def policy_of(place: Workplace, name: str, stage: int) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megam3.batch import Progress
-from megam3.checkpoint import find_problem, newest_complete, read_state
+from megam3.checkpoint import clear_partials, find_problem, newest_complete, read_state
 from megam3.checkpoint.save import describe_size
 from megam3.dist import comm
 from megam3.errors import CheckpointError
@@ -108,6 +108,21 @@ def test_every_so_many_steps_one_stays(tmp_path):
     assert steps_in(tmp_path) == ["step-000003", "step-000006", "step-000007"]
 
 
+def test_a_save_does_not_look_through_all_that_are_kept(tmp_path, monkeypatch):
+    for step in range(1, 8):
+        save_step(tmp_path, step, keep=2, every_steps=1)
+    looked_at: list[str] = []
+
+    def find(folder, *args, **kwargs):
+        looked_at.append(os.path.basename(folder))
+        return find_problem(folder, *args, **kwargs)
+
+    monkeypatch.setattr("megam3.checkpoint.folders.find_problem", find)
+    save_step(tmp_path, 8, keep=2, every_steps=1)
+    assert looked_at == ["step-000008", "step-000007"]
+    assert len(steps_in(tmp_path)) == 8
+
+
 def test_with_one_to_keep_the_older_one_goes_only_when_the_newer_was_read_back(tmp_path, monkeypatch):
     save_step(tmp_path, 1, keep=1)
     answers = iter(range(100))
@@ -142,6 +157,27 @@ def test_a_removal_that_is_killed_leaves_nothing_that_looks_like_a_checkpoint(tm
     assert newest_complete(str(tmp_path), pytest.fail).endswith("step-000002")
     save_step(tmp_path, 3)
     assert [name for name in os.listdir(tmp_path / "checkpoints") if name.endswith(".partial")] == []
+
+
+def test_a_removed_one_that_somebody_still_reads_does_not_end_the_run(tmp_path, monkeypatch, caplog):
+    rmtree = shutil.rmtree
+
+    def busy(path, *args, **kwargs):
+        # on NFS a removed file stays as .nfs… while a process of this machine has it open
+        if os.path.basename(path) == ".step-000001.partial":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        rmtree(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    save_step(tmp_path, 1)
+    save_step(tmp_path, 2, keep=1)
+    save_step(tmp_path, 3, keep=1)
+    clear_partials(str(tmp_path))
+    assert steps_in(tmp_path) == ["step-000003"]
+    assert "Device or resource busy" in caplog.text
+    monkeypatch.undo()
+    save_step(tmp_path, 4)
+    assert not (tmp_path / "checkpoints" / ".step-000001.partial").exists()
 
 
 def test_a_fence_that_refuses_leaves_the_name_unseen(tmp_path):
@@ -200,6 +236,13 @@ def test_a_full_disk_is_a_users_error_and_the_next_start_has_its_space_again(sma
         save_step(small_disk, 2, write=lambda folder: write_rank_file(folder, 1 << 22))
     assert newest_complete(str(small_disk), pytest.fail).endswith("step-000001")
     assert find_problem(save_step(small_disk, 3, keep=1, write=write_rank_file)) is None
+
+
+def test_a_disk_that_takes_not_even_the_models_small_files_is_full(small_disk):
+    (small_disk / "model").mkdir()
+    (small_disk / "model" / "tokenizer.json").write_bytes(bytes(3 << 20))
+    with pytest.raises(CheckpointError, match=r"No space left on device.*free space"):
+        save_step(small_disk, 1)
 
 
 def test_torch_says_a_full_disk_in_its_own_way(small_disk):

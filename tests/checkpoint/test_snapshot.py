@@ -111,3 +111,17 @@ def test_a_jobs_memory_limit_counts_where_it_is_below_the_hosts(tmp_path: Path, 
     assert available_bytes() == 1_500_000
     (folder / "memory.max").write_text("max\n")
     assert available_bytes() > 1_500_000
+
+
+def test_the_limit_of_a_slurm_job_counts_though_its_tasks_have_none(tmp_path: Path, monkeypatch) -> None:
+    # cgroup v2 as Slurm lays it out: memory.max is on job and step, processes are in the tasks below
+    own = "system.slice/n0_slurmstepd.scope/job_7/step_0/user/task_0"
+    (tmp_path / "own").write_text(f"0::/{own}\n")
+    for folder, limit, used in ((own, "max", 1_000_000), (f"{own}/../../..", "5000000", 3_000_000)):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / folder / "memory.current").write_text(f"{used}\n")
+        (tmp_path / folder / "memory.stat").write_text("anon 1000000\ninactive_file 500000\n")
+    monkeypatch.setattr(module, "CGROUP_FOLDER", tmp_path)
+    monkeypatch.setattr(module, "OWN_CGROUP", tmp_path / "own")
+    assert available_bytes() == 2_500_000

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megam3.data import inputs
+from megam3.data import prepare as prepare_module
 from megam3.data.dataset import open_training_data
 from megam3.data.encode import input_digest
 from megam3.data.prepare import prepare_data
@@ -121,6 +122,22 @@ def test_moved_and_changed_data_is_refused(
     with pytest.raises(DataError, match=said):
         prepare(tmp_path / "new", tokenizer, tmp_path / "s")
     assert (tmp_path / "s" / "d" / "spec.json").read_bytes() == before
+
+
+def test_a_rank_whose_machine_has_looked_reads_no_moved_data_again(
+    tmp_path, tokenizer, counted, monkeypatch
+) -> None:
+    old = two_files(tmp_path / "old")
+    prepare(old, tokenizer, tmp_path / "s")
+    old.rename(tmp_path / "new")
+
+    def refuse(path: Path, blocks: object) -> str:
+        raise DataError("store file", str(path), "could not be written (Read-only file system)", "make room")
+
+    monkeypatch.setattr(prepare_module, "write_checked", refuse)
+    opened = open_training_data(data_config(tmp_path / "new"), tokenizer, tmp_path / "s", 1, verify=False)
+    assert opened.datasets[0].num_rows == 80
+    assert counted == []
 
 
 def test_a_store_that_can_only_be_read_serves_data_that_moved(tmp_path, tokenizer, caplog) -> None:

@@ -134,3 +134,22 @@ def test_where_jobs_are_not_requeued_that_is_said(cluster: Cluster, tmp_path: Pa
     assert (fields["Restarts"], fields["ExitCode"]) == ("0", "85:0")
     said = "this site does not requeue jobs; submit the same line again, the run continues from its newest"
     assert said in (tmp_path / "job.log").read_text()
+
+
+@needs_slurm
+@pytest.mark.slurm
+def test_a_task_of_an_array_goes_back_to_the_queue_alone(cluster: Cluster, tmp_path: Path) -> None:
+    site = tmp_path / "env.sh"
+    site.write_text(". slurm/env.sh\nexport PROBE_OUT+=/$SLURM_ARRAY_TASK_ID\nmkdir -p $PROBE_OUT\n")
+    options = ("--nodes=1", *ONE_A_NODE, "--array=0-1")
+    job = submit(cluster, tmp_path, "wait", options=options, MEGAM3_SLURM_ENV=str(site))
+    wait_for_files(tmp_path, "0/ready0", "1/ready0")
+    # the last task, whose number is the array's
+    assert cluster.job(f"{job}_1")["JobId"] == job
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_1")
+    cluster.wait_for(f"{job}_1", "PENDING", "COMPLETED", "FAILED")
+    first, last = (cluster.job(f"{job}_{task}") for task in range(2))
+    cluster.run("scancel", job)
+    assert (last["JobState"], last["Restarts"]) == ("PENDING", "1"), (tmp_path / "job.log").read_text()
+    assert (first["JobState"], first["Restarts"]) == ("RUNNING", "0")
+    cluster.wait_for(f"{job}_0", "CANCELLED", "FAILED", "COMPLETED")
