@@ -25,7 +25,7 @@ from megam3.dist import comm
 from megam3.errors import ConfigError
 from megam3.retrieval.answers import answer_qrels
 from megam3.retrieval.beir import BeirDataset
-from megam3.retrieval.bm25 import bm25_hits
+from megam3.retrieval.bm25 import bm25_hits, find_framing
 from megam3.retrieval.encode import EncodedTexts, EncodeIds, encode_texts, multi_vector_rows
 from megam3.retrieval.metrics import DEPTH, mean_by_group, mean_metrics, score_rankings
 from megam3.retrieval.results import EvaluationResult, ModeResult
@@ -271,7 +271,8 @@ def evaluate(
     if set(modes) - {"BM25"}:
         hits |= _search(texts, encode_ids, config, modes)
     if "BM25" in modes:
-        hits["BM25"] = bm25_hits(texts.query_ids, texts.passage_ids, DEPTH)
+        framing = find_framing(tokenize, config.query_max_tokens)
+        hits["BM25"] = bm25_hits(texts.query_ids, texts.passage_ids, DEPTH, framing)
     searched = Searched(
         hits={mode: hits[mode] for mode in modes},
         query_tokens=[len(ids) for ids in texts.query_ids],

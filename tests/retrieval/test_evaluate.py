@@ -11,7 +11,7 @@ from megam3.config.schema import EvaluationConfig
 from megam3.config.weights import HeadWeights
 from megam3.errors import CheckpointError, ConfigError
 from megam3.retrieval import evaluate as evaluation
-from megam3.retrieval.bm25 import bm25_hits
+from megam3.retrieval.bm25 import bm25_hits, find_framing
 from megam3.retrieval.encode import encode_texts
 from megam3.retrieval.evaluate import MODES, evaluate, length_bucket
 from megam3.retrieval.results import group_table, overall_table, read_result
@@ -140,6 +140,18 @@ def test_non_finite_weights_are_an_error():
         CheckpointError, match="representations that are not finite; evaluate an earlier checkpoint"
     ):
         encode_texts(broken, [[0, 5, 2]], 100)
+
+
+@pytest.mark.parametrize(("before", "after"), [((0,), (2,)), ((), (2,)), ((0,), ()), ((), ())])
+def test_bm25_leaves_out_no_word_where_a_tokenizer_puts_fewer_special_tokens(before, after):
+    def framed(texts, max_tokens):
+        return [[*before, *map(int, text.split()), *after] for text in texts]
+
+    dataset = toy_dataset()
+    wanted = evaluate(dataset, tokenize, encode_ids, CONFIG, ["BM25"])
+    found = evaluate(dataset, framed, encode_ids, CONFIG, ["BM25"])
+    assert find_framing(framed, 512) == (len(before), len(after))
+    assert found.modes == wanted.modes
 
 
 def test_bm25_equals_its_formula():
