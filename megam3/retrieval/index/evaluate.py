@@ -23,7 +23,7 @@ from megam3.embedder import M3Embedder
 from megam3.errors import DataError
 from megam3.retrieval.beir import BeirDataset, read_corpus, read_judged
 from megam3.retrieval.bm25 import find_framing
-from megam3.retrieval.evaluate import DEPTH, MODES, Searched, check_modes, measure
+from megam3.retrieval.evaluate import MODES, SEARCHED, Searched, check_modes, measure
 from megam3.retrieval.index.bm25 import CountsSpec, TokenCounts, bm25_on_disk, count_tokens
 from megam3.retrieval.index.build import EncodeOptions, build_index
 from megam3.retrieval.index.documents import Documents, open_documents, write_documents
@@ -110,7 +110,7 @@ def evaluate_on_disk(
             test_set, embedder, model, config, [m for m in FIVE_MODES if m in modes], on_progress
         )
     if "BM25" in modes:
-        hits["BM25"] = bm25_on_disk(counts, test_set.documents, query_ids, DEPTH)
+        hits["BM25"] = bm25_on_disk(counts, test_set.documents, query_ids, SEARCHED)
     searched = Searched(
         hits=hits,
         query_tokens=[len(ids) for ids in query_ids],
