@@ -167,6 +167,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(argv)
     _check_model(given.model)
     device = pick_device(given.device)
+    for option, value, least in (
+        ("--query-max-tokens", given.query_max_tokens, 3),
+        ("--passage-max-tokens", given.passage_max_tokens, 3),
+        ("--batch-tokens", given.batch_tokens, 1),
+        ("--rerank-dense", given.rerank_dense, 1),
+        ("--rerank-hybrid", given.rerank_hybrid, 1),
+    ):
+        if value is not None and value < least:
+            raise ConfigError(option, value, f"must be at least {least}", "leave it out")
     asked = [] if given.modes is None else [mode.strip() for mode in given.modes.split(",")]
     check_modes(asked)
     test_sets = _test_sets(given)
@@ -177,8 +186,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = EvaluationConfig(
         folders=given.folders,
         split=given.split,
-        query_max_tokens=given.query_max_tokens,
-        passage_max_tokens=given.passage_max_tokens,
+        # what the model has no positions for is cut, and counted as cut
+        query_max_tokens=min(given.query_max_tokens, embedder.max_tokens),
+        passage_max_tokens=min(given.passage_max_tokens, embedder.max_tokens),
         batch_tokens=given.batch_tokens or embedder.default_batch_tokens,
         rerank_dense=given.rerank_dense,
         rerank_hybrid=given.rerank_hybrid,

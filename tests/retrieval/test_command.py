@@ -55,6 +55,25 @@ def test_prints_a_table_and_writes_json(model_folder, beir_folder, tmp_path, cap
     assert result.modes["BM25"].overall["ndcg@10"] > 0.9
 
 
+def test_texts_that_the_model_has_no_positions_for_are_counted_as_cut(model_folder, beir_folder, tmp_path):
+    passages = [json.loads(line) for line in (beir_folder / "corpus.jsonl").read_text().splitlines()]
+    long = [{**passage, "text": passage["text"] * 100} for passage in passages]
+    (beir_folder / "corpus.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in long))
+    for more in ([], ["--index", str(tmp_path / "index")]):
+        assert (
+            main([str(model_folder), str(beir_folder), "--out", str(tmp_path), "--modes", "BM25", *more]) == 0
+        )
+        assert read_result(tmp_path / "sentences.json").num_at_limit == len(passages)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--rerank-dense", 0), ("--query-max-tokens", 2), ("--batch-tokens", -1)]
+)
+def test_numbers_that_are_too_small_are_refused_by_their_option(model_folder, beir_folder, option, value):
+    with pytest.raises(ConfigError, match=f"{option} = {value}: must be at least"):
+        main([str(model_folder), str(beir_folder), option, str(value)])
+
+
 def test_modes_can_be_chosen(model_folder, beir_folder, tmp_path):
     assert main([str(model_folder), str(beir_folder), "--modes", "Sparse,BM25", "--out", str(tmp_path)]) == 0
     assert list(read_result(tmp_path / "sentences.json").modes) == ["Sparse", "BM25"]
