@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -131,8 +132,18 @@ def _test_set(folder: Path, split: str, index: str | None) -> BeirDataset | Disk
     if index is not None:
         return open_test_set(folder, split, Path(index).expanduser() / folder.resolve().name)
     if count_passages(folder) > ON_DISK_PASSAGES:
-        return open_test_set(folder, split, folder.with_name(f"{folder.name}.index"))
+        # not with_name: `.` has none
+        return open_test_set(folder, split, Path(f"{os.path.abspath(folder)}.index"))
     return read_beir(folder, split)
+
+
+def _check_names(test_sets: Sequence[BeirDataset | DiskTestSet]) -> None:
+    """The results of no test set would be written over those of another."""
+    names = [each.name if isinstance(each, BeirDataset) else each.dataset.name for each in test_sets]
+    for name in names:
+        if names.count(name) > 1:
+            rule = f"{names.count(name)} of the test sets are called so, and results are filed by name"
+            raise ConfigError("--out", name, rule, "rename a folder, or evaluate them one by one")
 
 
 def _evaluate(
@@ -179,6 +190,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = [] if given.modes is None else [mode.strip() for mode in given.modes.split(",")]
     check_modes(asked)
     test_sets = _test_sets(given)
+    if given.out is not None:
+        _check_names(test_sets)
     model = model_folder(given.model)
     embedder = M3Embedder(model, device=device)
     check_modes(asked, embedder.heads)

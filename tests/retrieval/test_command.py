@@ -2,6 +2,7 @@
 meet."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,17 @@ def test_texts_that_the_model_has_no_positions_for_are_counted_as_cut(model_fold
 def test_numbers_that_are_too_small_are_refused_by_their_option(model_folder, beir_folder, option, value):
     with pytest.raises(ConfigError, match=f"{option} = {value}: must be at least"):
         main([str(model_folder), str(beir_folder), option, str(value)])
+
+
+def test_a_test_set_is_filed_by_the_name_of_its_folder(model_folder, beir_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(beir_folder)
+    given = [str(model_folder), ".", "--modes", "BM25", "--out", str(tmp_path / "results")]
+    assert main(given) == 0
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["sentences.json"]
+    # one file cannot hold the results of two
+    again = shutil.copytree(beir_folder, tmp_path / "other" / "sentences")
+    with pytest.raises(ConfigError, match="--out = 'sentences': 2 of the test sets are called so"):
+        main([*given[:2], str(again), *given[2:]])
 
 
 def test_modes_can_be_chosen(model_folder, beir_folder, tmp_path):
