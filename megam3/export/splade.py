@@ -111,6 +111,7 @@ def _write(out: Path, model: M3Model, state: Mapping[str, Tensor], source: str) 
         "megam3_version": __version__,
         "heads": list(model.heads),
         "lexical_kind": "expansion",
+        "expansion_top_k": model.expansion_top_k,
         # modules.json speaks of the lexical head alone, so nothing else says how the dense vector is read
         **own_fields(model.reading),
     }

@@ -172,3 +172,11 @@ def test_the_limit_is_what_the_model_has_positions_for(folder, tmp_path):
         export(weights, str(source), tmp_path / format, format=format)
         assert json.loads((tmp_path / format / "tokenizer_config.json").read_text())["model_max_length"] == 64
     assert json.loads((tmp_path / "splade/sentence_bert_config.json").read_text())["max_seq_length"] == 64
+
+
+def test_an_exported_folder_prunes_as_the_run_did(folder, tmp_path):
+    settings = _config(folder, expansion_top_k=5)
+    state = load_m3(folder, settings).state_dict()
+    export(state, folder, tmp_path / "out", format="splade", settings=settings)
+    weights = M3Embedder(str(tmp_path / "out")).encode(["print a page", "x"]).lexical_weights
+    assert [len(of_text) for of_text in weights] == [5, 5]
