@@ -29,12 +29,13 @@ from transformers import XLMRobertaConfig, XLMRobertaModel
 from benchmarks.index_scale import measured
 from megam3.config.schema import EvaluationConfig
 from megam3.embedder import M3Embedder
-from megam3.retrieval.evaluate import DEPTH, Searched, measure
+from megam3.retrieval.evaluate import Searched, measure
 from megam3.retrieval.index.bm25 import CountsSpec, bm25_on_disk, count_tokens
 from megam3.retrieval.index.build import EncodeOptions, build_index
 from megam3.retrieval.index.evaluate import DiskTestSet, open_test_set
 from megam3.retrieval.index.modes import FIVE_MODES, ModeOptions, rows_encoder, search_modes
 from megam3.retrieval.index.vectors import encode_vectors
+from megam3.retrieval.metrics import SEARCHED
 from megam3.retrieval.topk import Hits
 
 _SENTENCE = re.compile(r"[^.!?。!?؟।\n]+[.!?。!?؟।]?")
@@ -141,7 +142,7 @@ def search(opened: DiskTestSet, embedder: M3Embedder, config: EvaluationConfig) 
             hits |= search_modes(index, queries, asked, rows, documents)
     with measured("BM25", num_queries):
         query_ids = embedder.token_arrays(opened.dataset.queries, max_tokens=config.query_max_tokens)
-        hits["BM25"] = bm25_on_disk(counts, documents, query_ids, DEPTH)
+        hits["BM25"] = bm25_on_disk(counts, documents, query_ids, SEARCHED)
     found = Searched(
         hits=hits, query_tokens=[len(ids) for ids in query_ids], passage_tokens=tokens, seconds=0.0
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -131,8 +132,18 @@ def _test_set(folder: Path, split: str, index: str | None) -> BeirDataset | Disk
     if index is not None:
         return open_test_set(folder, split, Path(index).expanduser() / folder.resolve().name)
     if count_passages(folder) > ON_DISK_PASSAGES:
-        return open_test_set(folder, split, folder.with_name(f"{folder.name}.index"))
+        # not with_name: `.` has none
+        return open_test_set(folder, split, Path(f"{os.path.abspath(folder)}.index"))
     return read_beir(folder, split)
+
+
+def _check_names(test_sets: Sequence[BeirDataset | DiskTestSet]) -> None:
+    """The results of no test set would be written over those of another."""
+    names = [each.name if isinstance(each, BeirDataset) else each.dataset.name for each in test_sets]
+    for name in names:
+        if names.count(name) > 1:
+            rule = f"{names.count(name)} of the test sets are called so, and results are filed by name"
+            raise ConfigError("--out", name, rule, "rename a folder, or evaluate them one by one")
 
 
 def _evaluate(
@@ -167,9 +178,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(argv)
     _check_model(given.model)
     device = pick_device(given.device)
+    for option, value, least in (
+        ("--query-max-tokens", given.query_max_tokens, 3),
+        ("--passage-max-tokens", given.passage_max_tokens, 3),
+        ("--batch-tokens", given.batch_tokens, 1),
+        ("--rerank-dense", given.rerank_dense, 1),
+        ("--rerank-hybrid", given.rerank_hybrid, 1),
+    ):
+        if value is not None and value < least:
+            raise ConfigError(option, value, f"must be at least {least}", "leave it out")
     asked = [] if given.modes is None else [mode.strip() for mode in given.modes.split(",")]
     check_modes(asked)
     test_sets = _test_sets(given)
+    if given.out is not None:
+        _check_names(test_sets)
     model = model_folder(given.model)
     embedder = M3Embedder(model, device=device)
     check_modes(asked, embedder.heads)
@@ -177,8 +199,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = EvaluationConfig(
         folders=given.folders,
         split=given.split,
-        query_max_tokens=given.query_max_tokens,
-        passage_max_tokens=given.passage_max_tokens,
+        # what the model has no positions for is cut, and counted as cut
+        query_max_tokens=min(given.query_max_tokens, embedder.max_tokens),
+        passage_max_tokens=min(given.passage_max_tokens, embedder.max_tokens),
         batch_tokens=given.batch_tokens or embedder.default_batch_tokens,
         rerank_dense=given.rerank_dense,
         rerank_hybrid=given.rerank_hybrid,

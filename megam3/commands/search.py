@@ -39,8 +39,14 @@ def main(argv: Sequence[str]) -> int:
         UserError: of the model, the files, the index or the address.
     """
     given = _parser().parse_args(argv)
-    if given.top < 1:
-        raise ConfigError("--top", given.top, "must be at least 1", "leave it out for 5")
+    for option, value, least in (
+        ("--top", given.top, 1),
+        ("--rerank", given.rerank, 1),
+        ("--query-max-tokens", given.query_max_tokens, 3),
+        ("--max-tokens", given.max_tokens, 3),
+    ):
+        if value < least:
+            raise ConfigError(option, value, f"must be at least {least}", "leave it out")
     corpus = _corpus(given)
     if given.serve:
         _serve(corpus, given)

@@ -262,7 +262,8 @@ def data_files(data: DataConfig) -> Problems:
 
 
 def evaluation_folders(evaluation: EvaluationConfig) -> Problems:
-    """Each test set has the three parts of the BEIR format."""
+    """Each test set has the three parts of the BEIR format, and a name of its own."""
+    names = [os.path.basename(os.path.abspath(folder)) for folder in evaluation.folders]
     for index, folder in enumerate(evaluation.folders):
         parts = ("corpus.jsonl", "queries.jsonl", f"qrels/{evaluation.split}.tsv")
         missing = [part for part in parts if not (Path(folder) / part).is_file()]
@@ -271,6 +272,10 @@ def evaluation_folders(evaluation: EvaluationConfig) -> Problems:
             yield ConfigError(
                 f"evaluation.folders.{index}", folder, rule, "correct the path, or evaluation.split"
             )
+        if names[index] in names[:index]:
+            # figures and files would be those of the last one alone, and so would train.keep_best
+            rule = f"another test set is called {names[index]!r}, too, and results are filed by name"
+            yield ConfigError(f"evaluation.folders.{index}", folder, rule, "rename one of the folders")
 
 
 def several_positives(config: RunConfig) -> Problems:

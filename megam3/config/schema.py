@@ -85,8 +85,8 @@ class ModelConfig(Section):
     megam3_config.json says, else tokens. Expansion costs the products of a masked-LM stage, and wants
     `objective.sparsity`."""
     expansion_top_k: PositiveInt | None = None
-    """Entries a text keeps of an expansion head's weights in evaluation and inference; None: all above
-    zero."""
+    """Entries a text keeps of an expansion head's weights in evaluation and inference; None: what the
+    folder's megam3_config.json says, else all above zero."""
     pooling: Pooling | None = None
     """Tokens that the dense vector is made of: `cls` the first, `mean` all, `mcls` one `<s>` every 256 tokens
     (MCLS of arXiv 2402.03216), `last` the last; None: what the folder says, else cls, and last where the

@@ -16,6 +16,7 @@ from megam3.export.encoder_files import published_config
 from megam3.export.tokenizer_files import write_tokenizer_files
 from megam3.export.verify import SAMPLE_TEXTS, refuse_existing, refuse_large, verify_tokenizer
 from megam3.files import atomic_folder, read_json, write_json
+from megam3.model.backbone import max_text_tokens
 from megam3.model.pretrained import load_tokenizer_of
 
 
@@ -37,7 +38,8 @@ def export_mlm(state: Mapping[str, Tensor], source: str, out: str | Path) -> dic
             aside / "config.json",
             published_config(read_json(Path(source) / "config.json"), type(model).__name__),
         )
-        write_tokenizer_files(Path(source), aside, load_tokenizer_of(source).model_max_length)
+        max_tokens = min(max_text_tokens(model.config), load_tokenizer_of(source).model_max_length)
+        write_tokenizer_files(Path(source), aside, max_tokens)
         verify_tokenizer(aside, source)
         differences = {"mlm": _largest_difference(aside, model)}
         refuse_large(differences)

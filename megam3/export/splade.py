@@ -29,7 +29,7 @@ from megam3.export.model_card import NO_FACTS, CardFacts
 from megam3.export.tokenizer_files import write_tokenizer_files
 from megam3.export.verify import model_from_state, refuse_existing, verify_folder
 from megam3.files import atomic_folder, read_json, write_json
-from megam3.model.m3 import M3Model
+from megam3.model.m3 import M3Model, max_model_tokens
 from megam3.model.pretrained import load_tokenizer_of
 from megam3.reading import own_fields
 
@@ -95,7 +95,8 @@ def _write(out: Path, model: M3Model, state: Mapping[str, Tensor], source: str) 
     save_file(untied_weights(masked_lm), out / "model.safetensors", metadata={"format": "pt"})
     config = published_config(read_json(Path(source) / "config.json"), type(masked_lm).__name__)
     write_json(out / "config.json", config)
-    max_tokens = load_tokenizer_of(source).model_max_length
+    # a tokenizer that names no limit has one of thirty digits
+    max_tokens = min(max_model_tokens(model), load_tokenizer_of(source).model_max_length)
     write_tokenizer_files(Path(source), out, max_tokens)
     if model.multi_vector_head is not None:
         head = {k: v.detach().cpu().float().clone() for k, v in model.multi_vector_head.state_dict().items()}
@@ -110,6 +111,7 @@ def _write(out: Path, model: M3Model, state: Mapping[str, Tensor], source: str) 
         "megam3_version": __version__,
         "heads": list(model.heads),
         "lexical_kind": "expansion",
+        "expansion_top_k": model.expansion_top_k,
         # modules.json speaks of the lexical head alone, so nothing else says how the dense vector is read
         **own_fields(model.reading),
     }

@@ -75,6 +75,7 @@ def model_from_state(
         multi_vector_layers=layers,
         heads=["dense", *(name for name, is_there in trained.items() if is_there)],
         expands=expands,
+        expansion_top_k=settings.expansion_top_k,
         reading=reading,
         first_id=find_first_id(tokenizer, source, reading),
     )

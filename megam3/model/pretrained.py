@@ -78,7 +78,7 @@ def load_m3(
         lexical_init_bias=config.lexical_init_bias,
         heads=heads,
         expands=expands,
-        expansion_top_k=config.expansion_top_k,
+        expansion_top_k=config.expansion_top_k or _own_top_k(folder),
         reading=reading,
         first_id=first_id,
     )
@@ -90,6 +90,13 @@ def load_m3(
     if config.lora is not None:
         add_lora(model.encoder, config.lora)
     return model.to(dtype)
+
+
+def _own_top_k(folder: Path) -> int | None:
+    """How an exported folder says that its expansion head is pruned."""
+    return (
+        read_model_object(folder / OWN_FILE).get("expansion_top_k") if (folder / OWN_FILE).is_file() else None
+    )
 
 
 def held_heads(path: str) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from megam3.errors import ConfigError
 from megam3.files import read_json, write_json
 from megam3.report.matches import LEGEND, passage_html
 from megam3.report.text import safe
+from megam3.retrieval.answers import holds_answer
 from megam3.retrieval.beir import BeirDataset, read_beir
 from megam3.retrieval.corpus import Answer, open_corpus
 from megam3.retrieval.index.build import EncodeOptions
@@ -54,7 +55,7 @@ def find_examples(
     that index.
 
     Raises:
-        ConfigError: a number below 1, a test set judged by answers.
+        ConfigError: a number below 1.
         UserError: of the model or the test set.
     """
     for option, value in (("--queries", num_queries), ("--top", num_hits)):
@@ -84,6 +85,7 @@ def _example(dataset: BeirDataset, row: int, answer: Answer) -> Example:
     grades = dataset.qrels.get(dataset.query_ids[row], {})
     wanted = {passage for passage, grade in grades.items() if grade > 0}
     relevant = {text for name, text in zip(dataset.passage_ids, dataset.passages) if name in wanted}
+    answers = (dataset.answers or {}).get(dataset.query_ids[row], [])
     return Example(
         query=dataset.queries[row],
         language=dataset.languages[row],
@@ -92,7 +94,7 @@ def _example(dataset: BeirDataset, row: int, answer: Answer) -> Example:
             mode: [
                 Hit(
                     score=found.score,
-                    is_relevant=found.text in relevant,
+                    is_relevant=found.text in relevant or holds_answer(found.text, answers),
                     segments=answer.segments[found.row],
                 )
                 for found in ranking

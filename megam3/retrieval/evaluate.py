@@ -25,9 +25,9 @@ from megam3.dist import comm
 from megam3.errors import ConfigError
 from megam3.retrieval.answers import answer_qrels
 from megam3.retrieval.beir import BeirDataset
-from megam3.retrieval.bm25 import bm25_hits
+from megam3.retrieval.bm25 import bm25_hits, find_framing
 from megam3.retrieval.encode import EncodedTexts, EncodeIds, encode_texts, multi_vector_rows
-from megam3.retrieval.metrics import DEPTH, mean_by_group, mean_metrics, score_rankings
+from megam3.retrieval.metrics import SEARCHED, mean_by_group, mean_metrics, score_rankings
 from megam3.retrieval.results import EvaluationResult, ModeResult
 from megam3.retrieval.search import (
     Candidates,
@@ -112,7 +112,7 @@ def rank_candidates(candidates: Candidates, config: EvaluationConfig) -> dict[st
 
     def ranked(scores_QK: Tensor, allowed_QK: Tensor) -> Hits:
         return sort_by_score(
-            scores_QK.masked_fill(~allowed_QK | (rows_QK == NO_ROW), -torch.inf), rows_QK, DEPTH
+            scores_QK.masked_fill(~allowed_QK | (rows_QK == NO_ROW), -torch.inf), rows_QK, SEARCHED
         )
 
     return {
@@ -136,9 +136,9 @@ def _search(
     passages = encode_texts(encode_ids, own_ids, config.batch_tokens)
     num_queries = queries.num_texts
     dense = best_of(
-        dense_blocks(queries, passages), num_queries, max(config.rerank_dense, config.rerank_hybrid, DEPTH)
+        dense_blocks(queries, passages), num_queries, max(config.rerank_dense, config.rerank_hybrid, SEARCHED)
     )
-    depth = max(config.rerank_hybrid, DEPTH)
+    depth = max(config.rerank_hybrid, SEARCHED)
     if {"Sparse", "Dense+Sparse", "All"}.intersection(modes):
         lexical = best_of(lexical_blocks(queries, passages), num_queries, depth, positive_only=True)
     else:
@@ -171,16 +171,25 @@ def _rerank(
     return rank_candidates(score_candidates(queries, passages, dense, rows, wanted, united), config)
 
 
+def _without_itself(dataset: BeirDataset, query: str, ranking: list[str]) -> list[str]:
+    """Without the passage that has the query's id: in ArguAna and Quora queries are passages of the corpus,
+    and BEIR's own evaluation leaves them out. One that is judged relevant stays: ids of two counters may
+    coincide."""
+    if dataset.answers is not None or dataset.qrels[query].get(query, 0) > 0:
+        return ranking
+    return [passage for passage in ranking if passage != query]
+
+
 def _mode_result(
     dataset: BeirDataset, hits: Hits, buckets: dict[str, str], query_buckets: dict[str, str]
 ) -> ModeResult:
     rankings = {
-        query: [dataset.passage_ids[row] for row in rows if row != NO_ROW]
-        for query, rows in zip(dataset.query_ids, hits.first(DEPTH).rows_QK.tolist())
+        query: _without_itself(dataset, query, [dataset.passage_ids[row] for row in rows if row != NO_ROW])
+        for query, rows in zip(dataset.query_ids, hits.first(SEARCHED).rows_QK.tolist())
     }
     qrels = dataset.qrels
     if dataset.answers is not None:
-        found = set(hits.first(DEPTH).rows_QK.flatten().tolist()) - {NO_ROW}
+        found = set(hits.first(SEARCHED).rows_QK.flatten().tolist()) - {NO_ROW}
         texts = {dataset.passage_ids[row]: dataset.passages[row] for row in found}
         qrels = answer_qrels(dataset.answers, rankings, texts)
     per_query = score_rankings(qrels, rankings)
@@ -271,7 +280,8 @@ def evaluate(
     if set(modes) - {"BM25"}:
         hits |= _search(texts, encode_ids, config, modes)
     if "BM25" in modes:
-        hits["BM25"] = bm25_hits(texts.query_ids, texts.passage_ids, DEPTH)
+        framing = find_framing(tokenize, config.query_max_tokens)
+        hits["BM25"] = bm25_hits(texts.query_ids, texts.passage_ids, SEARCHED, framing)
     searched = Searched(
         hits={mode: hits[mode] for mode in modes},
         query_tokens=[len(ids) for ids in texts.query_ids],

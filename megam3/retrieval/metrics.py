@@ -15,6 +15,8 @@ import pytrec_eval
 METRICS = ("ndcg@10", "recall@100", "mrr@10")
 DEPTH = 100
 """Ranks that matter to any metric."""
+SEARCHED = DEPTH + 1
+"""Passages that are searched for: one of them may be the query itself."""
 
 
 def score_rankings(

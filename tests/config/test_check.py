@@ -295,6 +295,18 @@ def test_test_sets_have_the_three_parts(project: Path) -> None:
     )
 
 
+def test_test_sets_have_names_of_their_own(project: Path) -> None:
+    for folder in ("a/dev", "b/dev"):
+        (project / folder / "qrels").mkdir(parents=True)
+        for part in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
+            (project / folder / part).write_text("")
+    folders = {"folders": ["a/dev", "b/dev"], "passage_max_tokens": 512}
+    assert message(files=True, data__passage_max_tokens=512, evaluation=folders) == (
+        "evaluation.folders.1 = 'b/dev': another test set is called 'dev', too, and results are filed by "
+        "name; rename one of the folders"
+    )
+
+
 @pytest.mark.parametrize(
     ("encoder", "usable"),
     [

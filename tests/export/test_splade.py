@@ -1,6 +1,9 @@
 """The expansion head in a model: beside transformers' own padded masked-LM model, in the objective whole and
 chunked, and through its exported folder."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -154,3 +157,26 @@ def test_pooling_survives_export_and_import(folder, tmp_path, settings):
     by_first = load_m3(str(out), _config(str(out), pooling="cls")).eval()
     differs = (represent(by_first, pack_texts(token_ids)).dense_ND.detach() - expected).abs().max() > 1e-3
     assert differs == (settings["pooling"] != "cls")
+
+
+def test_the_limit_is_what_the_model_has_positions_for(folder, tmp_path):
+    """Whatever its tokenizer says: many name no limit, which transformers reads as a number of 30 digits."""
+    source = shutil.copytree(folder, tmp_path / "unlimited")
+    named = json.loads((source / "tokenizer_config.json").read_text())
+    del named["model_max_length"]
+    (source / "tokenizer_config.json").write_text(json.dumps(named))
+    state = load_m3(str(source), _config(str(source))).state_dict()
+    masked_lm = {name.replace("expansion_head.", "lm_head."): value for name, value in state.items()}
+    masked_lm["lm_head.decoder.bias"] = masked_lm["lm_head.bias"]
+    for format, weights in (("splade", state), ("mlm", masked_lm)):
+        export(weights, str(source), tmp_path / format, format=format)
+        assert json.loads((tmp_path / format / "tokenizer_config.json").read_text())["model_max_length"] == 64
+    assert json.loads((tmp_path / "splade/sentence_bert_config.json").read_text())["max_seq_length"] == 64
+
+
+def test_an_exported_folder_prunes_as_the_run_did(folder, tmp_path):
+    settings = _config(folder, expansion_top_k=5)
+    state = load_m3(folder, settings).state_dict()
+    export(state, folder, tmp_path / "out", format="splade", settings=settings)
+    weights = M3Embedder(str(tmp_path / "out")).encode(["print a page", "x"]).lexical_weights
+    assert [len(of_text) for of_text in weights] == [5, 5]

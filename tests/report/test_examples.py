@@ -58,6 +58,19 @@ def test_each_query_has_its_best_passages_in_every_mode(place: Path) -> None:
     assert [hit.is_relevant for hit in example.modes["Dense"]].count(True) == 1
 
 
+def test_passages_that_hold_an_answer_are_relevant(place: Path, tmp_path: Path) -> None:
+    """A test set as MKQA's: no judgements, but answers."""
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\n")
+    (tmp_path / "corpus.jsonl").write_text((place / "beir/corpus.jsonl").read_text())
+    query = {"_id": "q", "text": make_sentences(12, seed=1)[0], "answers": [make_sentences(12, seed=1)[0]]}
+    (tmp_path / "queries.jsonl").write_text(json.dumps(query) + "\n")
+    (example,) = find_examples(
+        str(place / "model"), str(tmp_path), tmp_path / "run", num_queries=1, num_hits=2, device="cpu"
+    )
+    assert [hit.is_relevant for hit in example.modes["Dense"]] == [True, False]
+
+
 def test_queries_are_spread_over_the_test_set(place: Path) -> None:
     found = find_examples(
         str(place / "model"), str(place / "beir"), place / "run", num_queries=3, num_hits=1, device="cpu"

@@ -2,6 +2,7 @@
 meet."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,36 @@ def test_prints_a_table_and_writes_json(model_folder, beir_folder, tmp_path, cap
     result = read_result(tmp_path / "eval" / "sentences.json")
     # the first words of a passage: counting words must find them
     assert result.modes["BM25"].overall["ndcg@10"] > 0.9
+
+
+def test_texts_that_the_model_has_no_positions_for_are_counted_as_cut(model_folder, beir_folder, tmp_path):
+    passages = [json.loads(line) for line in (beir_folder / "corpus.jsonl").read_text().splitlines()]
+    long = [{**passage, "text": passage["text"] * 100} for passage in passages]
+    (beir_folder / "corpus.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in long))
+    for more in ([], ["--index", str(tmp_path / "index")]):
+        assert (
+            main([str(model_folder), str(beir_folder), "--out", str(tmp_path), "--modes", "BM25", *more]) == 0
+        )
+        assert read_result(tmp_path / "sentences.json").num_at_limit == len(passages)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--rerank-dense", 0), ("--query-max-tokens", 2), ("--batch-tokens", -1)]
+)
+def test_numbers_that_are_too_small_are_refused_by_their_option(model_folder, beir_folder, option, value):
+    with pytest.raises(ConfigError, match=f"{option} = {value}: must be at least"):
+        main([str(model_folder), str(beir_folder), option, str(value)])
+
+
+def test_a_test_set_is_filed_by_the_name_of_its_folder(model_folder, beir_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(beir_folder)
+    given = [str(model_folder), ".", "--modes", "BM25", "--out", str(tmp_path / "results")]
+    assert main(given) == 0
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["sentences.json"]
+    # one file cannot hold the results of two
+    again = shutil.copytree(beir_folder, tmp_path / "other" / "sentences")
+    with pytest.raises(ConfigError, match="--out = 'sentences': 2 of the test sets are called so"):
+        main([*given[:2], str(again), *given[2:]])
 
 
 def test_modes_can_be_chosen(model_folder, beir_folder, tmp_path):

@@ -11,7 +11,8 @@ from megam3.config.schema import EvaluationConfig
 from megam3.config.weights import HeadWeights
 from megam3.errors import CheckpointError, ConfigError
 from megam3.retrieval import evaluate as evaluation
-from megam3.retrieval.bm25 import bm25_hits
+from megam3.retrieval.beir import BeirDataset
+from megam3.retrieval.bm25 import bm25_hits, find_framing
 from megam3.retrieval.encode import encode_texts
 from megam3.retrieval.evaluate import MODES, evaluate, length_bucket
 from megam3.retrieval.results import group_table, overall_table, read_result
@@ -140,6 +141,38 @@ def test_non_finite_weights_are_an_error():
         CheckpointError, match="representations that are not finite; evaluate an earlier checkpoint"
     ):
         encode_texts(broken, [[0, 5, 2]], 100)
+
+
+@pytest.mark.parametrize("on_top", [0, 1])
+def test_a_query_that_is_a_passage_does_not_find_itself(on_top):
+    """As ArguAna: query d3 is passage d3; d5, which begins alike, is the relevant one."""
+    own, others = toy_dataset().passages, ["30 31 32 33"] * 120
+    dataset = BeirDataset(
+        name="arguana",
+        passage_ids=[f"d{n}" for n in range(len(own) + len(others))],
+        passages=[*own, *others],
+        query_ids=["d3", "d71"],
+        queries=[own[3], others[1]],
+        languages=["und", "und"],
+        qrels={"d3": {f"d{3 + on_top}": 1}, "d71": {"d170": 1}},
+    )
+    if on_top:
+        dataset.passages[4] = f"{own[3]} 39"
+    result = evaluate(dataset, tokenize, encode_ids, CONFIG, ["BM25"]).modes["BM25"]
+    # of the 119 equal passages besides itself d170 is the 100th: one hundred are left when it is out
+    assert result.overall == {"ndcg@10": 0.5, "recall@100": 1.0, "mrr@10": 0.5}
+
+
+@pytest.mark.parametrize(("before", "after"), [((0,), (2,)), ((), (2,)), ((0,), ()), ((), ())])
+def test_bm25_leaves_out_no_word_where_a_tokenizer_puts_fewer_special_tokens(before, after):
+    def framed(texts, max_tokens):
+        return [[*before, *map(int, text.split()), *after] for text in texts]
+
+    dataset = toy_dataset()
+    wanted = evaluate(dataset, tokenize, encode_ids, CONFIG, ["BM25"])
+    found = evaluate(dataset, framed, encode_ids, CONFIG, ["BM25"])
+    assert find_framing(framed, 512) == (len(before), len(after))
+    assert found.modes == wanted.modes
 
 
 def test_bm25_equals_its_formula():

@@ -19,6 +19,7 @@ import numpy as np
 
 from megam3.errors import DataError
 from megam3.files import atomic_folder, read_json, write_json
+from megam3.retrieval.bm25 import Framing
 from megam3.retrieval.index.documents import Documents
 from megam3.retrieval.index.layout import Postings, invert, shard_folder
 from megam3.retrieval.index.pool import TextPool
@@ -27,7 +28,7 @@ from megam3.retrieval.index.vectors import TextVectors, offsets_of
 from megam3.retrieval.topk import Hits, empty_hits, merge_hits
 
 Tokenize = Callable[[Sequence[str]], Sequence[np.ndarray]]
-"""Texts to token ids, special ones at both ends."""
+"""Texts to token ids, special ones included."""
 K1, B = 1.5, 0.75
 """bm25s' defaults."""
 SHARD_PASSAGES = 16384
@@ -43,6 +44,14 @@ class CountsSpec:
     max_tokens: int
     tokenizer: str
     """Of the model whose tokenizer it was."""
+    num_before: int = 1
+    num_after: int = 1
+    """Special tokens before and after every text, which are not counted."""
+
+    @property
+    def framing(self) -> Framing:
+        """Both numbers."""
+        return self.num_before, self.num_after
 
 
 class TokenCounts:
@@ -98,12 +107,12 @@ def count_tokens(pool: TextPool, tokenize: Tokenize, folder: Path, spec: CountsS
             first = number * SHARD_PASSAGES
             texts = pool.texts(first, min(first + SHARD_PASSAGES, len(pool)))
             with atomic_folder(shard_folder(folder, number)) as aside:
-                _write_shard(aside, tokenize(texts))
+                _write_shard(aside, tokenize(texts), spec.framing)
     return counts
 
 
-def _write_shard(folder: Path, token_ids: Sequence[np.ndarray]) -> None:
-    inner = [np.unique(ids[1:-1], return_counts=True) for ids in token_ids]
+def _write_shard(folder: Path, token_ids: Sequence[np.ndarray], framing: Framing) -> None:
+    inner = [_counted(ids, framing) for ids in token_ids]
     postings = invert(
         np.concatenate([ids for ids, _ in inner]).astype(np.int32),
         np.concatenate([counts for _, counts in inner]).astype(np.int32),
@@ -120,12 +129,18 @@ def _write_shard(folder: Path, token_ids: Sequence[np.ndarray]) -> None:
         np.save(folder / f"{name}.npy", values)
 
 
+def _counted(ids: np.ndarray, framing: Framing) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct tokens of a text itself, and how often each stands there."""
+    before, after = framing
+    return np.unique(ids[before : len(ids) - after], return_counts=True)
+
+
 def bm25_on_disk(
     counts: TokenCounts, documents: Documents, query_ids: Sequence[np.ndarray], num_hits: int
 ) -> Hits:
     """The best documents of each query; one without a token in common is no hit."""
     copies = documents.copies
-    lengths = counts.tokens() - 2
+    lengths = counts.tokens() - sum(counts.spec.framing)
     mean_length = float((copies * lengths).sum() / len(documents))
     queries = _weighted_queries(counts, copies, query_ids, len(documents))
     hits = empty_hits(len(query_ids))
@@ -146,7 +161,7 @@ def _weighted_queries(
     counts: TokenCounts, copies: np.ndarray, query_ids: Sequence[np.ndarray], num_documents: int
 ) -> TextVectors:
     """Each query's tokens, weighing idf for every time they stand in it."""
-    per_query = [np.unique(np.asarray(ids)[1:-1], return_counts=True) for ids in query_ids]
+    per_query = [_counted(np.asarray(ids), counts.spec.framing) for ids in query_ids]
     ids_Z = np.concatenate([ids for ids, _ in per_query]).astype(np.int32)
     terms = np.unique(ids_Z)
     holding = np.zeros(len(terms))

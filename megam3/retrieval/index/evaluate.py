@@ -22,7 +22,8 @@ from megam3.config.schema import EvaluationConfig
 from megam3.embedder import M3Embedder
 from megam3.errors import DataError
 from megam3.retrieval.beir import BeirDataset, read_corpus, read_judged
-from megam3.retrieval.evaluate import DEPTH, MODES, Searched, check_modes, measure
+from megam3.retrieval.bm25 import find_framing
+from megam3.retrieval.evaluate import MODES, SEARCHED, Searched, check_modes, measure
 from megam3.retrieval.index.bm25 import CountsSpec, TokenCounts, bm25_on_disk, count_tokens
 from megam3.retrieval.index.build import EncodeOptions, build_index
 from megam3.retrieval.index.documents import Documents, open_documents, write_documents
@@ -109,7 +110,7 @@ def evaluate_on_disk(
             test_set, embedder, model, config, [m for m in FIVE_MODES if m in modes], on_progress
         )
     if "BM25" in modes:
-        hits["BM25"] = bm25_on_disk(counts, test_set.documents, query_ids, DEPTH)
+        hits["BM25"] = bm25_on_disk(counts, test_set.documents, query_ids, SEARCHED)
     searched = Searched(
         hits=hits,
         query_tokens=[len(ids) for ids in query_ids],
@@ -121,8 +122,17 @@ def evaluate_on_disk(
 
 def _counts(test_set: DiskTestSet, embedder: M3Embedder, model: str, max_tokens: int) -> TokenCounts:
     pool = test_set.documents.pool
+    before, after = find_framing(
+        lambda texts, limit: [ids.tolist() for ids in embedder.token_arrays(texts, max_tokens=limit)],
+        max_tokens,
+    )
     spec = CountsSpec(
-        passages=pool.fingerprint, num_passages=len(pool), max_tokens=max_tokens, tokenizer=model
+        passages=pool.fingerprint,
+        num_passages=len(pool),
+        max_tokens=max_tokens,
+        tokenizer=model,
+        num_before=before,
+        num_after=after,
     )
     return count_tokens(
         pool,

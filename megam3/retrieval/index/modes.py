@@ -18,7 +18,7 @@ import torch
 
 from megam3.config.schema import MODE_HEADS, EvaluationConfig
 from megam3.embedder import M3Embedder
-from megam3.retrieval.evaluate import DEPTH, rank_candidates
+from megam3.retrieval.evaluate import SEARCHED, rank_candidates
 from megam3.retrieval.index.documents import Documents
 from megam3.retrieval.index.layout import PassageIndex
 from megam3.retrieval.index.nearest import DenseSearch, dense_hits
@@ -91,15 +91,15 @@ def search_modes(
     of each query.
     """
     config = options.config
-    depth = max(config.rerank_dense, config.rerank_hybrid, DEPTH)
+    depth = max(config.rerank_dense, config.rerank_hybrid, SEARCHED)
     dense = dense_hits(index, queries.dense_ND, depth, options.dense_search, options.device)
     if index.spec.lexical:
-        lexical = lexical_hits(index, queries, max(config.rerank_hybrid, DEPTH))
+        lexical = lexical_hits(index, queries, max(config.rerank_hybrid, SEARCHED))
     else:
         lexical = empty_hits(queries.num_texts)
     if documents is not None:
         dense = documents.expand(dense, depth)
-        lexical = documents.expand(lexical, max(config.rerank_hybrid, DEPTH))
+        lexical = documents.expand(lexical, max(config.rerank_hybrid, SEARCHED))
     hits = {"Dense": dense, "Sparse": lexical}
     if set(options.modes) - set(hits):
         first = dense.first(max(config.rerank_dense, config.rerank_hybrid))

@@ -212,7 +212,12 @@ def _best_of_rows(product: scipy.sparse.csr_array, num_hits: int) -> Hits:
         entries = slice(product.indptr[query], product.indptr[query + 1])
         values, columns = product.data[entries], product.indices[entries]
         if len(values) > num_hits:
-            kept = np.argpartition(-values, num_hits - 1)[:num_hits]
+            # a partition alone takes any of the equal scores at the edge: above it all, of equal ones the
+            # first rows, as `top_k` does
+            edge = np.partition(values, -num_hits)[-num_hits]
+            above, equal = np.flatnonzero(values > edge), np.flatnonzero(values == edge)
+            equal = equal[np.argsort(columns[equal])][: num_hits - len(above)]
+            kept = np.concatenate([above, equal])
             values, columns = values[kept], columns[kept]
         scores[query, : len(values)], rows[query, : len(values)] = values, columns
     return Hits(torch.from_numpy(scores), torch.from_numpy(rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from megam3.token_layers import has_head
 
 Pair = tuple[str, str]
 """(query, passage)."""
+NO_LIMIT = 1_000_000
+"""Tokens of a text where neither model nor tokenizer has a limit (tokenizers report thirty digits)."""
 TeacherKind = Literal["cross-encoder", "megam3", "bi-encoder"]
 
 
@@ -51,6 +53,14 @@ def kind_of(folder: str) -> TeacherKind:
     rule = f"is no teacher that is known: {files}, no …ForSequenceClassification, no modules.json"
     remedy = "give a cross-encoder, a megam3 folder or a sentence-transformers folder"
     raise CheckpointError("--model", folder, rule, remedy)
+
+
+def num_positions(config: Any) -> int:
+    """Longest text, in tokens, that a model with this config has positions for."""
+    positions = getattr(config, "max_position_embeddings", None) or NO_LIMIT
+    if config.model_type in ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet"):
+        positions -= config.pad_token_id + 1  # their positions start after the padding id
+    return positions
 
 
 def padded_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

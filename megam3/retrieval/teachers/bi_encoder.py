@@ -20,7 +20,7 @@ from megam3.embedder import M3Embedder
 from megam3.errors import CheckpointError, ConfigError
 from megam3.files import read_json
 from megam3.model.device import pick_device
-from megam3.retrieval.teachers.base import Pair, padded_batches
+from megam3.retrieval.teachers.base import Pair, num_positions, padded_batches
 
 HEADS = ("dense", "lexical", "multi_vector", "sum")
 _POOLINGS = {
@@ -63,6 +63,7 @@ class DenseTeacher:
 
     Raises:
         CheckpointError: unreadable, or with a module or a pooling that is not read here.
+        ConfigError: a limit that the model has no positions for.
     """
 
     def __init__(
@@ -84,7 +85,12 @@ class DenseTeacher:
             rule = f"holds no encoder that transformers can load ({str(error).partition(chr(10))[0]})"
             raise CheckpointError("--model", folder, rule, "check the folder") from error
         self.model = model.to(self.device).eval()
-        self.max_tokens = max_tokens or min(_max_seq_length(Path(folder)), self.tokenizer.model_max_length)
+        most = num_positions(model.config)
+        own = min(_max_seq_length(Path(folder)), self.tokenizer.model_max_length, most)
+        self.max_tokens = own if max_tokens is None else max_tokens
+        if not 2 < self.max_tokens <= most:
+            rule = f"must be between 3 and {most}, what the model has positions for"
+            raise ConfigError("--max-tokens", self.max_tokens, rule, f"leave it out for {own}")
 
     def score(self, pairs: Sequence[Pair]) -> np.ndarray:
         """float32 [n], in the order given."""

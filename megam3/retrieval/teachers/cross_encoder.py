@@ -14,10 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from megam3.errors import CheckpointError, ConfigError
 from megam3.model.device import DTYPES, pick_device, pick_precision
-from megam3.retrieval.teachers.base import Pair, padded_batches
-
-_TOKENIZER_LIMIT = 1_000_000
-"""Tokenizers without a limit report a number of thirty digits."""
+from megam3.retrieval.teachers.base import Pair, num_positions, padded_batches
 
 
 class CrossEncoder:
@@ -65,11 +62,7 @@ class CrossEncoder:
         self.max_tokens = self._limit(max_tokens)
 
     def _limit(self, max_tokens: int | None) -> int:
-        config, tokenizer = self.model.config, self.tokenizer
-        positions = getattr(config, "max_position_embeddings", _TOKENIZER_LIMIT)
-        if config.model_type in ("roberta", "xlm-roberta", "camembert"):
-            positions -= config.pad_token_id + 1  # their positions start after the padding id
-        most = min(positions, tokenizer.model_max_length)
+        most = min(num_positions(self.model.config), self.tokenizer.model_max_length)
         limit = min(512, most) if max_tokens is None else max_tokens
         if not 4 < limit <= most:
             rule = f"must be between 5 and {most}, what the model has positions for"

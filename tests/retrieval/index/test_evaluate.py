@@ -207,6 +207,21 @@ def test_bm25_on_disk_scores_as_in_memory(tmp_path, small_shards):
         )
 
 
+def test_bm25_on_disk_knows_tokenizers_that_put_one_special_token(tmp_path, small_shards):
+    class LastTokenOnly(ToyEmbedder):
+        def token_arrays(self, texts, *, max_tokens):
+            return [ids[1:] for ids in super().token_arrays(texts, max_tokens=max_tokens)]
+
+    folder = write_test_set(tmp_path / "toy", seed=5)
+    results = [
+        evaluate_on_disk(
+            open_test_set(folder, "test", tmp_path / name), embedder, "toy", CONFIG, modes=["BM25"]
+        )
+        for name, embedder in (("both", ToyEmbedder()), ("last", LastTokenOnly()))
+    ]
+    assert results[0].modes == results[1].modes
+
+
 def _corpus(folder: Path, *lines: str) -> Path:
     write_test_set(folder, seed=0)
     (folder / "corpus.jsonl").write_text("".join(f"{line}\n" for line in lines))

@@ -6,8 +6,16 @@ import torch
 
 from megam3.config.weights import HeadWeights
 from megam3.errors import ConfigError
+from megam3.retrieval.index.layout import invert
 from megam3.retrieval.index.nearest import DENSE_SEARCHES, build_approximate, dense_hits
-from megam3.retrieval.index.search import SearchOptions, find_candidates, lexical_hits, score_passages
+from megam3.retrieval.index.search import (
+    SearchOptions,
+    find_candidates,
+    lexical_hits,
+    posting_hits,
+    score_passages,
+)
+from megam3.retrieval.index.vectors import TextVectors, offsets_of
 from megam3.retrieval.topk import NO_ROW
 from tests.retrieval.index.made_up import VOCAB, make_index, make_vectors, naive_scores
 
@@ -70,6 +78,21 @@ def test_scores_of_given_passages(index, by):
     for q in range(QUERIES.num_texts):
         got = score_passages(QUERIES, q, index.gather(rows), options)
         np.testing.assert_allclose(got, (NAIVE | {"sum": total})[by][q, rows], atol=1e-5)
+
+
+def test_of_equal_scores_at_the_edge_the_first_passages_are_taken():
+    """300 passages hold id 7, every fiftieth with twice the weight."""
+    weights = np.where(np.arange(300) % 50 == 0, 2, 1).astype(np.float16)
+    postings = invert(np.full(300, 7, dtype=np.int32), weights, offsets_of([1] * 300))
+    query = TextVectors(
+        dense_ND=np.zeros((1, 0), dtype=np.float32),
+        lexical_ids_Z=np.array([7], dtype=np.int32),
+        lexical_weights_Z=np.ones(1, dtype=np.float32),
+        lexical_offsets_N1=offsets_of([1]),
+    )
+    for num_hits in (3, 6, 20, 300):
+        wanted = sorted(range(300), key=lambda row: (-weights[row], row))[:num_hits]
+        assert sorted(posting_hits(postings, 300, query, num_hits).rows_QK[0].tolist()) == sorted(wanted)
 
 
 def test_ids_that_no_passage_holds_find_nothing(index):

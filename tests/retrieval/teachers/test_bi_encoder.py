@@ -56,6 +56,19 @@ def test_scores_are_those_of_one_text_at_a_time(tmp_path, pooling, name, normali
     assert got.tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-4)
 
 
+def test_a_limit_beyond_the_positions_is_refused(tmp_path):
+    folder = make_folder(tmp_path, {"pooling_mode": "mean"})
+    assert DenseTeacher(folder, device="cpu", max_tokens=64).score([("a", "b " * 200)]).shape == (1,)
+    for limit in (65, 0):
+        with pytest.raises(ConfigError, match=f"--max-tokens = {limit}: must be between 3 and 64, what the"):
+            DenseTeacher(folder, device="cpu", max_tokens=limit)
+    # a folder that promises more than its encoder reads
+    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 512}')
+    tokenizer = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "model_max_length": 512}))
+    assert DenseTeacher(folder, device="cpu").max_tokens == 64
+
+
 def test_a_module_that_is_not_read_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="has a module Dense, which is not read here"):
         DenseTeacher(make_folder(tmp_path, {}, module="Dense"), device="cpu")
