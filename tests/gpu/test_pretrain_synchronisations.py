@@ -102,7 +102,7 @@ def _measure_together(folder):
 @pytest.mark.ranks
 def test_several_ranks_wait_once_more_for_what_they_tell_each_other(measured, tmp_path):
     folder = make_tiny_model_folder(tmp_path / "model", heads=False)
-    for results in run_ranks(_measure_together, 2, str(folder), timeout_seconds=300):
+    for results in run_ranks(_measure_together, 2, str(folder)):
         # texts of 9+2, 31 and 14 tokens and of 24; the other rank, with 33+3 and nothing, runs fillers
         assert [result["chunks"] for result in results] == [2, 4]
         assert results[0]["waits"] == results[1]["waits"]
