@@ -118,7 +118,10 @@ def kill_node(chain: Chain, step: int) -> None:
     # its slurmstepd dies with it
     others = [dead.ppid(), dead.pid, *[each.pid for each in dead.children(recursive=True)]]
     chain.cluster.kill_node("n1", *others)
-    chain.wait_for_text(r"a node does not answer \(code 1\), back to the queue")
+    # the script puts the job back when srun has ended, unless Slurm has noticed the death before and does so
+    chain.wait_for_text(
+        r"a node does not answer \(code 1\), back to the queue|CANCELLED .* DUE TO NODE FAILURE"
+    )
     chain.cluster.wait_for(chain.job, "PENDING", seconds=300)
     print(f"dead node: back in the queue after {time.monotonic() - started:.1f} s")
     chain.cluster.start_node("n1")
