@@ -102,7 +102,7 @@ def newest(place: Workplace, name: str) -> Path | None:
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_random_faults_lose_nothing_and_hang_nowhere(tmp_path: Path) -> None:
-    num_faults = int(os.environ.get("MEGAM3_FAULTS", "4"))
+    num_faults = int(os.environ.get("MEGAM3_FAULTS", "2"))
     rng = random.Random(int(os.environ.get("MEGAM3_FAULT_SEED", "0")))
     place = make_workplace(tmp_path)
     for name in ("store", "whole"):
