@@ -358,8 +358,8 @@ def slow_passes(seed, number, rank):
     while time.process_time() < until:
         pass
 
-def slow_data(self, rank, *arguments):
-    for batch in batches(self, rank, *arguments):
+def slow_data(self, rank, *arguments, **options):
+    for batch in batches(self, rank, *arguments, **options):
         time.sleep(2.0 if rank == 0 else 0.0)
         yield batch
 
