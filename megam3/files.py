@@ -123,6 +123,11 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
         raise ValueError("is nested too deeply") from None
 
 
+def folder_name(folder: str | Path) -> str:
+    """A folder's own name, also of `.`: what the results of a test set are filed under."""
+    return os.path.basename(os.path.abspath(folder))
+
+
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     hasher = hashlib.sha256()

@@ -14,6 +14,7 @@ from megam3.config.batch_size import bucket_table, edge_problems, size_problems
 from megam3.config.model_checks import Problems, adapters, model_folder, projection
 from megam3.config.schema import MODE_HEADS, DataConfig, EvaluationConfig, OptimConfig, RunConfig, TrainConfig
 from megam3.errors import ConfigError, raise_all
+from megam3.files import folder_name
 
 MAX_NAME_BYTES = 200
 """File systems end names at 255 bytes; what is left is for the suffixes of files written aside."""
@@ -263,7 +264,7 @@ def data_files(data: DataConfig) -> Problems:
 
 def evaluation_folders(evaluation: EvaluationConfig) -> Problems:
     """Each test set has the three parts of the BEIR format, and a name of its own."""
-    names = [os.path.basename(os.path.abspath(folder)) for folder in evaluation.folders]
+    names = [folder_name(folder) for folder in evaluation.folders]
     for index, folder in enumerate(evaluation.folders):
         parts = ("corpus.jsonl", "queries.jsonl", f"qrels/{evaluation.split}.tsv")
         missing = [part for part in parts if not (Path(folder) / part).is_file()]

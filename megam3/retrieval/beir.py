@@ -10,13 +10,12 @@ Only queries with a judgement above 0 are kept: the file often holds the queries
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megam3.errors import DataError
-from megam3.files import parse_json
+from megam3.files import folder_name, parse_json
 
 MAX_LINE_CHARACTERS = 1 << 25
 """The longest document of a published benchmark has some hundred thousand."""
@@ -129,11 +128,6 @@ def _answers(queries: dict[str, dict]) -> dict[str, list[str]]:
     }
 
 
-def filed_name(folder: str | Path) -> str:
-    """What results of the test set in `folder` are filed under: the folder's name, also of `.`."""
-    return os.path.basename(os.path.abspath(folder))
-
-
 def read_beir(folder: str | Path, split: str = "test") -> BeirDataset:
     """Read the test set in `folder`, passages included.
 
@@ -178,7 +172,7 @@ def read_judged(folder: Path, split: str, passage_ids: Sequence[str], passages: 
         )
     kept = [query for query in queries if query in (answers or qrels)]
     return BeirDataset(
-        name=filed_name(folder),
+        name=folder_name(folder),
         passage_ids=passage_ids,
         passages=passages,
         query_ids=kept,
