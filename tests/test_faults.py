@@ -9,6 +9,7 @@ checkpoint, and in the end the figures are those of a run that was never disturb
 prints a table by fault.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -75,11 +76,13 @@ def processes_of(run: subprocess.Popen) -> dict[str, list[psutil.Process]]:
 
 
 def inject(run: subprocess.Popen, target: str, number: signal.Signals) -> bool:
-    """Send the signal; False when there is nobody to send it to yet."""
-    victims = processes_of(run)[target]
+    """Send the signal; False when there is nobody to send it to yet, or no longer."""
+    victims, is_sent = processes_of(run)[target], False
     for victim in victims[:1] if target == "worker" else victims:
-        victim.send_signal(number)
-    return bool(victims)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.send_signal(number)
+            is_sent = True
+    return is_sent
 
 
 def wait_for_end(everyone: list[psutil.Process], seconds: float) -> list[psutil.Process]:

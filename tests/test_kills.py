@@ -1,10 +1,11 @@
-"""Kill -9 at random moments of training, start again, and end with the losses of a run that was never
-disturbed.
+"""Kill -9 at random times and after random steps of training, start again, and end with the losses of a run
+that was never disturbed.
 
 Five kills, or as many as MEGAM3_KILLS says. MEGAM3_KILL_DATA=pairs.jsonl trains on that file instead of
 made-up pairs.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launches import ROOT, Workplace, make_workplace
+from tests.launches import HELD, ROOT, Workplace, make_workplace
 
 STEPS = 60
 ARGUMENTS = (
@@ -27,10 +28,12 @@ ARGUMENTS = (
 )
 
 
-def start(place: Workplace, name: str) -> subprocess.Popen:
-    """One process on one rank, in a session of its own, so that its data workers can be killed with it."""
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "megam3.train", place.recipe, f"name={name}", *ARGUMENTS]
+def start(place: Workplace, name: str, **held: str) -> subprocess.Popen:
+    """One process on one rank, in a session of its own, so that its data workers can be killed with it;
+    `held` is what the program HELD reads."""
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **held}
+    program = ["-c", HELD] if held else ["-m", "megam3.train"]
+    command = [sys.executable, *program, place.recipe, f"name={name}", *ARGUMENTS]
     data = os.environ.get("MEGAM3_KILL_DATA")
     if data:
         command += [
@@ -60,31 +63,60 @@ def test_killed_training_ends_with_the_losses_of_an_undisturbed_run(tmp_path: Pa
     before = time.monotonic()
     finish(start(place, "whole"))
     whole_seconds = time.monotonic() - before
-    killed_after, run = [], 0
-    while len(killed_after) < num_kills:
-        name = f"killed-{run}"
-        logged = count_steps(place, name)
-        process = start(place, name)
-        # half of the kills come at a random time, start-up included, half right after a random step
-        target = rng.randint(logged + 1, STEPS) if len(killed_after) % 2 and logged < STEPS else STEPS + 1
-        deadline = time.monotonic() + (60 if target <= STEPS else rng.uniform(0.3, 1.0) * whole_seconds)
-        while process.poll() is None and time.monotonic() < deadline and count_steps(place, name) < target:
-            time.sleep(0.02)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            killed_after.append(count_steps(place, name))
-            continue
-        finish(process)
-        check_equal(place, name)
+    by_time, at_step, run = list[int](), list[int](), 0
+
+    def start_anew() -> None:
+        """The run to its end, and on with another."""
+        nonlocal run
+        finish(start(place, f"killed-{run}"))
+        check_equal(place, f"killed-{run}")
         run += 1
-    finish(start(place, f"killed-{run}"))
-    check_equal(place, f"killed-{run}")
-    print(
-        f"{num_kills} kills over {run + 1} runs of {STEPS} steps, after these steps were logged:"
-        f" {killed_after}"
-    )
-    assert len(set(killed_after)) > 2, "kills at different points of the run"
+
+    while len(by_time) + len(at_step) < num_kills:
+        if len(at_step) < len(by_time):
+            if not (free := set(range(count_steps(place, f"killed-{run}") + 1, STEPS)) - set(at_step)):
+                start_anew()
+                continue
+            at_step.append(rng.choice(sorted(free)))
+            kill_at(place, f"killed-{run}", at_step[-1])
+        elif kill_after(place, f"killed-{run}", rng.uniform(0.3, 1.0) * whole_seconds):
+            by_time.append(count_steps(place, f"killed-{run}"))
+        else:
+            start_anew()  # it had ended before: nothing was killed
+    start_anew()
+    print(f"{num_kills} kills over {run} runs of {STEPS} steps: by time, with these steps logged: {by_time};"
+          f" right after these steps: {at_step}")  # fmt: skip
+    assert len(set(at_step)) == num_kills // 2, "kills at different steps"
+
+
+def kill_at(place: Workplace, name: str, step: int) -> None:
+    """Start, and kill right after the step, at which the run stands still until then."""
+    hold = place.folder / "hold"
+    hold.touch()
+    process = start(place, name, HELD_AT=str(step), HELD_WHILE=str(hold))
+    end = time.monotonic() + 240
+    while process.poll() is None and count_steps(place, name) < step and time.monotonic() < end:
+        time.sleep(0.02)
+    assert kill(process), "the run ended before the step"
+    assert count_steps(place, name) == step
+
+
+def kill_after(place: Workplace, name: str, seconds: float) -> bool:
+    """Start, and kill after so long, start-up included; whether the run was still there."""
+    process = start(place, name)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    return kill(process)
+
+
+def kill(process: subprocess.Popen) -> bool:
+    """Kill -9 the process and its data workers; False if it had ended well."""
+    if process.poll() is not None:
+        finish(process)
+        return False
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    return True
 
 
 def count_steps(place: Workplace, name: str) -> int:
