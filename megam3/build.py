@@ -12,7 +12,7 @@ from megam3.batch import Representations
 from megam3.checkpoint import RunState
 from megam3.config.deepspeed import bf16_sums_warning, build_deepspeed_config, is_half
 from megam3.config.load import dump_config
-from megam3.config.schema import ModelConfig, RunConfig
+from megam3.config.schema import EvaluationConfig, ModelConfig, RunConfig
 from megam3.data.dataset import TrainingData, open_on_every_rank
 from megam3.data.notes import data_notes
 from megam3.data.tokenizer import Tokenizer, load_tokenizer
@@ -205,6 +205,24 @@ def check_data_kind(config: RunConfig, data: TrainingData) -> None:
         raise DataError(f"objective.{idle}", getattr(config.objective, idle), rule, remedy)
 
 
+def evaluated_as_trained(config: RunConfig) -> EvaluationConfig:
+    """The recipe's evaluation, with the instructions that hold for it; says so where the datasets' differ."""
+    for side in ("query", "passage"):
+        field = f"{side}_instruction"
+        trained = sorted({getattr(dataset, field) for dataset in config.data.train})
+        if config.evaluation.folders and len(trained) > 1 and getattr(config.evaluation, field) is None:
+            logger.warning(
+                "data.train puts %s before its texts: evaluation and exports put nothing; say what they shall"
+                " put in evaluation.%s",
+                " or ".join(map(repr, trained)),
+                field,
+            )
+    own = config.instructions
+    return config.evaluation.model_copy(
+        update={"query_instruction": own.query, "passage_instruction": own.passage}
+    )
+
+
 def evaluation(
     config: RunConfig,
     engine: Engine,
@@ -223,12 +241,13 @@ def evaluation(
         return objective.represent(engine.forward, pack_texts(token_ids).to(engine.device))
 
     modes = offered_modes(config.objective.scored_heads())
+    instructed = evaluated_as_trained(config)
 
     def run(step: int) -> dict[str, float]:
         figures: dict[str, float] = {}
         with engine.inference():
             for dataset in test_sets:
-                result = evaluate(dataset, tokenize, encode_ids, config.evaluation, modes)
+                result = evaluate(dataset, tokenize, encode_ids, instructed, modes)
                 figures |= result.scalars()
                 if comm.is_main():
                     result.write(os.path.join(run_dir, "eval", f"step-{step:06d}-{result.dataset}.json"))

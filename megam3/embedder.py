@@ -28,6 +28,7 @@ from megam3.config.weights import HEADS, HeadWeights
 from megam3.data.tokenizer import Tokenizer, check_vocabulary
 from megam3.embedder_processes import EncodingProcesses, encoding_processes
 from megam3.errors import ConfigError, DataError
+from megam3.instructions import Instructions, read_instructions
 from megam3.model.device import Precision, PrecisionWish, pick_device, pick_precision
 from megam3.model.encoded import Encoded, encoded_batch, lexical_match, truncate_dense
 from megam3.model.folder import model_folder
@@ -65,6 +66,7 @@ class M3Embedder:
         self._take(model, load_tokenizer_of(path))
         check_vocabulary(self._text_tokenizer, model.encoder.config.vocab_size, path)
         self._source = (path, own)
+        self.instructions = read_instructions(path)
 
     @classmethod
     def from_model(cls, model: M3Model, tokenizer: PreTrainedTokenizerBase) -> M3Embedder:
@@ -73,6 +75,9 @@ class M3Embedder:
         embedder._take(model, tokenizer)
         return embedder
 
+    instructions = Instructions()
+    """What the folder says stands before queries and passages; `encode_queries` and `encode_passages` put it
+    there."""
     _source: tuple[str, Precision] | None = None
     """Where processes read the same model; None: it is in this one alone."""
     _processes: EncodingProcesses | None = None
@@ -245,6 +250,16 @@ class M3Embedder:
             [convert(rows) for rows in multi] if "multi_vector" in heads else None,
         )
 
+    def encode_queries(self, texts: str | Sequence[str], **options: Any) -> Encoded:
+        """`encode` of texts that search, with the model's instruction before each; `options` are its
+        arguments."""
+        return self.encode(_instructed(self.instructions.query, texts), **options)
+
+    def encode_passages(self, texts: str | Sequence[str], **options: Any) -> Encoded:
+        """`encode` of texts to be found, with the model's instruction before each; `options` are its
+        arguments."""
+        return self.encode(_instructed(self.instructions.passage, texts), **options)
+
     def _parts(
         self, token_ids: Sequence[np.ndarray], heads: Sequence[str], batch_tokens: int | None
     ) -> Iterator[tuple[list[int], Encoded]]:
@@ -288,9 +303,10 @@ class M3Embedder:
     ) -> dict[str, Any]:
         """Scores of (query, passage) pairs: `dense`, `lexical`, `multi_vector` and `sum`, each float32 [n].
 
-        `multi_vector` is a mean over query tokens; `sum` weighs them 1 / 0.3 / 1, unless weights are
-        given (arXiv 2402.03216, section 4). One pair of strings gives one number for each name. A head that
-        the model does not have gives no score, and then there is a sum only by weights that leave it out.
+        Texts are read as they stand, without the model's instructions. `multi_vector` is a mean over query
+        tokens; `sum` weighs them 1 / 0.3 / 1, unless weights are given (arXiv 2402.03216, section 4). One
+        pair of strings gives one number for each name. A head that the model does not have gives no score,
+        and then there is a sum only by weights that leave it out.
 
         Raises:
             ConfigError: weights for a head that the model does not have.
@@ -323,6 +339,15 @@ class M3Embedder:
             total = sum(getattr(weights, head) * values for head, values in scores.items())
             scores["sum"] = np.asarray(total, dtype=np.float32)
         return scores
+
+
+def _instructed(instruction: str, texts: str | Sequence[str]) -> str | Sequence[str]:
+    if not instruction:
+        return texts
+    if isinstance(texts, str):
+        return instruction + texts
+    # what is no text is refused by `token_arrays`, which knows its place
+    return [instruction + text if isinstance(text, str) else text for text in texts]
 
 
 def _check_pairs(pairs: Sequence[Any]) -> None:

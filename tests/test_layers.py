@@ -13,7 +13,7 @@ LAYERS = [
     {"errors", "files", "lexical_pairs", "__init__"},
     {"model_files"},
     {"encoders"},
-    {"reading", "token_layers"},
+    {"reading", "token_layers", "instructions"},
     {"config"},
     {"packed_texts"},
     {"batch", "dist"},

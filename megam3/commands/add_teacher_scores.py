@@ -18,6 +18,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from megam3.commands.instruction_options import add_instruction_options, given_instructions
 from megam3.commands.mine import progress_lines
 from megam3.dist import comm
 from megam3.dist.session import device_of_rank, worker_ranks
@@ -45,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
     with worker_ranks() as ranks:
         folder = model_folder(given.model)
         kind = kind_of(folder)
+        instructions = given_instructions(given, folder)
         options = TeacherOptions(
             inputs=(given.input,),
             output=Path(given.output),
@@ -57,8 +59,8 @@ def main(argv: Sequence[str]) -> int:
                 "precision": given.precision,
             },
             normalize=given.normalize,
-            query_instruction=given.query_instruction,
-            passage_instruction=given.passage_instruction,
+            query_instruction=instructions.query,
+            passage_instruction=instructions.passage,
         )
         teacher = _load(kind, folder, given, device_of_rank(given.device, ranks))
         say = progress_lines(comm.is_main())
@@ -94,8 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-tokens", type=int, default=16384, help="scored at a time (default: %(default)s)")
     add("--precision", choices=["auto", *DTYPES], default="auto", help="of a cross-encoder")
     add("--normalize", action="store_true", help="put scores through a sigmoid")
-    add("--query-instruction", default="", help="put before every query without a prompt of its own")
-    add("--passage-instruction", default="", help="put before every passage")
+    add_instruction_options(parser, " without a prompt of its own")
     add("--work", default=None, help="folder of unfinished parts (default: OUTPUT.work)")
     add("--device", default=None, help="default: CUDA when there is one")
     return parser

@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megam3.checkpoint.folders import MARKER
+from megam3.commands.instruction_options import add_instruction_options, given_instructions
 from megam3.config.schema import EvaluationConfig
 from megam3.embedder import M3Embedder
 from megam3.errors import ConfigError
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         default=defaults.rerank_hybrid,
         help="Dense+Sparse and All re-rank this many of each",
     )
+    add_instruction_options(parser)
     parser.add_argument("--device", default=None, help="default: CUDA when there is one")
     return parser
 
@@ -196,12 +198,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     embedder = M3Embedder(model, device=device)
     check_modes(asked, embedder.heads)
     modes = asked or offered_modes(embedder.heads)
+    instructions = given_instructions(given, model)
+    if instructions:
+        print(
+            f"before queries: {instructions.query!r}, before passages: {instructions.passage!r}",
+            file=sys.stderr,
+        )
     config = EvaluationConfig(
         folders=given.folders,
         split=given.split,
         # what the model has no positions for is cut, and counted as cut
         query_max_tokens=min(given.query_max_tokens, embedder.max_tokens),
         passage_max_tokens=min(given.passage_max_tokens, embedder.max_tokens),
+        query_instruction=instructions.query,
+        passage_instruction=instructions.passage,
         batch_tokens=given.batch_tokens or embedder.default_batch_tokens,
         rerank_dense=given.rerank_dense,
         rerank_hybrid=given.rerank_hybrid,

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megam3.commands.instruction_options import add_instruction_options, given_instructions
 from megam3.dist import comm
 from megam3.dist.session import device_of_rank, worker_ranks
 from megam3.embedder import M3Embedder
@@ -81,6 +82,7 @@ def _mining_options(
     search = SearchOptions(
         by=given.candidates, depth=select.high, dense_search=given.dense_search, device=device
     )
+    instructions = given_instructions(given, folder)
     return MiningOptions(
         inputs=tuple(given.files),
         output=Path(given.output),
@@ -92,13 +94,13 @@ def _mining_options(
         encode=EncodeOptions(
             max_tokens=given.passage_max_tokens,
             batch_tokens=given.batch_tokens,
-            instruction=given.passage_instruction,
+            instruction=instructions.passage,
             dense_dtype=given.dense_dtype,
             lexical=search.needs_lexical,
             multi_vector=search.needs_multi_vector,
         ),
         query_max_tokens=given.query_max_tokens,
-        query_instruction=given.query_instruction,
+        query_instruction=instructions.query,
         with_scores=not given.no_scores,
         keep_negatives=given.keep_negatives,
     )
@@ -155,8 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--positive-score", choices=["min", "max"], default="min", help="which positive's score counts")
     add("--no-scores", action="store_true", help="write no pos_scores and neg_scores")
     add("--keep-negatives", action="store_true", help="keep those a record has, before the mined ones")
-    add("--query-instruction", default="", help="put before every query without a prompt of its own")
-    add("--passage-instruction", default="", help="put before every passage")
+    add_instruction_options(parser, " without a prompt of its own")
     add("--query-max-tokens", type=int, default=512)
     add("--passage-max-tokens", type=int, default=512)
     add("--batch-tokens", type=int, default=None, help="encoded at a time (default: by device)")

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megam3.commands.instruction_options import add_instruction_options, given_instructions
 from megam3.config.schema import EvaluationConfig
 from megam3.embedder import M3Embedder
 from megam3.errors import ConfigError
@@ -64,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
 def _corpus(given: argparse.Namespace) -> Corpus:
     folder = model_folder(given.model)
     index = Path(given.index).expanduser() if given.index else Path(f"{given.files[0].rstrip('/')}.index")
+    instructions = given_instructions(given, folder)
     return open_corpus(
         M3Embedder(folder, device=given.device),
         folder,
@@ -72,10 +74,12 @@ def _corpus(given: argparse.Namespace) -> Corpus:
         EncodeOptions(
             max_tokens=given.max_tokens,
             batch_tokens=given.batch_tokens,
+            instruction=instructions.passage,
             multi_vector=not given.no_multi_vector,
         ),
         EvaluationConfig(
             query_max_tokens=given.query_max_tokens,
+            query_instruction=instructions.query,
             rerank_dense=given.rerank,
             rerank_hybrid=given.rerank,
         ),
@@ -154,5 +158,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, default=8192, help="passages are cut there (default: %(default)s)")
     add("--query-max-tokens", type=int, default=defaults.query_max_tokens)
     add("--batch-tokens", type=int, default=None, help="encoded at a time (default: by device)")
+    add_instruction_options(parser)
     add("--device", default=None, help="default: CUDA when there is one")
     return parser

@@ -20,6 +20,7 @@ from megam3.config.objective import HeadName, ObjectiveSection, UnifiedConfig
 from megam3.config.section import Section, Seed
 from megam3.config.weights import HeadWeights
 from megam3.encoders import Direction
+from megam3.instructions import Instructions, instructions_of
 from megam3.reading import Pooling
 from megam3.token_layers import Activation
 
@@ -357,6 +358,11 @@ class EvaluationConfig(Section):
     """Longer queries are truncated."""
     passage_max_tokens: PositiveInt = 8192
     """Longer passages are truncated."""
+    query_instruction: str | None = None
+    """Put before every query here, and carried by exports; None: what all of data.train put there, nothing
+    where they differ."""
+    passage_instruction: str | None = None
+    """The same before every passage."""
     batch_tokens: PositiveInt = 32768
     """Tokens per encoding batch."""
     weights: HeadWeights = HeadWeights(dense=1.0, lexical=0.3, multi_vector=1.0)
@@ -386,6 +392,11 @@ class RunConfig(Section):
     def run_dir(self) -> Path:
         """The run folder."""
         return Path(self.output_dir) / self.name
+
+    @property
+    def instructions(self) -> Instructions:
+        """What queries and passages get outside training: in evaluation and in exports."""
+        return instructions_of(self.model_dump(include={"data": {"train"}, "evaluation": True}))
 
     @property
     def store_dir(self) -> Path:

@@ -29,6 +29,7 @@ from megam3.export.model_card import NO_FACTS, CardFacts, bge_m3_card
 from megam3.export.sentence_transformers_files import write_sentence_transformers_files
 from megam3.export.verify import model_from_state, refuse_existing, verify_folder
 from megam3.files import atomic_folder, write_json
+from megam3.instructions import PROMPTS_FILE
 from megam3.model.m3 import M3Model
 from megam3.reading import OWN_FILE, own_fields
 
@@ -71,7 +72,11 @@ def write_bge_m3(out: Path, model: M3Model, source: Path, facts: CardFacts = NO_
             torch.save(weights, out / HEAD_FILES[name])
     # a folder that is opened as one without them would pool otherwise and say nothing
     if model.reading.pooling != "mcls":
-        write_sentence_transformers_files(out, hidden_size, max_tokens, model.reading.pooling)
+        write_sentence_transformers_files(
+            out, hidden_size, max_tokens, model.reading.pooling, facts.instructions
+        )
+    elif facts.instructions:
+        write_json(out / PROMPTS_FILE, {"prompts": facts.instructions.prompts()})
     width = None if model.multi_vector_head is None else model.multi_vector_head.out_features
     own = {
         "megam3_version": __version__,

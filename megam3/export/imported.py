@@ -26,6 +26,7 @@ from megam3.export.token_vectors import write_layers
 from megam3.export.tokenizer_files import write_tokenizer_files
 from megam3.export.verify import refuse_existing
 from megam3.files import atomic_folder, read_json, write_json
+from megam3.instructions import PROMPTS_FILE, Instructions, read_instructions
 from megam3.model.backbone import load_backbone
 from megam3.model.head_files import read_heads
 from megam3.model.pretrained import load_m3, load_tokenizer_of
@@ -48,8 +49,8 @@ class Imported:
     """sentence-transformers' pooling, when the folder names one."""
     vector_layers: tuple[str, ...] = ()
     """Layers behind its pooling, which are not imported."""
-    prefixes: tuple[str, str] = ("", "")
-    """PyLate's, before queries and before passages."""
+    instructions: Instructions = Instructions()
+    """sentence-transformers' prompts or PyLate's prefixes."""
 
     def notes(self) -> list[str]:
         """What a user should know before training goes on."""
@@ -70,10 +71,10 @@ class Imported:
                 f"its dense vector went through {', '.join(self.vector_layers)}, which megam3 has no place"
                 " for: the dense head begins worse than the model was"
             )
-        if any(self.prefixes):
+        if self.instructions:
             found.append(
-                f"PyLate put {self.prefixes[0]!r} before queries, {self.prefixes[1]!r} before passages: set"
-                " the datasets' query_instruction and passage_instruction to them"
+                f"its folder puts {self.instructions.query!r} before queries, {self.instructions.passage!r}"
+                " before passages: set the datasets' query_instruction and passage_instruction to them"
             )
         if self.stripped_prefix:
             found.append("stripped the prefix `model.` of FlagEmbedding's trainer")
@@ -119,11 +120,13 @@ def import_model(source: str, out: str | Path, *, new_heads: bool = False) -> Im
             stripped_prefix=stripped,
             pooling=read_pooling(folder),
             vector_layers=tuple(find_vector_layers(folder)),
-            prefixes=_read_prefixes(folder),
+            instructions=read_instructions(folder),
         )
         if imported.pooling in POOLINGS:
             reading = resolve_reading(source, config)
             write_json(aside / OWN_FILE, own_fields(reading))
+        if imported.instructions:
+            write_json(aside / PROMPTS_FILE, {"prompts": imported.instructions.prompts()})
         write_json(aside / "megam3_import.json", {"source": source, "notes": imported.notes()})
         load_backbone(str(aside))
         if new_heads:
@@ -144,12 +147,6 @@ def _read_layers(
     assert found is not None
     heads["multi_vector"] = found
     return []
-
-
-def _read_prefixes(folder: Path) -> tuple[str, str]:
-    file = folder / "config_sentence_transformers.json"
-    config = read_json(file) if file.is_file() else {}
-    return str(config.get("query_prefix") or ""), str(config.get("document_prefix") or "")
 
 
 def _write_new_heads(folder: Path) -> None:

@@ -3,6 +3,7 @@ from."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from megam3 import __version__
 from megam3.files import read_json
+from megam3.instructions import Instructions, instructions_of
 from megam3.reading import Pooling
 
 _FLAGEMBEDDING_POOLINGS = {"mean": "mean", "last": "last_token"}
@@ -37,6 +39,8 @@ class CardFacts:
     """Folder name of the checkpoint."""
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     """By file name in the run's eval/ folder, its content."""
+    instructions: Instructions = Instructions()
+    """What queries and passages got in training."""
 
 
 NO_FACTS = CardFacts()
@@ -52,6 +56,7 @@ def facts_of_checkpoint(checkpoint: str | Path, recipe: Mapping[str, Any], recip
         datasets=tuple(str(dataset.get("name")) for dataset in data),
         step=folder.name,
         evaluation={file.stem: read_json(file) for file in files},
+        instructions=instructions_of(recipe),
     )
 
 
@@ -130,7 +135,8 @@ def multi_vector_card(library: str, max_tokens: int, facts: CardFacts) -> str:
 
 def _card(title: str, library: str, usage: str, note: str, facts: CardFacts) -> str:
     head = f"---\nlibrary_name: {library}\npipeline_tag: sentence-similarity\n---\n"
-    parts = [f"{head}# {title}\n", f"Trained with megam3 {__version__}.\n\n## Usage\n", f"{usage}\n", note]
+    parts = [f"{head}# {title}\n", f"Trained with megam3 {__version__}.\n\n## Usage\n", f"{usage}\n"]
+    parts += [_instructions_text(facts.instructions), note]
     if facts.datasets:
         parts.append(f"\n## Data\n\nTrained on: {', '.join(facts.datasets)}. Checkpoint: {facts.step}.\n")
     if facts.evaluation:
@@ -138,6 +144,19 @@ def _card(title: str, library: str, usage: str, note: str, facts: CardFacts) -> 
     if facts.recipe_yaml:
         parts.append(f"\n## Recipe\n\n```yaml\n{facts.recipe_yaml.rstrip()}\n```\n")
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
+
+
+def _instructions_text(instructions: Instructions) -> str:
+    if not instructions:
+        return ""
+    query, passage = (json.dumps(text, ensure_ascii=False) for text in instructions.prompts().values())
+    return (
+        "\n## Instructions\n\n"
+        f"The model was trained with `{query}` before queries and `{passage}` before passages. M3Embedder"
+        " puts them there in `encode_queries` and `encode_passages`, sentence-transformers in `encode_query`"
+        " and `encode_document`; FlagEmbedding takes them as `query_instruction_for_retrieval` and"
+        " `passage_instruction_for_retrieval`. `encode` puts nothing.\n"
+    )
 
 
 def _rows(evaluation: Mapping[str, Any]) -> list[str]:

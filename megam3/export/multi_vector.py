@@ -49,7 +49,7 @@ def write_multi_vector(out: Path, model: M3Model, source: Path, facts: CardFacts
         "config_sentence_transformers.json": {
             "model_type": "MultiVectorEncoder",
             "similarity_fn_name": "meanmaxsim",
-            "prompts": {},
+            "prompts": facts.instructions.prompts(),
             "default_prompt_name": None,
         },
     }

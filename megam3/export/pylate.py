@@ -32,7 +32,7 @@ def write_pylate(out: Path, model: M3Model, source: Path, facts: CardFacts) -> N
         "do_query_expansion": False,
         "skiplist_words": skipped_words(model, source),
         "similarity_fn_name": "MaxSim",
-        "prompts": {},
+        "prompts": facts.instructions.prompts(),
         "default_prompt_name": None,
     }
     write_json(out / "config_sentence_transformers.json", settings)

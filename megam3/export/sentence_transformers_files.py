@@ -7,16 +7,21 @@ name classes older ones lack.
 import json
 from pathlib import Path
 
+from megam3.instructions import Instructions
 from megam3.reading import Pooling
 
 _CLASSES = "sentence_transformers.models"
 
 
 def write_sentence_transformers_files(
-    out: Path, hidden_size: int, max_tokens: int, pooling: Pooling = "cls"
+    out: Path,
+    hidden_size: int,
+    max_tokens: int,
+    pooling: Pooling = "cls",
+    instructions: Instructions | None = None,
 ) -> None:
     """modules.json, 1_Pooling/config.json and both config files into `out`: encoder, pooling (cls, mean or
-    last), normalisation."""
+    last), normalisation; `instructions` become its prompts."""
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     modes: dict[str, object] = {
         "word_embedding_dimension": hidden_size,
@@ -36,7 +41,9 @@ def write_sentence_transformers_files(
         "1_Pooling/config.json": modes,
         "sentence_bert_config.json": {"max_seq_length": max_tokens, "do_lower_case": False},
         "config_sentence_transformers.json": {
-            "__version__": {"sentence_transformers": "2.2.2", "transformers": "4.33.0", "pytorch": "2.1.2"}
+            "__version__": {"sentence_transformers": "2.2.2", "transformers": "4.33.0", "pytorch": "2.1.2"},
+            # versions before 2.4 know no prompts, and pass over the key
+            **({"prompts": instructions.prompts()} if instructions else {}),
         },
     }
     (out / "1_Pooling").mkdir()

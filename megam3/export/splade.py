@@ -29,6 +29,7 @@ from megam3.export.model_card import NO_FACTS, CardFacts
 from megam3.export.tokenizer_files import write_tokenizer_files
 from megam3.export.verify import model_from_state, refuse_existing, verify_folder
 from megam3.files import atomic_folder, read_json, write_json
+from megam3.instructions import PROMPTS_FILE
 from megam3.model.m3 import M3Model, max_model_tokens
 from megam3.model.pretrained import load_tokenizer_of
 from megam3.reading import own_fields
@@ -36,6 +37,11 @@ from megam3.reading import own_fields
 NEVER = -1e4
 """Bias of ids without weight: below what any product of a layer-normalised row and an embedding adds."""
 
+_SETTINGS = {
+    "model_type": "SparseEncoder",
+    "__version__": {"sentence_transformers": "5.0.0", "transformers": "4.50.0", "pytorch": "2.6.0"},
+    "similarity_fn_name": "dot",
+}
 _FILES: dict[str, object] = {
     "modules.json": [
         {
@@ -51,11 +57,7 @@ _FILES: dict[str, object] = {
             "type": "sentence_transformers.sparse_encoder.models.SpladePooling",
         },
     ],
-    "config_sentence_transformers.json": {
-        "model_type": "SparseEncoder",
-        "__version__": {"sentence_transformers": "5.0.0", "transformers": "4.50.0", "pytorch": "2.6.0"},
-        "similarity_fn_name": "dot",
-    },
+    PROMPTS_FILE: _SETTINGS,
 }
 
 
@@ -82,11 +84,11 @@ def export_splade(
     out = refuse_existing(out)
     model = model_from_state(state, source, settings)
     with atomic_folder(out) as aside:
-        _write(aside, model, state, source)
+        _write(aside, model, state, source, facts)
         return verify_folder(aside, model, source)
 
 
-def _write(out: Path, model: M3Model, state: Mapping[str, Tensor], source: str) -> None:
+def _write(out: Path, model: M3Model, state: Mapping[str, Tensor], source: str, facts: CardFacts) -> None:
     renamed = {name.replace("expansion_head.", "lm_head."): value for name, value in state.items()}
     renamed = {name: value for name, value in renamed.items() if name.startswith(("encoder.", "lm_head."))}
     bias_V = renamed["lm_head.bias"].float().clone()
@@ -121,5 +123,7 @@ def _write(out: Path, model: M3Model, state: Mapping[str, Tensor], source: str) 
         "sentence_bert_config.json": {"max_seq_length": max_tokens, "do_lower_case": False},
         "megam3_config.json": {**own, "special_ids": list(model.special_ids)},
     }
+    if facts.instructions:
+        files[PROMPTS_FILE] = {**_SETTINGS, "prompts": facts.instructions.prompts()}
     for name, content in files.items():
         write_json(out / name, content)

@@ -62,8 +62,8 @@ def find_examples(
         if value < 1:
             raise ConfigError(option, value, "must be at least 1", "leave it out")
     dataset = read_beir(test_set)
-    limits = EvaluationConfig()
     embedder = M3Embedder(model, device=device)
+    limits = EvaluationConfig(query_instruction=embedder.instructions.query)
     corpus = open_corpus(
         embedder,
         model,
@@ -72,6 +72,7 @@ def find_examples(
         EncodeOptions(
             max_tokens=min(limits.passage_max_tokens, embedder.max_tokens),
             batch_tokens=limits.batch_tokens,
+            instruction=embedder.instructions.passage,
             multi_vector=True,
         ),
         limits,

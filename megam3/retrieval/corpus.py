@@ -74,10 +74,11 @@ class Corpus:
         """
         heads = self.embedder.heads
         offered = [mode for mode in FIVE_MODES if mode in offered_modes(heads)]
+        asked = (self.config.query_instruction or "") + query
         with self.lock:
             encoded = encode_vectors(
                 self.embedder,
-                [query],
+                [asked],
                 max_tokens=min(self.config.query_max_tokens, self.embedder.max_tokens),
                 lexical="lexical" in heads,
                 new_multi=_in_memory if "multi_vector" in heads else None,
@@ -97,7 +98,11 @@ class Corpus:
             }
             texts = {found.row: found.text for ranking in rankings.values() for found in ranking}
             pieces = matched_segments(
-                self.embedder, query, list(texts.values()), max_tokens=self.index.spec.max_tokens
+                self.embedder,
+                asked,
+                list(texts.values()),
+                max_tokens=self.index.spec.max_tokens,
+                instruction=self.index.spec.instruction,
             )
         return Answer(query=query, rankings=rankings, segments=dict(zip(texts, pieces)))
 

@@ -125,6 +125,15 @@ def rank_candidates(candidates: Candidates, config: EvaluationConfig) -> dict[st
     }
 
 
+def _tokenise(dataset: BeirDataset, tokenize: Tokenize, config: EvaluationConfig) -> _Tokenised:
+    """Queries and passages with what is put before them."""
+    before_query, before_passage = config.query_instruction or "", config.passage_instruction or ""
+    return _Tokenised(
+        tokenize([before_query + text for text in dataset.queries], config.query_max_tokens),
+        tokenize([before_passage + text for text in dataset.passages], config.passage_max_tokens),
+    )
+
+
 def _search(
     texts: _Tokenised, encode_ids: EncodeIds, config: EvaluationConfig, modes: Sequence[str]
 ) -> dict[str, Hits]:
@@ -272,16 +281,18 @@ def evaluate(
     """
     check_modes(modes)
     started = time.perf_counter()
-    texts = _Tokenised(
-        tokenize(dataset.queries, config.query_max_tokens),
-        tokenize(dataset.passages, config.passage_max_tokens),
-    )
+    texts = _tokenise(dataset, tokenize, config)
     hits: dict[str, Hits] = {}
     if set(modes) - {"BM25"}:
         hits |= _search(texts, encode_ids, config, modes)
     if "BM25" in modes:
+        words = texts
+        if config.query_instruction or config.passage_instruction:
+            # words that stand before every text tell none from another
+            plain = {"query_instruction": "", "passage_instruction": ""}
+            words = _tokenise(dataset, tokenize, config.model_copy(update=plain))
         framing = find_framing(tokenize, config.query_max_tokens)
-        hits["BM25"] = bm25_hits(texts.query_ids, texts.passage_ids, SEARCHED, framing)
+        hits["BM25"] = bm25_hits(words.query_ids, words.passage_ids, SEARCHED, framing)
     searched = Searched(
         hits={mode: hits[mode] for mode in modes},
         query_tokens=[len(ids) for ids in texts.query_ids],

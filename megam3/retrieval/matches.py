@@ -36,16 +36,18 @@ class TokenShares:
 
 
 def matched_segments(
-    embedder: M3Embedder, query: str, passages: Sequence[str], *, max_tokens: int
+    embedder: M3Embedder, query: str, passages: Sequence[str], *, max_tokens: int, instruction: str = ""
 ) -> list[list[Segment]]:
     """The text of each passage in pieces; those that matched hold what they contributed.
 
-    A token beyond `max_tokens` was not read and contributes nothing.
+    A token beyond `max_tokens` was not read and contributes nothing; those of an `instruction`, which was put
+    before every passage, are not shown.
     """
     if not passages:
         return []
     limit = min(max_tokens, embedder.max_tokens)
-    texts = [query, *passages]
+    read = [instruction + passage for passage in passages]
+    texts = [query, *read]
     heads = embedder.heads
     vectors = encode_vectors(
         embedder,
@@ -55,9 +57,14 @@ def matched_segments(
         new_multi=(lambda shape: np.empty(shape, "f4")) if "multi_vector" in heads else None,
     )
     token_ids = embedder.token_arrays(texts, max_tokens=limit)
-    offsets = embedder.token_offsets(passages, max_tokens=limit)
+    offsets = embedder.token_offsets(read, max_tokens=limit)
+    before = len(instruction)
     return [
-        _cut(passage, spans, token_shares(vectors, 0, number, ids))
+        _cut(
+            passage,
+            [(max(0, start - before), stop - before) for start, stop in spans],
+            token_shares(vectors, 0, number, ids),
+        )
         for number, (passage, spans, ids) in enumerate(zip(passages, offsets, token_ids[1:]), 1)
     ]
 

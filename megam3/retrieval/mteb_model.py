@@ -57,11 +57,16 @@ class MtebModel:
             }
         )
 
-    def encode(self, inputs: Iterable[dict[str, Any]], **_: Any) -> np.ndarray:
-        """float32 [n, D] of the texts in MTEB's batches; task and prompt type change nothing, M3 has no
-        prompts."""
+    def encode(
+        self, inputs: Iterable[dict[str, Any]], *, prompt_type: str | None = None, **_: Any
+    ) -> np.ndarray:
+        """float32 [n, D] of the texts in MTEB's batches. By `prompt_type` (`query`, `document`, or None where
+        texts are alike) the folder's instruction stands before each; the task changes nothing."""
         texts = [text for batch in inputs for text in batch["text"]]
-        return self.embedder.encode(texts, batch_tokens=self.batch_tokens).dense_vecs
+        encode = {"query": self.embedder.encode_queries, "document": self.embedder.encode_passages}.get(
+            str(getattr(prompt_type, "value", prompt_type)), self.embedder.encode
+        )
+        return encode(texts, batch_tokens=self.batch_tokens).dense_vecs
 
     def similarity(self, first: Any, second: Any) -> Tensor:
         """[n, m]: inner products, which are cosines here."""

@@ -125,7 +125,7 @@ def test_pylates_own_folders_without_bias_are_read_and_prefixes_are_told(source,
     )
     imported = import_model(str(folder), tmp_path / "start")
     assert imported.heads == ("multi_vector",)
-    assert "PyLate put '[Q] ' before queries, '[D] ' before passages" in " ".join(imported.notes())
+    assert "its folder puts '[Q] ' before queries, '[D] ' before passages" in " ".join(imported.notes())
     head = load_m3(
         str(tmp_path / "start"), ModelConfig(path=str(tmp_path / "start")), heads=("dense", "multi_vector")
     ).multi_vector_head

@@ -102,19 +102,28 @@ def evaluate_on_disk(
     check_modes(modes)
     started = time.perf_counter()
     limits = [min(n, embedder.max_tokens) for n in (config.query_max_tokens, config.passage_max_tokens)]
-    query_ids = embedder.token_arrays(test_set.dataset.queries, max_tokens=limits[0])
+    queries = [(config.query_instruction or "") + query for query in test_set.dataset.queries]
+    query_ids = embedder.token_arrays(queries, max_tokens=limits[0])
     counts = _counts(test_set, embedder, model, limits[1])
     hits: dict[str, Hits] = {}
     if set(modes) - {"BM25"}:
         hits |= _five_modes(
-            test_set, embedder, model, config, [m for m in FIVE_MODES if m in modes], on_progress
+            test_set, queries, embedder, model, config, [m for m in FIVE_MODES if m in modes], on_progress
         )
     if "BM25" in modes:
-        hits["BM25"] = bm25_on_disk(counts, test_set.documents, query_ids, SEARCHED)
+        # words that stand before every text tell none from another
+        words = query_ids
+        if config.query_instruction:
+            words = embedder.token_arrays(test_set.dataset.queries, max_tokens=limits[0])
+        hits["BM25"] = bm25_on_disk(counts, test_set.documents, words, SEARCHED)
+    passage_tokens = counts.tokens()[test_set.documents.pool_rows]
+    if config.passage_instruction:
+        with_it, alone = embedder.token_arrays([config.passage_instruction, ""], max_tokens=limits[1])
+        passage_tokens = np.minimum(passage_tokens + len(with_it) - len(alone), limits[1])
     searched = Searched(
         hits=hits,
         query_tokens=[len(ids) for ids in query_ids],
-        passage_tokens=counts.tokens()[test_set.documents.pool_rows],
+        passage_tokens=passage_tokens,
         seconds=time.perf_counter() - started,
     )
     return measure(test_set.dataset, searched, config)
@@ -144,6 +153,7 @@ def _counts(test_set: DiskTestSet, embedder: M3Embedder, model: str, max_tokens:
 
 def _five_modes(
     test_set: DiskTestSet,
+    queries: Sequence[str],
     embedder: M3Embedder,
     model: str,
     config: EvaluationConfig,
@@ -154,20 +164,22 @@ def _five_modes(
     options = EncodeOptions(
         max_tokens=min(config.passage_max_tokens, embedder.max_tokens),
         batch_tokens=config.batch_tokens,
+        instruction=config.passage_instruction or "",
         dense_dtype="float32",
     )
-    place = test_set.folder / f"index-{digest(model, pool.fingerprint, options.max_tokens)}"
+    made_from = [model, pool.fingerprint, options.max_tokens, *filter(None, [options.instruction])]
+    place = test_set.folder / f"index-{digest(*made_from)}"
     index = build_index(embedder, pool, place, model, options, on_progress)
-    queries = encode_vectors(
+    encoded = encode_vectors(
         embedder,
-        test_set.dataset.queries,
+        queries,
         max_tokens=min(config.query_max_tokens, embedder.max_tokens),
         batch_tokens=config.batch_tokens,
         new_multi=lambda shape: np.empty(shape, dtype=np.float32),
     )
     return search_modes(
         index,
-        queries,
+        encoded,
         ModeOptions(config=config, modes=modes, device=str(embedder.device)),
         rows_encoder(embedder, pool, index, config.batch_tokens),
         test_set.documents,
