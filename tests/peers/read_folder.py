@@ -10,15 +10,15 @@ import numpy as np
 Arrays = dict[str, np.ndarray]
 
 
-def flagembedding(folder: str, texts: list[str]) -> Arrays:
+def flagembedding(folder: str, texts: list[str], method: str = "encode", **options: str) -> Arrays:
     """All three heads; lexical weights as the JSON of a list of {token: weight}."""
     import torch
     from FlagEmbedding import BGEM3FlagModel
 
     width = torch.load(f"{folder}/colbert_linear.pt", weights_only=True)["weight"].shape[0]
-    model = BGEM3FlagModel(folder, use_fp16=False, devices="cpu", colbert_dim=width)
+    model = BGEM3FlagModel(folder, use_fp16=False, devices="cpu", colbert_dim=width, **options)
     limit = min(model.tokenizer.model_max_length, 8192)
-    encoded = model.encode(
+    encoded = getattr(model, method)(
         texts,
         return_dense=True,
         return_sparse=True,
@@ -30,11 +30,44 @@ def flagembedding(folder: str, texts: list[str]) -> Arrays:
     return {"dense": encoded["dense_vecs"], "lexical": json.dumps(lexical), **_rows(encoded["colbert_vecs"])}
 
 
+def flagembedding_query(folder: str, texts: list[str]) -> Arrays:
+    """`encode_queries` with the arguments that the folder's card names."""
+    return flagembedding(folder, texts, "encode_queries", **_instructions(folder))
+
+
+def flagembedding_corpus(folder: str, texts: list[str]) -> Arrays:
+    """`encode_corpus` with them."""
+    return flagembedding(folder, texts, "encode_corpus", **_instructions(folder))
+
+
+def _instructions(folder: str) -> dict[str, str]:
+    with open(f"{folder}/config_sentence_transformers.json", encoding="utf-8") as file:
+        prompts = json.load(file)["prompts"]
+    return {
+        "query_instruction_for_retrieval": prompts["query"],
+        "passage_instruction_for_retrieval": prompts["document"],
+    }
+
+
 def sentence_transformers_dense(folder: str, texts: list[str]) -> Arrays:
     """`SentenceTransformer`."""
     from sentence_transformers import SentenceTransformer
 
     return {"dense": SentenceTransformer(folder, device="cpu").encode(texts, batch_size=4)}
+
+
+def sentence_transformers_query(folder: str, texts: list[str]) -> Arrays:
+    """`encode_query`, which puts the folder's prompt for queries before texts."""
+    from sentence_transformers import SentenceTransformer
+
+    return {"dense": SentenceTransformer(folder, device="cpu").encode_query(texts, batch_size=4)}
+
+
+def sentence_transformers_document(folder: str, texts: list[str]) -> Arrays:
+    """`encode_document`, with the prompt for passages."""
+    from sentence_transformers import SentenceTransformer
+
+    return {"dense": SentenceTransformer(folder, device="cpu").encode_document(texts, batch_size=4)}
 
 
 def multi_vector_encoder(folder: str, texts: list[str]) -> Arrays:
@@ -89,7 +122,11 @@ def _rows(values) -> Arrays:
 
 READERS = {
     "flagembedding": flagembedding,
+    "flagembedding-query": flagembedding_query,
+    "flagembedding-document": flagembedding_corpus,
     "dense": sentence_transformers_dense,
+    "dense-query": sentence_transformers_query,
+    "dense-document": sentence_transformers_document,
     "multi-vector": multi_vector_encoder,
     "pylate": pylate,
     "sparse-encoder": sparse_encoder,

@@ -26,6 +26,8 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from megam3.config.schema import ModelConfig
 from megam3.embedder import M3Embedder
 from megam3.export.formats import export
+from megam3.export.model_card import CardFacts
+from megam3.instructions import Instructions
 from megam3.model.m3 import is_head_parameter
 from megam3.model.pretrained import load_m3
 from tests.export.test_bge_m3 import trained
@@ -143,6 +145,26 @@ def test_dense_vectors_are_read(exported, tmp_path, reader, environment):
     name, folder, ours = exported
     found, versions = read(reader, environment, folder, [*SHORT, LONG], tmp_path)
     judge(f"bge-m3, {reader}", name, versions, {"dense": float(abs(found["dense"] - ours.dense_vecs).max())})
+
+
+@pytest.mark.parametrize(
+    ("reader", "environment"), [("dense", "_ST5"), ("dense", "_ST6"), ("flagembedding", "")]
+)
+def test_instructions_are_put_before_texts(model, tmp_path, reader, environment):
+    python_of(environment)
+    name, source, state = model
+    instructions = Instructions(query="query: ", passage="passage: ")
+    export(state, source, tmp_path / "out", facts=CardFacts(instructions=instructions))
+    embedder = M3Embedder(str(tmp_path / "out"), device="cpu")
+    for side, encode in (("query", embedder.encode_queries), ("document", embedder.encode_passages)):
+        found, versions = read(f"{reader}-{side}", environment, tmp_path / "out", [*SHORT, LONG], tmp_path)
+        ours = encode([*SHORT, LONG], heads=["dense"]).dense_vecs
+        judge(
+            f"instructions, {reader}-{side}",
+            name,
+            versions,
+            {"dense": float(abs(found["dense"] - ours).max())},
+        )
 
 
 @pytest.mark.parametrize(("reader", "environment"), [("multi-vector", "_ST6"), ("pylate", "_PYLATE")])
