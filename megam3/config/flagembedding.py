@@ -186,7 +186,7 @@ def _datasets(arguments: Arguments, notes: list[str]) -> list[dict[str, Any]]:
     if not paths:
         raise ConfigError("command", "--train_data", "is required and missing", "add it")
     datasets: list[dict[str, Any]] = []
-    for path in paths:
+    for path, is_apart in (each for given in paths for each in _files_apart(given, arguments, notes)):
         stem = Path(path).name.removesuffix(".jsonl").removesuffix(".json") or "data"
         taken = [dataset["name"] for dataset in datasets]
         name = stem if stem not in taken else f"{stem}-{len(datasets)}"
@@ -202,7 +202,9 @@ def _datasets(arguments: Arguments, notes: list[str]) -> list[dict[str, Any]]:
                         f"--{side}_instruction_format puts {after!r} behind the text; that is left out."
                     )
                 dataset[f"{side}_instruction"] = before.replace("{}", instruction, 1)
-        if stem.endswith(_NEGATIVES):
+        # of files in a folder the folder's name decides there
+        marked = Path(path).parent.name if is_apart else stem
+        if marked.endswith(_NEGATIVES):
             dataset["in_batch_negatives"] = False
             notes.append(
                 f"{stem}: in_batch_negatives: false is now a field instead of the file name's"
@@ -212,6 +214,23 @@ def _datasets(arguments: Arguments, notes: list[str]) -> list[dict[str, Any]]:
             )
         datasets.append(dataset)
     return datasets
+
+
+def _files_apart(path: str, arguments: Arguments, notes: list[str]) -> list[tuple[str, bool]]:
+    """(path, whether it is a file of a folder that was named): under --same_dataset_within_batch each file of
+    a folder is a dataset there. Without it batches mix all datasets, and so do those of a folder here."""
+    named_file = Path(path).suffix and not Path(path).is_dir()
+    if named_file or not arguments.flag("same_dataset_within_batch"):
+        return [(path, False)]
+    files = sorted(str(file) for file in Path(path).glob("*.json*") if file.suffix in (".json", ".jsonl"))
+    if not files:
+        notes.append(
+            f"{path}: one dataset here, since it holds no file on this machine; with"
+            " --same_dataset_within_batch each file of a folder is a dataset of its own, and becomes one where"
+            " the folder can be read."
+        )
+        return [(path, False)]
+    return [(file, True) for file in files]
 
 
 def _batch(arguments: Arguments, notes: list[str]) -> dict[str, Any]:
@@ -269,7 +288,6 @@ def _optim(arguments: Arguments, notes: list[str]) -> dict[str, Any]:
     optim: dict[str, Any] = {
         "lr": arguments.number("learning_rate"),
         "weight_decay": arguments.number("weight_decay"),
-        "warmup_ratio": arguments.number("warmup_ratio"),
         "clip_norm": arguments.number("max_grad_norm") or None,
     }
     kind = arguments.text("lr_scheduler_type") or "linear"
@@ -287,15 +305,22 @@ def _optim(arguments: Arguments, notes: list[str]) -> dict[str, Any]:
         optim["betas"] = [float(first), float(second)]
     if "adam_epsilon" in arguments.found:
         optim["eps"] = arguments.number("adam_epsilon")
-    if "warmup_steps" in arguments.found:
-        steps = arguments.number("max_steps") if "max_steps" in arguments.found else 0.0
-        if steps > 0:
-            optim["warmup_ratio"] = min(1.0, arguments.number("warmup_steps") / steps)
-        else:
-            notes.append(
-                "--warmup_steps needs the number of steps; set optim.warmup_ratio to their quotient."
-            )
+    optim["warmup_ratio"] = _warmup_ratio(arguments, kind, notes)
     return optim
+
+
+def _warmup_ratio(arguments: Arguments, schedule: str, notes: list[str]) -> float:
+    """transformers' own rules: `constant` has no warm-up, and steps above 0 go before the ratio."""
+    if schedule == "constant":
+        return 0.0
+    warmup = arguments.number("warmup_steps") if "warmup_steps" in arguments.found else 0.0
+    if warmup <= 0:
+        return arguments.number("warmup_ratio")
+    steps = arguments.number("max_steps") if "max_steps" in arguments.found else 0.0
+    if steps > 0:
+        return min(1.0, warmup / steps)
+    notes.append("--warmup_steps needs the number of steps; set optim.warmup_ratio to their quotient.")
+    return arguments.number("warmup_ratio")
 
 
 def _engine(arguments: Arguments, notes: list[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +62,50 @@ def test_old_names_are_aliases():
     assert config.data.batch.chunk_tokens
     assert config.data.segment_shuffle_probability == 0.002
     assert "--small_threshold: has no counterpart" in " ".join(migration.notes)
+
+
+@pytest.mark.parametrize(
+    ("given", "ratio"),
+    [
+        ("--warmup_ratio 0.1", 0.1),
+        ("--warmup_ratio 0.1 --warmup_steps 0 --max_steps 100", 0.1),
+        ("--warmup_ratio 0.1 --warmup_steps 20 --max_steps 100", 0.2),
+        ("--warmup_ratio 0.1 --lr_scheduler_type constant", 0.0),
+        ("--warmup_steps 20 --max_steps 100 --lr_scheduler_type constant", 0.0),
+        ("--warmup_ratio 0.1 --lr_scheduler_type constant_with_warmup", 0.1),
+    ],
+)
+def test_warm_up_follows_transformers(given, ratio):
+    """get_warmup_steps and get_scheduler of transformers 4.57."""
+    migration = migrate(f"torchrun {MODULE} --model_name_or_path m --train_data d {given}")
+    assert parse_config(migration.recipe).optim.warmup_ratio == ratio
+    assert "--warmup_steps needs" not in " ".join(migration.notes)
+
+
+def test_each_file_of_a_folder_is_a_dataset_where_batches_hold_one(tmp_path):
+    for folder, files in (
+        ("plain", ("a.jsonl", "b.json", "notes.txt")),
+        ("sts_no_in_batch_neg", ("c.jsonl",)),
+    ):
+        (tmp_path / folder).mkdir()
+        for file in files:
+            (tmp_path / folder / file).write_text("{}")
+    folders = f"{tmp_path}/plain {tmp_path}/sts_no_in_batch_neg"
+    call = f"torchrun {MODULE} --model_name_or_path m --train_data {folders}"
+    migration = migrate(f"{call} {tmp_path}/elsewhere --same_dataset_within_batch True")
+    train = parse_config(migration.recipe).data.train
+    assert [(Path(dataset.paths[0]).name, dataset.in_batch_negatives) for dataset in train] == [
+        ("a.jsonl", True), ("b.json", True), ("c.jsonl", False), ("elsewhere", True)
+    ]  # fmt: skip
+    assert [dataset.name for dataset in train] == ["a", "b", "c", "elsewhere"]
+    (told,) = [note for note in migration.notes if "no file on this machine" in note]
+    assert told.startswith(f"{tmp_path}/elsewhere: one dataset here")
+    # without it they mix everything, and a folder stays what it is
+    train = parse_config(migrate(call).recipe).data.train
+    assert [dataset.paths for dataset in train] == [
+        [f"{tmp_path}/plain"],
+        [f"{tmp_path}/sts_no_in_batch_neg"],
+    ]
 
 
 def test_defaults_are_theirs():
