@@ -226,8 +226,8 @@ def _files_apart(path: str, arguments: Arguments, notes: list[str]) -> list[tupl
     if not files:
         notes.append(
             f"{path}: one dataset here, since it holds no file on this machine; with"
-            " --same_dataset_within_batch each file of a folder is a dataset of its own, and becomes one where"
-            " the folder can be read."
+            " --same_dataset_within_batch each file of a folder is a dataset of its own, and becomes one"
+            " where the folder can be read."
         )
         return [(path, False)]
     return [(file, True) for file in files]
