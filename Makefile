@@ -35,8 +35,8 @@ quickstart: $(STAMP)
 
 # the quick files first, so that a mistake shows within seconds
 test: $(STAMP)
-	@OMP_NUM_THREADS=1 $(CLEAN) $(BIN)/python -m pytest -q -m 'not peers and not gpu and not ranks and not slow and not slurm'
-	@OMP_NUM_THREADS=1 $(CLEAN) $(BIN)/python -m pytest -q -m '(ranks or slow or slurm) and not peers and not gpu'
+	@OMP_NUM_THREADS=1 $(CLEAN) $(BIN)/python -m pytest -q --durations=20 -m 'not peers and not gpu and not ranks and not slow and not slurm'
+	@OMP_NUM_THREADS=1 $(CLEAN) $(BIN)/python -m pytest -q --durations=40 -m '(ranks or slow or slurm) and not peers and not gpu'
 
 check: $(STAMP)
 	@$(CLEAN) $(BIN)/ruff format --check --quiet .
