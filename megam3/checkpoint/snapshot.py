@@ -10,9 +10,7 @@ same contents whether it was written at once or from a copy.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +18,6 @@ from torch import Tensor
 
 MEMORY_MARGIN = 1.1
 """A copy may take this much less than the host has left: data workers and the page cache breathe."""
-
-CGROUP_FOLDER = Path("/sys/fs/cgroup")
-OWN_CGROUP = Path("/proc/self/cgroup")
-UNLIMITED = 1 << 62
 
 
 class HostBuffers:
@@ -136,36 +130,3 @@ def storages_of(value: Any) -> list[torch.UntypedStorage]:
         elif isinstance(item, list | tuple):
             waiting.extend(item)
     return list(found.values())
-
-
-def available_bytes() -> int:
-    """Host memory that can still be taken: what Linux estimates, or less where a job's cgroup ends first."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    return min(free, _left_in_cgroup())
-
-
-def _left_in_cgroup() -> int:
-    """Of cgroup v2, where every group above this process's own may have a limit: Slurm's ConstrainRAMSpace
-    sets them on a job and its step, and a task has a group of its own below those, without one."""
-    try:
-        own = OWN_CGROUP.read_text().strip().rpartition("::")[2]
-    except OSError:
-        return UNLIMITED
-    folder = CGROUP_FOLDER / own.lstrip("/")
-    return min(_left_at(level) for level in (folder, *folder.parents) if level.is_relative_to(CGROUP_FOLDER))
-
-
-def _left_at(folder: Path) -> int:
-    """Below the limit of one group; the page cache in it counts as free."""
-    try:
-        limit = (folder / "memory.max").read_text().strip()
-        if limit == "max":
-            return UNLIMITED
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        used = int((folder / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
-        return int(limit) - used
-    except (OSError, ValueError):
-        return UNLIMITED

@@ -21,8 +21,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megam3.checkpoint.find import list_steps
+from megam3.checkpoint.host_memory import available_bytes
 from megam3.checkpoint.save import OwnFiles, Retention, Target, begin, commit, failed, settle, write_error
-from megam3.checkpoint.snapshot import MEMORY_MARGIN, HostBuffers, available_bytes, snapshot, storages_of
+from megam3.checkpoint.snapshot import MEMORY_MARGIN, HostBuffers, snapshot, storages_of
 from megam3.checkpoint.state import RunState
 from megam3.dist import comm
 from megam3.engine.deepspeed import FileWriter

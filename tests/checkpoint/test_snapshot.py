@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from megam3.checkpoint import snapshot as module
-from megam3.checkpoint.snapshot import HostBuffers, available_bytes, snapshot, storages_of
+from megam3.checkpoint.snapshot import HostBuffers, snapshot, storages_of
 
 
 def make_state() -> dict:
@@ -96,32 +96,3 @@ def test_page_locked_memory_is_used_again_once_it_was_written(monkeypatch) -> No
     assert {id(buffers.copy(StandIn([5, 6]))), id(buffers.copy(StandIn([7, 8])))} == {id(first), id(second)}
     assert buffers.copy(StandIn([9])) is made[2]
     assert len(made) == 3
-
-
-def test_a_jobs_memory_limit_counts_where_it_is_below_the_hosts(tmp_path: Path, monkeypatch) -> None:
-    whole = available_bytes()
-    assert whole > 0
-    own = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
-    folder = tmp_path / own
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "memory.max").write_text("5000000\n")
-    (folder / "memory.current").write_text("4000000\n")
-    (folder / "memory.stat").write_text("anon 3000000\ninactive_file 500000\n")
-    monkeypatch.setattr(module, "CGROUP_FOLDER", tmp_path)
-    assert available_bytes() == 1_500_000
-    (folder / "memory.max").write_text("max\n")
-    assert available_bytes() > 1_500_000
-
-
-def test_the_limit_of_a_slurm_job_counts_though_its_tasks_have_none(tmp_path: Path, monkeypatch) -> None:
-    # cgroup v2 as Slurm lays it out: memory.max is on job and step, processes are in the tasks below
-    own = "system.slice/n0_slurmstepd.scope/job_7/step_0/user/task_0"
-    (tmp_path / "own").write_text(f"0::/{own}\n")
-    for folder, limit, used in ((own, "max", 1_000_000), (f"{own}/../../..", "5000000", 3_000_000)):
-        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-        (tmp_path / folder / "memory.max").write_text(f"{limit}\n")
-        (tmp_path / folder / "memory.current").write_text(f"{used}\n")
-        (tmp_path / folder / "memory.stat").write_text("anon 1000000\ninactive_file 500000\n")
-    monkeypatch.setattr(module, "CGROUP_FOLDER", tmp_path)
-    monkeypatch.setattr(module, "OWN_CGROUP", tmp_path / "own")
-    assert available_bytes() == 2_500_000
