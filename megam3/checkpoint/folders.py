@@ -12,10 +12,13 @@ No ranks and no tensors here.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
 import shutil
+import stat
+import time
 import zlib
 from collections.abc import Collection, Mapping
 from typing import TypedDict
@@ -28,6 +31,8 @@ logger = logging.getLogger(__name__)
 MANIFEST, MARKER = "manifest.json", "COMPLETE"
 STEP_NAME = re.compile(r"step-(\d{1,18})")
 CHUNK_BYTES = 1 << 24
+RETRY_SECONDS = (0.5, 2.0)
+"""Before a folder is read again that could not be read."""
 SPACE_MARGIN = 1.05
 """A checkpoint's size changes little from one to the next: only tokens and counters in state.json grow."""
 
@@ -110,32 +115,49 @@ def find_problem(folder: str, share: int = 0, num_shares: int = 1, *, read: bool
     checksum.
 
     Never raises: an error of the file system and foreign bytes in any of the files are problems like others.
+    One of the file system may pass, as EIO and ESTALE do on a network: it counts when it comes again and
+    again.
 
     Args:
         folder: of one checkpoint.
         share, num_shares: of several callers that divide the reading, each looks at every num_shares-th file.
         read: False compares names and sizes only, which costs no reading.
     """
-    try:
-        return _find_problem(folder, share, num_shares, read)
-    except READ_ERRORS as error:
-        return f"cannot be read: {type(error).__name__}: {error}"
+    for pause in (*RETRY_SECONDS, None):
+        try:
+            return _find_problem(folder, share, num_shares, read)
+        except READ_ERRORS as error:
+            problem = f"cannot be read: {type(error).__name__}: {error}"
+            if pause is None or not isinstance(error, OSError):
+                break
+        time.sleep(pause)
+    return problem
 
 
 def _find_problem(folder: str, share: int, num_shares: int, read: bool) -> str | None:
     marker, manifest = os.path.join(folder, MARKER), os.path.join(folder, MANIFEST)
-    if not os.path.isfile(marker) or not os.path.isfile(manifest):
+    if not _is_file(marker) or not _is_file(manifest):
         return "never completed"
     with open(marker, "rb") as stream:
         if stream.read(64).strip() != str(describe_file(manifest)["crc32"]).encode():
             return f"{MANIFEST} was changed"
     for file, entry in list(read_json(manifest).items())[share::num_shares]:
         path = os.path.join(folder, file)
-        if not os.path.isfile(path):
+        if not _is_file(path):
             return f"{file} is missing"
         if os.path.getsize(path) != entry["bytes"] or (read and describe_file(path) != entry):
             return f"{file} was changed after writing"
     return None
+
+
+def _is_file(path: str) -> bool:
+    """As `os.path.isfile`, which takes a disk that does not answer for a file that is not there."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise
 
 
 def rename_aside(root: str, name: str, why: str) -> str:

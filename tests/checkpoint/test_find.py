@@ -1,5 +1,6 @@
 """Which checkpoint is found, what counts as damage, and that no damage ends the search."""
 
+import errno
 import json
 import os
 from dataclasses import replace
@@ -11,6 +12,7 @@ from megam3.batch import Progress
 from megam3.checkpoint import (
     check_resumable,
     find_problem,
+    folders,
     has_same_layout,
     newest_complete,
     read_state,
@@ -148,15 +150,38 @@ def test_foreign_bytes_and_errors_of_the_file_system_are_problems_like_others(tm
     assert problem in said[0]
 
 
-@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ValueError("bytes"), RecursionError()])
-def test_an_error_while_reading_is_a_problem(tmp_path, monkeypatch, error):
-    folder = save_step(tmp_path, 1)
+@pytest.mark.parametrize(
+    ("error", "times"),
+    [(OSError(5, "Input/output error"), 3), (ValueError("bytes"), 1), (RecursionError(), 1)],
+)
+def test_an_error_while_reading_is_a_problem(tmp_path, monkeypatch, error, times):
+    folder, calls = save_step(tmp_path, 1), []
 
     def fails(path):
+        calls.append(path)
         raise error
 
-    monkeypatch.setattr("megam3.checkpoint.folders.describe_file", fails)
+    monkeypatch.setattr(folders, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(folders, "describe_file", fails)
     assert find_problem(folder).startswith(f"cannot be read: {type(error).__name__}")
+    assert len(calls) == times
+
+
+@pytest.mark.parametrize("call", ["stat", "open"])
+def test_an_error_that_passes_costs_no_checkpoint(tmp_path, monkeypatch, call):
+    save_step(tmp_path, 1)
+    newest, said, left = save_step(tmp_path, 2), [], [errno.EIO, errno.ESTALE]
+    original = os.stat if call == "stat" else folders.describe_file
+
+    def fails_at_first(path, *given, **named):
+        if left and str(path).startswith(newest):
+            raise OSError(left.pop(0), "passes")
+        return original(path, *given, **named)
+
+    monkeypatch.setattr(folders, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(*((os, "stat") if call == "stat" else (folders, "describe_file")), fails_at_first)
+    assert newest_complete(str(tmp_path), said.append) == newest
+    assert (said, left) == ([], [])
 
 
 def test_folders_with_other_names_are_no_checkpoints(tmp_path):
