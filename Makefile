@@ -2,10 +2,12 @@
 #   PYTHON=python3.12 make test       another interpreter
 #   PIP_FLAGS='--index-url …' make    options for pip
 #   DATA=pairs.jsonl make quickstart  your own pairs
+#   JOBS=8 make test                  processes for the tests that need one
 PYTHON ?= python3
 VENV := .venv
 PIP_FLAGS ?=
 DATA ?=
+JOBS ?= 2
 BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 # what an activated environment, a conda or a user site would leak into ours
@@ -33,10 +35,13 @@ $(STAMP): setup.py constraints.txt pyproject.toml
 quickstart: $(STAMP)
 	@$(CLEAN) $(BIN)/megam3 quickstart $(if $(DATA),--data $(DATA))
 
-# the quick files first, so that a mistake shows within seconds
+# the quick files first, so that a mistake shows within seconds; what starts several ranks has the machine to itself
+PYTEST := OMP_NUM_THREADS=1 $(CLEAN) $(BIN)/python -m pytest -q --durations=20
+SEVERAL := -n $(JOBS) --dist loadfile
 test: $(STAMP)
-	@OMP_NUM_THREADS=1 $(CLEAN) $(BIN)/python -m pytest -q --durations=20 -m 'not peers and not gpu and not ranks and not slow and not slurm'
-	@OMP_NUM_THREADS=1 $(CLEAN) $(BIN)/python -m pytest -q --durations=40 -m '(ranks or slow or slurm) and not peers and not gpu'
+	@$(PYTEST) $(SEVERAL) -m 'not peers and not gpu and not ranks and not slow and not slurm'
+	@$(PYTEST) $(SEVERAL) -m 'slow and not ranks and not slurm and not peers and not gpu'
+	@$(PYTEST) -m '(ranks or slurm) and not peers and not gpu'
 
 check: $(STAMP)
 	@$(CLEAN) $(BIN)/ruff format --check --quiet .

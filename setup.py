@@ -76,6 +76,7 @@ setup(
             "peft>=0.17",
             "psutil>=5.9",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.6",
             # builds of torch for CUDA bring theirs; on CPUs its interpreter runs the kernel's tests. Not in
             # constraints.txt, where a pin could contradict torch's own

@@ -34,8 +34,8 @@ NOT_DECLARED = {
 }
 """Imported where it is there."""
 
-TOOLS = {"mypy", "ruff"}
-"""Of the dev extra: programs."""
+TOOLS = {"mypy", "pytest-xdist", "ruff"}
+"""Of the dev extra: programs, and pytest's several processes (Makefile)."""
 
 PEERS = {"FlagEmbedding", "datasets", "mteb", "nemo_automodel", "pylate", "sentence_transformers"}
 """Imported only by scripts that run in a peer's own environment (benchmarks/environments.py, tests/peers)."""

@@ -7,15 +7,8 @@ megam3 export runs/NAME/checkpoints/step-000500 OUT [--format bge-m3] [--model F
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
-
-from megam3.dist.env import prepare_environment
-
-# DeepSpeed, which reads the checkpoint, looks for an accelerator while it is imported, and warns where there
-# is none
-prepare_environment(os.environ)
 
 from megam3.checkpoint import consolidated_weights
 from megam3.config import recipe_yaml

@@ -12,16 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
-
-from megam3.dist.env import prepare_environment
-
-# the reader of checkpoints loads DeepSpeed, which looks for an accelerator while it is imported
-prepare_environment(os.environ)
 
 from rich.console import Console
 from rich.table import Table

@@ -186,3 +186,17 @@ def test_the_page_names_every_command_that_has_it() -> None:
     page = (ROOT / "docs/getting-started.md").read_text()
     (sentence,) = re.findall(r"^`--json` is understood by (.*)$", page, re.MULTILINE)
     assert set(re.findall(r"`([a-z-]+)`", sentence)) == set(filter(knows_json, SUBCOMMANDS))
+
+
+@pytest.mark.parametrize("name", ["evaluate", "inspect-batch"])
+def test_standard_output_is_the_commands_alone(name: str) -> None:
+    """In a process of its own, where nothing has loaded DeepSpeed yet."""
+    environ = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
+    said = subprocess.run(
+        [sys.executable, "-m", "megam3", name, "--help"],
+        env={**environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.startswith("usage: megam3")
