@@ -152,8 +152,10 @@ stopped = int(sys.argv[4])
 url = f"tcp://127.0.0.1:{port}"
 dist.init_process_group("gloo", init_method=url, rank=rank, world_size=2, timeout=timedelta(seconds=120))
 store = open_store()
+# both ranks' limits end at once, and whose peer has gone may hear of that first: here the other one speaks
+end = (lambda message: time.sleep(600)) if rank == stopped else None
 dist.barrier()  # both are there before either is watched
-with Watchdog(rank, 2, LIMIT, open_store()) as watchdog:
+with Watchdog(rank, 2, LIMIT, open_store(), end) as watchdog:
     for step in range(1000):
         watchdog.at(step, "data")
         if step == 5 and rank == stopped:
