@@ -40,7 +40,7 @@ def available_bytes() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
-    return min(free, *(_left_at(folder, names) for folder, names in _groups()), UNLIMITED)
+    return min([free, *(_left_at(folder, names) for folder, names in _groups())])
 
 
 def _groups() -> Iterator[tuple[Path, _Names]]:

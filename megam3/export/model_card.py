@@ -136,7 +136,9 @@ def multi_vector_card(library: str, max_tokens: int, facts: CardFacts) -> str:
 def _card(title: str, library: str, usage: str, note: str, facts: CardFacts) -> str:
     head = f"---\nlibrary_name: {library}\npipeline_tag: sentence-similarity\n---\n"
     parts = [f"{head}# {title}\n", f"Trained with megam3 {__version__}.\n\n## Usage\n", f"{usage}\n"]
-    parts += [_instructions_text(facts.instructions), note]
+    if facts.instructions:
+        parts.append(_instructions_text(facts.instructions))
+    parts.append(note)
     if facts.datasets:
         parts.append(f"\n## Data\n\nTrained on: {', '.join(facts.datasets)}. Checkpoint: {facts.step}.\n")
     if facts.evaluation:
@@ -147,8 +149,6 @@ def _card(title: str, library: str, usage: str, note: str, facts: CardFacts) -> 
 
 
 def _instructions_text(instructions: Instructions) -> str:
-    if not instructions:
-        return ""
     query, passage = (json.dumps(text, ensure_ascii=False) for text in instructions.prompts().values())
     return (
         "\n## Instructions\n\n"

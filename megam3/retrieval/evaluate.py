@@ -286,13 +286,14 @@ def evaluate(
     if set(modes) - {"BM25"}:
         hits |= _search(texts, encode_ids, config, modes)
     if "BM25" in modes:
-        words = texts
-        if config.query_instruction or config.passage_instruction:
-            # words that stand before every text tell none from another
-            plain = {"query_instruction": "", "passage_instruction": ""}
-            words = _tokenise(dataset, tokenize, config.model_copy(update=plain))
+        # words that stand before every text tell none from another
+        query_ids, passage_ids = texts.query_ids, texts.passage_ids
+        if config.query_instruction:
+            query_ids = tokenize(dataset.queries, config.query_max_tokens)
+        if config.passage_instruction:
+            passage_ids = tokenize(dataset.passages, config.passage_max_tokens)
         framing = find_framing(tokenize, config.query_max_tokens)
-        hits["BM25"] = bm25_hits(words.query_ids, words.passage_ids, SEARCHED, framing)
+        hits["BM25"] = bm25_hits(query_ids, passage_ids, SEARCHED, framing)
     searched = Searched(
         hits={mode: hits[mode] for mode in modes},
         query_tokens=[len(ids) for ids in texts.query_ids],

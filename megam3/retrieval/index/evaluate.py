@@ -118,7 +118,9 @@ def evaluate_on_disk(
         hits["BM25"] = bm25_on_disk(counts, test_set.documents, words, SEARCHED)
     passage_tokens = counts.tokens()[test_set.documents.pool_rows]
     if config.passage_instruction:
-        with_it, alone = embedder.token_arrays([config.passage_instruction, ""], max_tokens=limits[1])
+        # before a text: the space at an instruction's end belongs to the text's first word
+        pair = [f"{config.passage_instruction}1", "1"]
+        with_it, alone = embedder.token_arrays(pair, max_tokens=limits[1])
         passage_tokens = np.minimum(passage_tokens + len(with_it) - len(alone), limits[1])
     searched = Searched(
         hits=hits,
@@ -167,6 +169,7 @@ def _five_modes(
         instruction=config.passage_instruction or "",
         dense_dtype="float32",
     )
+    # without an instruction the name is that of indexes made before there were any
     made_from = [model, pool.fingerprint, options.max_tokens, *filter(None, [options.instruction])]
     place = test_set.folder / f"index-{digest(*made_from)}"
     index = build_index(embedder, pool, place, model, options, on_progress)
